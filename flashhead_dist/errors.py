@@ -1,0 +1,12 @@
+"""One base class for what a user can mend: `launch` prints it as one sentence and exits with 2."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: its text names the value and the remedy.
+
+    Raised anywhere below `launch`; never caught there except to print it.
+    """
+
+    exit_code = 2

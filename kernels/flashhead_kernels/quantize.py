@@ -1,0 +1,101 @@
+"""Centroids in low precision: symmetric int4 or int8 with one scale per group of columns.
+
+int4 stores two columns a byte. Within a scale group of `group_size` columns, byte i holds column i
+in its low half and column `i + group_size / 2` in its high half, both offset by 8: a kernel unpacks
+half a group with one mask and the other half with one shift, and no shuffle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BITS = (4, 8, 16)
+
+
+@dataclass(frozen=True)
+class QuantizedCentroids:
+    """Centroids `[..., D]` in `bits` bits.
+
+    values: uint8 `[..., D/2]` (int4), int8 `[..., D]` (int8) or bfloat16 `[..., D]` (16).
+    scales: float32-valued bfloat16 `[..., D/group_size]`, or None for 16 bits.
+    """
+
+    values: Tensor
+    scales: Tensor | None
+    bits: int
+    group_size: int
+    hidden_size: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that scoring every centroid once reads, scales included."""
+        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def to(self, device: torch.device | str) -> QuantizedCentroids:
+        scales = None if self.scales is None else self.scales.to(device)
+        return QuantizedCentroids(
+            self.values.to(device), scales, self.bits, self.group_size, self.hidden_size
+        )
+
+    def integers(self) -> Tensor:
+        """The stored integers `[..., D]` as int8 (4 and 8 bits only)."""
+        if self.bits == 8:
+            return self.values
+        if self.bits != 4:
+            raise ValueError(f"{self.bits}-bit centroids hold no integers")
+        halves = self.values.unflatten(-1, (-1, self.group_size // 2))
+        low = (halves & 0xF).to(torch.int8) - 8
+        high = (halves >> 4).to(torch.int8) - 8
+        return torch.cat([low, high], dim=-1).flatten(-2)
+
+    def dequantize(self) -> Tensor:
+        """Return float32 centroids `[..., D]`."""
+        if self.scales is None:
+            return self.values.float()
+        grouped = self.integers().float().unflatten(-1, (-1, self.group_size))
+        return (grouped * self.scales.float().unsqueeze(-1)).flatten(-2)
+
+
+def quantize_centroids(centroids: Tensor, bits: int, group_size: int = 64) -> QuantizedCentroids:
+    """Quantize float `centroids [..., D]`, rounding to nearest.
+
+    The scale of a group is its largest magnitude over 7 (int4) or 127 (int8), rounded up to a
+    bfloat16 so that no value clips; a group of zeros has scale 0.
+
+    Raises:
+        ValueError: bits not 4, 8 or 16; a group size that does not divide D or, for int4, is odd;
+            centroids that are not finite.
+    """
+    hidden_size = centroids.shape[-1]
+    if bits not in BITS:
+        raise ValueError(f"centroid bits must be one of {BITS}, got {bits}")
+    if not bool(torch.isfinite(centroids).all()):
+        raise ValueError("centroids must be finite: the output embedding holds NaN or inf")
+    if bits == 16:
+        return QuantizedCentroids(centroids.to(torch.bfloat16), None, 16, hidden_size, hidden_size)
+    if group_size < 2 or group_size % 2 or hidden_size % group_size:
+        raise ValueError(
+            f"group size {group_size} must be even and divide the hidden size {hidden_size}"
+        )
+    limit = 7 if bits == 4 else 127
+    grouped = centroids.float().unflatten(-1, (-1, group_size))
+    scales = _round_up_bfloat16(grouped.abs().amax(-1) / limit)
+    divisor = scales.float().unsqueeze(-1)
+    quotient = torch.where(divisor > 0, grouped / divisor, torch.zeros_like(grouped))
+    integers = quotient.round_().clamp_(-limit, limit).to(torch.int8)
+    if bits == 8:
+        return QuantizedCentroids(integers.flatten(-2), scales, 8, group_size, hidden_size)
+    offset = (integers + 8).to(torch.uint8)
+    low, high = offset.split(group_size // 2, dim=-1)
+    return QuantizedCentroids(
+        (low | (high << 4)).flatten(-2), scales, 4, group_size, hidden_size
+    )
+
+
+def _round_up_bfloat16(values: Tensor) -> Tensor:
+    """Round non-negative float32 `values` up to bfloat16."""
+    bits = values.contiguous().view(torch.int32)
+    return (((bits + 0xFFFF) >> 16).to(torch.int16)).view(torch.bfloat16)
