@@ -90,9 +90,7 @@ def quantize_centroids(centroids: Tensor, bits: int, group_size: int = 64) -> Qu
         return QuantizedCentroids(integers.flatten(-2), scales, 8, group_size, hidden_size)
     offset = (integers + 8).to(torch.uint8)
     low, high = offset.split(group_size // 2, dim=-1)
-    return QuantizedCentroids(
-        (low | (high << 4)).flatten(-2), scales, 4, group_size, hidden_size
-    )
+    return QuantizedCentroids((low | (high << 4)).flatten(-2), scales, 4, group_size, hidden_size)
 
 
 def _round_up_bfloat16(values: Tensor) -> Tensor:

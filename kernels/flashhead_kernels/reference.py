@@ -1,0 +1,157 @@
+"""The head's operations in plain torch: the definition that every kernel is tested against.
+
+Shapes: `B` rows, `D` hidden size, `N` probing groups of `M` clusters of `S` tokens, `K = N * M`.
+All arithmetic on logits is float32, whatever the dtype of the rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashhead_kernels.candidates import (
+    Candidates,
+    check_candidate_arguments,
+    quantize_hidden_states,
+)
+from flashhead_kernels.keys import EMPTY_KEY, pack_keys
+from flashhead_kernels.quantize import QuantizedCentroids
+
+
+def centroid_dots(hidden_states: Tensor, centroids: QuantizedCentroids) -> Tensor:
+    """Return `h . centroid` as float32 `[B, N, M]`.
+
+    Integer centroids meet hidden states rounded to int8 by scale group, so that a kernel may use
+    integer dot products; 16-bit centroids meet the hidden states as they are.
+    """
+    hidden = hidden_states.float()
+    if centroids.bits != 16:
+        integers, scales = quantize_hidden_states(hidden, centroids.group_size)
+        grouped = integers.float().unflatten(-1, (-1, centroids.group_size))
+        hidden = (grouped * scales.unsqueeze(-1)).flatten(-2)
+    return torch.einsum("bd,nmd->bnm", hidden, centroids.dequantize())
+
+
+def score_centroids(
+    hidden_states: Tensor, centroids: QuantizedCentroids, spread: Tensor, alpha: float
+) -> Tensor:
+    """Probing score `h . centroid + alpha * |h| * spread` as float32 `[B, N, M]`.
+
+    `spread [N, M]` is the rms distance of a cluster's rows to their mean, and -inf for a cluster of
+    pads, which no row then prefers to a real one.
+    """
+    norms = torch.linalg.vector_norm(hidden_states.float(), dim=-1)
+    return centroid_dots(hidden_states, centroids) + _bias(norms, spread, alpha)
+
+
+def _bias(norms: Tensor, spread: Tensor, alpha: float) -> Tensor:
+    scaled = alpha * norms[:, None, None] * spread
+    # 0 * -inf is NaN: a cluster of pads stays at -inf whatever alpha is.
+    return torch.where(torch.isneginf(spread), spread, scaled)
+
+
+def select_probes(scores: Tensor, num_probes_per_group: int) -> Tensor:
+    """Slots int32 `[B, N, p]` of each group's best `scores [B, N, M]`, ascending; ties: lower slot."""
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[..., :num_probes_per_group].sort(dim=-1).values.to(torch.int32)
+
+
+def score_rows(hidden_states: Tensor, rows: Tensor, cluster_ids: Tensor) -> Tensor:
+    """Logits float32 `[B, n, S]` of the clusters `cluster_ids [B, n]` of `rows [K, S, D]`.
+
+    A cluster id of -1 means no cluster and gives -inf.
+    """
+    batch, count = cluster_ids.shape
+    logits = hidden_states.new_empty((batch, count, rows.shape[1]), dtype=torch.float32)
+    for b in range(batch):
+        chosen = rows[cluster_ids[b].clamp(min=0).long()].float()
+        logits[b] = torch.einsum("d,nsd->ns", hidden_states[b].float(), chosen)
+    return logits.masked_fill((cluster_ids < 0).unsqueeze(-1), float("-inf"))
+
+
+def probed_candidates(
+    hidden_states: Tensor, rows: Tensor, token_ids: Tensor, cluster_ids: Tensor, *, k: int = 1
+) -> Tensor:
+    """Best keys int64 `[B, k]` among the tokens of `cluster_ids [B, n]` (-1: none).
+
+    rows: `[K, S, D]`; token_ids: int32 `[K, S]`, -1 for a pad.
+    """
+    logits = score_rows(hidden_states, rows, cluster_ids)
+    ids = token_ids[cluster_ids.clamp(min=0).long()]
+    ids = ids.masked_fill((cluster_ids < 0).unsqueeze(-1), -1)
+    return best_keys(logits.flatten(1), ids.flatten(1), k)
+
+
+def best_keys(logits: Tensor, token_ids: Tensor, k: int) -> Tensor:
+    """The k greatest keys `[B, k]` of `logits [B, n]`, descending, filled with EMPTY_KEY."""
+    keys = pack_keys(logits, token_ids)
+    if keys.shape[1] < k:
+        filler = keys.new_full((keys.shape[0], k - keys.shape[1]), EMPTY_KEY)
+        keys = torch.cat([keys, filler], dim=1)
+    return keys.topk(k, dim=1).values
+
+
+def flashhead_candidates(
+    hidden_states: Tensor,
+    rows: Tensor,
+    token_ids: Tensor,
+    centroids: QuantizedCentroids,
+    spread: Tensor,
+    alpha: float,
+    num_probes_per_group: int,
+    pinned_rows: Tensor,
+    pinned_token_ids: Tensor,
+    *,
+    k: int = 1,
+    need_logsumexp: bool = False,
+) -> Candidates:
+    """The whole local step: score centroids, probe each group's share, score its rows, reduce.
+
+    hidden_states: `[B, D]`; rows: `[N, M, S, D]`; token_ids: int32 `[N, M, S]`, -1 for a pad;
+    centroids: leading shape `[N, M]`; spread: float32 `[N, M]`; pinned_rows: `[N, n, D]` and
+    pinned_token_ids: int32 `[N, n]` are always scored (n may be 0).
+
+    The log-sum-exp is closed form: exact over probed and pinned tokens, and `tokens * exp(h . mean)`
+    for every unprobed cluster, a lower bound of its mass by Jensen's inequality.
+
+    Raises:
+        ValueError: shapes that do not fit, or a number of probes outside 1..M.
+    """
+    groups, clusters, size, hidden_size = rows.shape
+    check_candidate_arguments(hidden_states, hidden_size, num_probes_per_group, clusters, k)
+    batch = hidden_states.shape[0]
+    scores = score_centroids(hidden_states, centroids, spread, alpha)
+    probes = select_probes(scores, num_probes_per_group)
+    first = torch.arange(groups, device=rows.device, dtype=torch.int32) * clusters
+    cluster_ids = (probes + first[None, :, None]).flatten(1)
+    logits = score_rows(hidden_states, rows.flatten(0, 1), cluster_ids).flatten(1)
+    ids = token_ids.flatten(0, 1)[cluster_ids.long()].flatten(1)
+    pinned = torch.einsum("bd,nqd->bnq", hidden_states.float(), pinned_rows.float()).flatten(1)
+    logits = torch.cat([logits, pinned], dim=1)
+    ids = torch.cat([ids, pinned_token_ids.flatten().expand(batch, -1)], dim=1)
+    keys = best_keys(logits, ids, k)
+    if not need_logsumexp:
+        return Candidates(keys, None)
+    tokens = (token_ids >= 0).sum(-1).flatten().float()
+    unprobed = (centroid_dots(hidden_states, centroids).flatten(1) + tokens.log()).scatter(
+        1, cluster_ids.long(), float("-inf")
+    )
+    exact = logits.masked_fill(ids < 0, float("-inf"))
+    return Candidates(keys, torch.cat([exact, unprobed], dim=1).logsumexp(1))
+
+
+def dense_candidates(
+    hidden_states: Tensor,
+    rows: Tensor,
+    first_token_id: int,
+    *,
+    k: int = 1,
+    need_logsumexp: bool = False,
+) -> Candidates:
+    """Score every one of `rows [n, D]`, which hold tokens `first_token_id ...`, and reduce."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    logits = hidden_states.float() @ rows.float().T
+    ids = torch.arange(rows.shape[0], device=rows.device) + first_token_id
+    keys = best_keys(logits, ids.expand(logits.shape), k)
+    return Candidates(keys, logits.logsumexp(1) if need_logsumexp else None)
