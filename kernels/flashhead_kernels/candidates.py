@@ -35,14 +35,15 @@ def check_finite(hidden_states: Tensor) -> None:
 
 
 def quantize_hidden_states(hidden_states: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Round `hidden_states [B, D]` to int8, one float32 scale per group of `group_size` columns.
+    """Round `hidden_states [B, D]` to int8, with a float32 scale for each `group_size` columns.
 
-    Integer centroids are scored by integer dot products: exact, so their order of summation is free.
+    Integer centroids are scored by integer dot products: exact, so any order of summation will do.
 
     Returns:
         `(integers int8 [B, D], scales float32 [B, D / group_size])`.
     """
-    grouped = hidden_states.float().unflatten(-1, (-1, group_size))
+    batch, hidden_size = hidden_states.shape
+    grouped = hidden_states.float().reshape(batch, hidden_size // group_size, group_size)
     scales = grouped.abs().amax(-1) / 127
     divisor = scales.unsqueeze(-1)
     quotient = torch.where(divisor > 0, grouped / divisor, torch.zeros_like(grouped))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 import torch
@@ -12,10 +13,5 @@ def ops_for(device: torch.device | str) -> ModuleType:
 
     Both have the same functions with the same signatures.
     """
-    if torch.device(device).type == "cpu":
-        from flashhead_kernels import cpu
-
-        return cpu
-    from flashhead_kernels import reference
-
-    return reference
+    name = "cpu" if torch.device(device).type == "cpu" else "reference"
+    return importlib.import_module(f"flashhead_kernels.{name}")

@@ -46,7 +46,7 @@ class QuantizedCentroids:
             return self.values
         if self.bits != 4:
             raise ValueError(f"{self.bits}-bit centroids hold no integers")
-        halves = self.values.unflatten(-1, (-1, self.group_size // 2))
+        halves = _split(self.values, self.group_size // 2)
         low = (halves & 0xF).to(torch.int8) - 8
         high = (halves >> 4).to(torch.int8) - 8
         return torch.cat([low, high], dim=-1).flatten(-2)
@@ -55,7 +55,7 @@ class QuantizedCentroids:
         """Return float32 centroids `[..., D]`."""
         if self.scales is None:
             return self.values.float()
-        grouped = self.integers().float().unflatten(-1, (-1, self.group_size))
+        grouped = _split(self.integers().float(), self.group_size)
         return (grouped * self.scales.float().unsqueeze(-1)).flatten(-2)
 
 
@@ -81,7 +81,7 @@ def quantize_centroids(centroids: Tensor, bits: int, group_size: int = 64) -> Qu
             f"group size {group_size} must be even and divide the hidden size {hidden_size}"
         )
     limit = 7 if bits == 4 else 127
-    grouped = centroids.float().unflatten(-1, (-1, group_size))
+    grouped = _split(centroids.float(), group_size)
     scales = _round_up_bfloat16(grouped.abs().amax(-1) / limit)
     divisor = scales.float().unsqueeze(-1)
     quotient = torch.where(divisor > 0, grouped / divisor, torch.zeros_like(grouped))
@@ -91,6 +91,11 @@ def quantize_centroids(centroids: Tensor, bits: int, group_size: int = 64) -> Qu
     offset = (integers + 8).to(torch.uint8)
     low, high = offset.split(group_size // 2, dim=-1)
     return QuantizedCentroids((low | (high << 4)).flatten(-2), scales, 4, group_size, hidden_size)
+
+
+def _split(values: Tensor, size: int) -> Tensor:
+    """View the last dimension of `values` as `[..., n, size]`."""
+    return values.reshape(*values.shape[:-1], values.shape[-1] // size, size)
 
 
 def _round_up_bfloat16(values: Tensor) -> Tensor:

@@ -27,8 +27,7 @@ def centroid_dots(hidden_states: Tensor, centroids: QuantizedCentroids) -> Tenso
     hidden = hidden_states.float()
     if centroids.bits != 16:
         integers, scales = quantize_hidden_states(hidden, centroids.group_size)
-        grouped = integers.float().unflatten(-1, (-1, centroids.group_size))
-        hidden = (grouped * scales.unsqueeze(-1)).flatten(-2)
+        hidden = integers * scales.repeat_interleave(centroids.group_size, dim=-1)
     return torch.einsum("bd,nmd->bnm", hidden, centroids.dequantize())
 
 
@@ -51,7 +50,10 @@ def _bias(norms: Tensor, spread: Tensor, alpha: float) -> Tensor:
 
 
 def select_probes(scores: Tensor, num_probes_per_group: int) -> Tensor:
-    """Slots int32 `[B, N, p]` of each group's best `scores [B, N, M]`, ascending; ties: lower slot."""
+    """Slots int32 `[B, N, p]` of each group's best `scores [B, N, M]`, ascending.
+
+    Of equal scores the lower slot wins.
+    """
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return order[..., :num_probes_per_group].sort(dim=-1).values.to(torch.int32)
 
@@ -111,13 +113,13 @@ def flashhead_candidates(
     centroids: leading shape `[N, M]`; spread: float32 `[N, M]`; pinned_rows: `[N, n, D]` and
     pinned_token_ids: int32 `[N, n]` are always scored (n may be 0).
 
-    The log-sum-exp is closed form: exact over probed and pinned tokens, and `tokens * exp(h . mean)`
-    for every unprobed cluster, a lower bound of its mass by Jensen's inequality.
+    The log-sum-exp is closed form: exact over probed and pinned tokens, and for every unprobed
+    cluster `tokens * exp(h . mean)`, a lower bound of its mass by Jensen's inequality.
 
     Raises:
         ValueError: shapes that do not fit, or a number of probes outside 1..M.
     """
-    groups, clusters, size, hidden_size = rows.shape
+    groups, clusters, _, hidden_size = rows.shape
     check_candidate_arguments(hidden_states, hidden_size, num_probes_per_group, clusters, k)
     batch = hidden_states.shape[0]
     scores = score_centroids(hidden_states, centroids, spread, alpha)

@@ -1,0 +1,242 @@
+"""The head's operations on a CPU: the names and signatures of `reference`, on compiled loops.
+
+Rows and centroids are read once, in their stored precision, with float32 accumulation in an order
+that depends on nothing but the hidden size. Work is shared over `torch.get_num_threads()` threads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashhead_kernels import cpu_loops as loops
+from flashhead_kernels.candidates import Candidates, check_candidate_arguments
+from flashhead_kernels.cpu_primitives import quantize_query
+from flashhead_kernels.keys import EMPTY_KEY
+from flashhead_kernels.matmul_shortlist import matmul_is_faster, matmul_shortlist
+from flashhead_kernels.quantize import QuantizedCentroids
+from flashhead_kernels.reference import best_keys, select_probes
+
+__all__ = [
+    "best_keys",
+    "dense_candidates",
+    "flashhead_candidates",
+    "probed_candidates",
+    "score_centroids",
+    "score_rows",
+    "select_probes",
+]
+
+_NUMPY_VIEW = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+
+
+def score_centroids(
+    hidden_states: Tensor, centroids: QuantizedCentroids, spread: Tensor, alpha: float
+) -> Tensor:
+    """See `reference.score_centroids`."""
+    groups, clusters = spread.shape
+    batch, size = hidden_states.shape
+    query, values, scales, bias = _query(hidden_states, centroids, alpha)
+    scores = np.empty(batch * groups * clusters, np.float32)
+    flat_spread = _flat(spread)
+    if batch:
+        _share(
+            groups,
+            lambda first, last: loops.score_groups(
+                first, last, query, batch, size, values, scales, centroids.group_size,
+                flat_spread, bias, clusters, scores[first * clusters :], groups * clusters,
+            ),
+        )  # fmt: skip
+    return torch.from_numpy(scores).view(batch, groups, clusters)
+
+
+def score_rows(hidden_states: Tensor, rows: Tensor, cluster_ids: Tensor) -> Tensor:
+    """See `reference.score_rows`."""
+    token_ids = torch.zeros(rows.shape[:2], dtype=torch.int32)
+    return _scan(hidden_states, rows, token_ids, cluster_ids, 1)[1]
+
+
+def probed_candidates(
+    hidden_states: Tensor, rows: Tensor, token_ids: Tensor, cluster_ids: Tensor, *, k: int = 1
+) -> Tensor:
+    """See `reference.probed_candidates`."""
+    keys, _ = _scan(hidden_states, rows, token_ids, cluster_ids, k)
+    return _greatest(keys.flatten(1), k)
+
+
+def _scan(
+    hidden_states: Tensor, rows: Tensor, token_ids: Tensor, cluster_ids: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    batch, count = cluster_ids.shape
+    tokens, size = rows.shape[1:]
+    best = np.full(batch * count * k, EMPTY_KEY, np.int64)
+    logits = np.full(batch * count * tokens, -np.inf, np.float32)
+    if batch * count:
+        states, flat_rows, ids = _states(hidden_states), _flat(rows), _flat(token_ids)
+        clusters = _flat(cluster_ids.to(torch.int64))
+        _share(
+            batch * count,
+            lambda first, last: loops.scan_clusters(
+                first, last, flat_rows, ids, tokens, states, batch, size, clusters, k, best, logits
+            ),
+        )
+    return (
+        torch.from_numpy(best).view(batch, count, k),
+        torch.from_numpy(logits).view(batch, count, tokens),
+    )
+
+
+def flashhead_candidates(
+    hidden_states: Tensor,
+    rows: Tensor,
+    token_ids: Tensor,
+    centroids: QuantizedCentroids,
+    spread: Tensor,
+    alpha: float,
+    num_probes_per_group: int,
+    pinned_rows: Tensor,
+    pinned_token_ids: Tensor,
+    *,
+    k: int = 1,
+    need_logsumexp: bool = False,
+) -> Candidates:
+    """See `reference.flashhead_candidates`."""
+    groups, clusters, tokens, size = rows.shape
+    check_candidate_arguments(hidden_states, size, num_probes_per_group, clusters, k)
+    batch, pinned = hidden_states.shape[0], pinned_rows.shape[1]
+    best = np.empty(groups * batch * k, np.int64)
+    peak, mass = np.empty((2, groups * batch), np.float32)
+    if batch:
+        query, values, scales, bias = _query(hidden_states, centroids, alpha)
+        flat_rows, ids, flat_spread = _flat(rows), _flat(token_ids), _flat(spread)
+        flat_pinned, pinned_ids = _flat(pinned_rows), _flat(pinned_token_ids)
+        _share(
+            groups,
+            lambda first, last: loops.probe_groups(
+                first, last, query, batch, size, values, scales, centroids.group_size,
+                flat_spread, bias, clusters, num_probes_per_group, flat_rows, ids, tokens,
+                flat_pinned, pinned_ids, pinned, k, need_logsumexp, best, peak, mass,
+            ),
+        )  # fmt: skip
+    return _merge(best.reshape(groups, batch, k), peak, mass, k, need_logsumexp)
+
+
+def dense_candidates(
+    hidden_states: Tensor,
+    rows: Tensor,
+    first_token_id: int,
+    *,
+    k: int = 1,
+    need_logsumexp: bool = False,
+) -> Candidates:
+    """See `reference.dense_candidates`.
+
+    A large batch goes through the matrix library first, where that is faster: its logits, rounded
+    to the rows' dtype, only choose the rows that are then scored exactly.
+    """
+    count, size = rows.shape
+    check_candidate_arguments(hidden_states, size, 1, 1, k)
+    if not need_logsumexp and matmul_is_faster(hidden_states, rows):
+        cluster_ids = matmul_shortlist(hidden_states, rows, k)
+        if cluster_ids is not None:
+            ids = torch.arange(first_token_id, first_token_id + count, dtype=torch.int32)
+            return Candidates(
+                probed_candidates(
+                    hidden_states, rows.unsqueeze(1), ids.unsqueeze(1), cluster_ids, k=k
+                ),
+                None,
+            )
+    batch, blocks = hidden_states.shape[0], -(-count // loops.ROW_BLOCK)
+    best = np.empty(blocks * batch * k, np.int64)
+    peak, mass = np.empty((2, blocks * batch), np.float32)
+    if batch:
+        states, flat_rows = _states(hidden_states), _flat(rows)
+        _share(
+            blocks,
+            lambda first, last: loops.scan_dense(
+                first, last, flat_rows, count, states, batch, size, first_token_id, k,
+                need_logsumexp, best, peak, mass,
+            ),
+        )  # fmt: skip
+    return _merge(best.reshape(blocks, batch, k), peak, mass, k, need_logsumexp)
+
+
+def _merge(
+    best: np.ndarray[Any, Any],
+    peak: np.ndarray[Any, Any],
+    mass: np.ndarray[Any, Any],
+    k: int,
+    need_logsumexp: bool,
+) -> Candidates:
+    """Reduce partial results `[parts, B, ...]` over their parts, in order."""
+    parts, batch = best.shape[:2]
+    keys = _greatest(torch.from_numpy(best.transpose(1, 0, 2).reshape(batch, parts * k)), k)
+    if not need_logsumexp:
+        return Candidates(keys, None)
+    peaks = torch.from_numpy(peak).view(parts, batch).double()
+    masses = torch.from_numpy(mass).view(parts, batch).double()
+    return Candidates(keys, (peaks + masses.log()).logsumexp(0).float())
+
+
+def _greatest(keys: Tensor, k: int) -> Tensor:
+    if keys.shape[1] < k:
+        filler = keys.new_full((keys.shape[0], k - keys.shape[1]), EMPTY_KEY)
+        keys = torch.cat([keys, filler], dim=1)
+    return keys.amax(1, keepdim=True) if k == 1 else keys.topk(k, dim=1).values
+
+
+def _query(
+    hidden_states: Tensor, centroids: QuantizedCentroids, alpha: float
+) -> tuple[tuple[Any, Any, Any, Any], Any, Any, Any]:
+    """Hidden states in the forms that centroids are scored with, flat centroids, and the bias."""
+    states = _states(hidden_states)
+    batch, size = hidden_states.shape
+    norms = torch.linalg.vector_norm(hidden_states.float(), dim=-1).numpy()
+    bias = (alpha * norms).astype(np.float32)
+    values = _flat(centroids.values)
+    if centroids.scales is None:
+        nothing = np.empty(0, np.int8), np.empty(0, np.int32), np.empty(0, np.float32)
+        return (states, *nothing), values, np.empty(0, np.uint16), bias
+    groups = batch * (size // centroids.group_size)
+    integers = np.empty(batch * size, np.int8)
+    starts = np.empty(groups * 8, np.int32)
+    factors = np.empty(groups, np.float32)
+    offset = 8 if centroids.bits == 4 else 128
+    quantize_query(states, centroids.group_size, offset, integers, starts, factors)
+    return (states, integers, starts, factors), values, _flat(centroids.scales), bias
+
+
+def _states(hidden_states: Tensor) -> Any:
+    return hidden_states.float().contiguous().view(-1).numpy()
+
+
+def _flat(tensor: Tensor) -> Any:
+    """A flat numpy view; bfloat16 as uint16 and float16 as int16, which `llvm_dot` tells apart."""
+    if not tensor.is_contiguous():
+        raise ValueError("weights and index tensors must be contiguous")
+    view = _NUMPY_VIEW.get(tensor.dtype)
+    return (tensor if view is None else tensor.view(view)).view(-1).numpy()
+
+
+def _share(total: int, work: Callable[[int, int], None]) -> None:
+    """Run `work(first, last)` over ranges of `total` items, one range a thread."""
+    threads = min(torch.get_num_threads(), total)
+    if threads <= 1:
+        work(0, total)
+        return
+    bounds = [total * i // threads for i in range(threads + 1)]
+    others = [_pool(threads - 1).submit(work, bounds[i], bounds[i + 1]) for i in range(1, threads)]
+    work(bounds[0], bounds[1])
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="flashhead")
