@@ -1,28 +1,28 @@
-"""Real gloo ranks for tests, as processes of their own."""
+"""Real gloo ranks for tests, as processes of their own, and a small model full of ties."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
+from flashhead_dist.index import IndexOptions, build_index
+from flashhead_dist.model_source import open_model
 
 RANK_MAIN = Path(__file__).with_name("rank_main.py")
 
 
 class RankFailedError(Exception):
-    """A rank exited with an error: its number and what it wrote to stderr."""
-
-    def __init__(self, rank: int, stderr: str) -> None:
-        super().__init__(f"rank {rank} failed:\n{stderr}")
-        self.rank = rank
-        self.stderr = stderr
+    """A rank exited with an error; its text holds what the ranks wrote to stderr."""
 
 
 def _run_ranks(
@@ -68,7 +68,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], errors: list[Path], timeout_
             if code is None:
                 continue
             if code != 0:
-                raise RankFailedError(rank, errors[rank].read_text())
+                written = "\n".join(path.read_text() for path in errors)
+                raise RankFailedError(f"rank {rank} failed:\n{written}")
             running.remove(rank)
         if time.monotonic() > deadline:
             raise TimeoutError(f"ranks {sorted(running)} still run after {timeout_s} s")
@@ -90,3 +91,47 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[An
         return _run_ranks(folder, function, world_size, *arguments, timeout_s=timeout_s)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What is derived in this module, by its ranks too, goes to a folder that nothing else uses."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHHEAD_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def tied_model(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an output embedding `[1013, 64]` in bf16, whose row v equals row 1012 - v.
+
+    1013 is prime: no tp_size divides it.
+    """
+    assert own_cache.is_dir()
+    folder = tmp_path_factory.mktemp("tied_model")
+    draw = torch.Generator().manual_seed(3)
+    centres = torch.randn(40, 64, generator=draw)
+    half = centres[torch.randint(40, (507,), generator=draw)]
+    half = (half + 0.7 * torch.randn(507, 64, generator=draw)).to(torch.bfloat16)
+    rows = torch.cat([half, half[:506].flip(0)])
+    save_file({"lm_head.weight": rows.contiguous()}, folder / "model.safetensors")
+    config = {"model_type": "llama", "vocab_size": 1013, "hidden_size": 64}
+    config |= {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tied_index(tied_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of `tied_model`: 8 groups of 32 clusters of 4 tokens, 2 probes a group."""
+    options = IndexOptions(num_groups=8, num_probes=16, alpha=0.02)
+    return build_index(
+        open_model(str(tied_model)),
+        options,
+        calibration=None,
+        test=None,
+        out=tmp_path_factory.mktemp("index") / "tied",
+        device="cpu",
+        progress=False,
+    )

@@ -1,0 +1,144 @@
+"""A faiss inverted-file index over each rank's rows: what a retrieval library gives off the shelf.
+
+Inner product, lists by faiss's own spherical k-means, rows stored in the model's precision (bf16
+rows as faiss's QT_bf16 on CPU; faiss has no bf16 lists on a GPU, where they are fp16). Every rank
+searches its own shard, so the candidates, and with them the ids, depend on tp_size. Ties between
+equal logits on one rank go as faiss finds them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from flashhead_kernels.keys import pack_keys
+from torch import Tensor
+
+from flashhead_dist.collectives import Steps, TensorParallel
+from flashhead_dist.errors import UserError
+from flashhead_dist.heads.base import Head, HeadOutput, VocabShard, Want
+from flashhead_dist.heads.faiss_lists import TrainedLists, import_faiss
+from flashhead_dist.heads.merge import merge_candidates
+
+
+class FaissIvf(Head):
+    """`num_probes` of the local shard's lists are searched for the k best, then merged by key."""
+
+    name: ClassVar[str] = "faiss_ivf"
+    has_logsumexp: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        tp: TensorParallel,
+        rows: Tensor,
+        vocab_size: int,
+        *,
+        num_probes: int | None = None,
+        read_bytes: int | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        """rows: `[V_local, D]` of `VocabShard.of(vocab_size, tp)`, on the CPU.
+
+        num_probes: lists searched on this rank; where None, as many as fit `read_bytes` a row on
+        this rank (at least one), the coarse scan included.
+        cache: file that keeps the trained lists.
+
+        Raises:
+            UserError: faiss is missing, or has no GPU support where the device is one; num_probes
+                outside 1..lists.
+        """
+        super().__init__(tp, vocab_size, rows.shape[1])
+        faiss = import_faiss()
+        if tp.device.type == "cuda" and not hasattr(faiss, "StandardGpuResources"):
+            raise UserError(
+                "the installed faiss has no GPU support: install faiss-gpu, leave faiss_ivf out of "
+                "--heads, or use --device cpu"
+            )
+        self.shard = VocabShard.of(vocab_size, tp)
+        lists = TrainedLists.of(rows, cache)
+        self.num_lists = lists.centroids.shape[0]
+        self._centroid_bytes = lists.centroids.nbytes
+        self._row_bytes = rows.shape[1] * rows.element_size() + 8
+        self._list_sizes = np.bincount(lists.assignments.numpy(), minlength=self.num_lists)
+        self.num_probes = self._choose_probes(num_probes, read_bytes)
+        self._index: Any = _build(faiss, rows, lists, tp.device)
+        self._index.nprobe = self.num_probes
+        self._faiss = faiss
+
+    def _choose_probes(self, num_probes: int | None, read_bytes: int | None) -> int:
+        if num_probes is None:
+            budget = (read_bytes or 0) - self._centroid_bytes
+            per_list = float(self._list_sizes.mean()) * self._row_bytes
+            return max(1, min(self.num_lists, round(budget / per_list)))
+        if not 1 <= num_probes <= self.num_lists:
+            raise UserError(
+                f"num_probes {num_probes} must lie between 1 and the {self.num_lists} lists of "
+                f"faiss_ivf on a rank: choose a number in that range"
+            )
+        return num_probes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Rows, their ids and the list centroids."""
+        return self._centroid_bytes + int(self._list_sizes.sum()) * self._row_bytes
+
+    def read_bytes_per_step(self, batch_size: int) -> int:
+        """List centroids once, and a list of mean length, ids included, for every probe."""
+        if batch_size == 0:
+            return 0
+        probed = min(batch_size * self.num_probes, self.num_lists)
+        mean_bytes = float(self._list_sizes.mean()) * self._row_bytes
+        return self._centroid_bytes + round(probed * mean_bytes)
+
+    def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
+        keys = pack_keys(*self._search(hidden_states, want.k))
+        mass = None
+        if want.candidate_mass:
+            # As many as the largest lists can hold: every candidate, the rest is -inf.
+            most = int(np.sort(self._list_sizes)[-self.num_probes :].sum())
+            mass = self._search(hidden_states, most)[0].logsumexp(1)
+        return (yield from merge_candidates(keys, None, mass))
+
+    def _search(self, hidden_states: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Logits float32 `[B, k]` (-inf where there is none) and token ids int64 (-1)."""
+        self._faiss.omp_set_num_threads(torch.get_num_threads())
+        queries = hidden_states.float().cpu().contiguous().numpy()
+        scores, found = self._index.search(queries, k)
+        logits, ids = torch.from_numpy(scores), torch.from_numpy(found)
+        logits = logits.masked_fill(ids < 0, float("-inf")).to(hidden_states.device)
+        ids = torch.where(ids < 0, -1, ids + self.shard.start).to(hidden_states.device)
+        best, order = logits.sort(dim=1, descending=True, stable=True)
+        return best, ids.gather(1, order)
+
+
+def _build(faiss: Any, rows: Tensor, lists: TrainedLists, device: torch.device) -> Any:
+    """A searchable faiss index of the trained lists."""
+    num_lists, hidden_size = lists.centroids.shape
+    quantizer = faiss.IndexFlatIP(hidden_size)
+    quantizer.add(lists.centroids.numpy())
+    metric = faiss.METRIC_INNER_PRODUCT
+    if rows.dtype == torch.float32:
+        index = faiss.IndexIVFFlat(quantizer, hidden_size, num_lists, metric)
+    else:
+        bf16 = rows.dtype == torch.bfloat16 and device.type == "cpu"
+        stored = faiss.ScalarQuantizer.QT_bf16 if bf16 else faiss.ScalarQuantizer.QT_fp16
+        index = faiss.IndexIVFScalarQuantizer(
+            quantizer, hidden_size, num_lists, stored, metric, False
+        )
+    index.is_trained = True
+    index.own_fields = True
+    quantizer.this.disown()
+    assignments = lists.assignments.numpy()
+    for first in range(0, rows.shape[0], 65536):
+        chunk = rows[first : first + 65536].float().contiguous().numpy()
+        ids = np.arange(first, first + chunk.shape[0], dtype=np.int64)
+        chosen = np.ascontiguousarray(assignments[first : first + chunk.shape[0]], dtype=np.int64)
+        index.add_core(
+            chunk.shape[0], faiss.swig_ptr(chunk), faiss.swig_ptr(ids), faiss.swig_ptr(chosen)
+        )
+    if device.type != "cuda":
+        return index
+    resources = faiss.StandardGpuResources()
+    return faiss.index_cpu_to_gpu(resources, torch.cuda.current_device(), index)

@@ -1,0 +1,222 @@
+"""Heads by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashhead_dist.collectives import TensorParallel
+from flashhead_dist.errors import UserError
+from flashhead_dist.heads.base import Head, VocabShard
+from flashhead_dist.heads.dense import DenseAllReduce, DenseGather, DenseLocalMax
+from flashhead_dist.heads.emulated import EmulatedHead
+from flashhead_dist.heads.faiss_ivf import FaissIvf
+from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated, IndexHead
+from flashhead_dist.heads.flashhead_global import FlashHeadGlobal
+from flashhead_dist.index import IndexManifest, IndexShard, load_manifest, load_shard
+from flashhead_dist.model_source import ModelSource, cache_root
+
+_INDEX_HEADS: dict[str, type[IndexHead]] = {
+    head.name: head for head in (FlashHead, FlashHeadGlobal, FlashHeadReplicated)
+}
+HEAD_NAMES = (
+    DenseGather.name,
+    DenseAllReduce.name,
+    DenseLocalMax.name,
+    FlashHeadReplicated.name,
+    FlashHeadGlobal.name,
+    FlashHead.name,
+    FaissIvf.name,
+)
+_DEFAULT_SHARE = 0.15
+"""Share of the dense head's bytes that faiss_ivf may read where there is no index to match."""
+
+
+def check_head_names(names: Iterable[str]) -> None:
+    """Raise UserError for a name that is not one of HEAD_NAMES."""
+    for name in names:
+        if name not in HEAD_NAMES:
+            raise UserError(f"there is no head named {name!r}: choose from {', '.join(HEAD_NAMES)}")
+
+
+def needs_index(name: str) -> bool:
+    """Whether the head cannot be built without an index folder."""
+    return name in _INDEX_HEADS
+
+
+class HeadBuilder:
+    """Builds heads of one rank, which share the weights that they have in common."""
+
+    def __init__(
+        self,
+        *,
+        tp: TensorParallel,
+        model: ModelSource,
+        index_dir: Path | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """dtype: of the rows and columns; the model's where None."""
+        self.tp = tp
+        self.model = model
+        self.index_dir = index_dir
+        self.dtype = dtype or model.dtype
+        self.device = torch.device(device)
+
+    def build(
+        self, name: str, *, num_probes: int | None = None, alpha: float | None = None
+    ) -> Head:
+        """The head `name`; num_probes and alpha are the index's own where None.
+
+        For faiss_ivf num_probes counts lists on this rank; where None it reads as many bytes as
+        the index's default (15 % of the dense head's without an index).
+
+        Raises:
+            UserError: an unknown name, no index where one is needed, more ranks than vocabulary,
+                columns or probing groups, num_probes out of range, faiss missing.
+        """
+        check_head_names([name])
+        if name in _INDEX_HEADS:
+            return self._build_index_head(name, num_probes, alpha)
+        vocab_size, hidden_size = self.model.vocab_size, self.model.hidden_size
+        if name == DenseAllReduce.name:
+            return DenseAllReduce(self.tp, self._columns, hidden_size)
+        if name == DenseGather.name:
+            return DenseGather(self.tp, self._rows, vocab_size)
+        if name == DenseLocalMax.name:
+            return DenseLocalMax(self.tp, self._rows, vocab_size)
+        return FaissIvf(
+            self.tp,
+            self._rows.cpu(),
+            vocab_size,
+            num_probes=num_probes,
+            read_bytes=self._faiss_read_bytes(),
+            cache=self._faiss_cache(),
+        )
+
+    def _build_index_head(self, name: str, num_probes: int | None, alpha: float | None) -> Head:
+        manifest = self.manifest
+        shard = self._whole_index if name == FlashHeadReplicated.name else self._index_shard
+        return _INDEX_HEADS[name](
+            self.tp,
+            shard,
+            num_probes=manifest.num_probes if num_probes is None else num_probes,
+            alpha=manifest.alpha if alpha is None else alpha,
+        )
+
+    @cached_property
+    def manifest(self) -> IndexManifest:
+        """The index's manifest; raises UserError where no index was given."""
+        return load_manifest(self._index_folder())
+
+    def _index_folder(self) -> Path:
+        if self.index_dir is None:
+            raise UserError(
+                "a flashhead head needs an index: build one with launch/build_index.py and give "
+                "its folder with --index"
+            )
+        return self.index_dir
+
+    @cached_property
+    def _index_shard(self) -> IndexShard:
+        return self._load(self.tp.tp_rank, self.tp.tp_size)
+
+    @cached_property
+    def _whole_index(self) -> IndexShard:
+        return self._index_shard if self.tp.tp_size == 1 else self._load(0, 1)
+
+    def _load(self, tp_rank: int, tp_size: int) -> IndexShard:
+        shard = load_shard(
+            self._index_folder(),
+            tp_rank=tp_rank,
+            tp_size=tp_size,
+            device=self.device,
+            model=self.model,
+        )
+        if shard.rows.dtype == self.dtype:
+            return shard
+        return replace(
+            shard,
+            rows=shard.rows.to(self.dtype),
+            pinned_rows=shard.pinned_rows.to(self.dtype),
+        )
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """This rank's rows `[V_local, D]`."""
+        shard = VocabShard.of(self.model.vocab_size, self.tp)
+        return self._placed(self.model.read_rows(shard.start, shard.stop))
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        """This rank's columns `[V, D_local]`."""
+        shard = VocabShard.of(self.model.hidden_size, self.tp, "hidden size")
+        return self._placed(self.model.read_columns(shard.start, shard.stop))
+
+    def _placed(self, weight: Tensor) -> Tensor:
+        return weight.to(device=self.device, dtype=self.dtype).contiguous()
+
+    def _faiss_read_bytes(self) -> int:
+        row_bytes = self.model.hidden_size * self.dtype.itemsize
+        if self.index_dir is None:
+            return round(_DEFAULT_SHARE * self.model.vocab_size * row_bytes / self.tp.tp_size)
+        rows = self.manifest.num_probes * self.manifest.cluster_size * row_bytes
+        return (self.manifest.centroid_bytes + rows) // self.tp.tp_size
+
+    def _faiss_cache(self) -> Path:
+        shard = VocabShard.of(self.model.vocab_size, self.tp)
+        name = f"{self.model.weight_hash[:16]}_{shard.start}_{shard.stop}.safetensors"
+        return cache_root() / "faiss" / name
+
+
+def build_head(
+    name: str,
+    *,
+    tp: TensorParallel,
+    model: ModelSource,
+    index_dir: Path | None = None,
+    dtype: torch.dtype | None = None,
+    num_probes: int | None = None,
+    alpha: float | None = None,
+    device: torch.device | str = "cpu",
+) -> Head:
+    """One head of one rank; see `HeadBuilder.build`."""
+    builder = HeadBuilder(tp=tp, model=model, index_dir=index_dir, dtype=dtype, device=device)
+    return builder.build(name, num_probes=num_probes, alpha=alpha)
+
+
+def emulate_head(
+    name: str,
+    *,
+    tp_size: int,
+    model: ModelSource,
+    index_dir: Path | None = None,
+    dtype: torch.dtype | None = None,
+    num_probes: int | None = None,
+    alpha: float | None = None,
+    device: torch.device | str = "cpu",
+) -> EmulatedHead:
+    """All ranks of a head in this process; see `EmulatedHead` and `HeadBuilder.build`."""
+    if tp_size < 1:
+        raise UserError(f"tp_size must be at least 1, got {tp_size}")
+    # Replicas differ in nothing, so one stands for all.
+    places = 1 if name == FlashHeadReplicated.name else tp_size
+    ranks = [
+        build_head(
+            name,
+            tp=TensorParallel(tp_rank=rank, tp_size=tp_size, device=device),
+            model=model,
+            index_dir=index_dir,
+            dtype=dtype,
+            num_probes=num_probes,
+            alpha=alpha,
+            device=device,
+        )
+        for rank in range(places)
+    ]
+    return EmulatedHead(ranks, tp_size=tp_size)
