@@ -1,0 +1,112 @@
+"""From clusters in tree order to the tensors of an index, group by group.
+
+Tree cluster t goes to group t % G, slot t // G: neighbours in the tree, which compete for the same
+hidden states, land in different groups, so that equal shares of probes serve every state.
+G groups of M clusters of S tokens; D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from flashhead_kernels.quantize import QuantizedCentroids, quantize_centroids
+from torch import Tensor
+
+from flashhead_dist.index.options import IndexOptions
+
+
+@dataclass(frozen=True)
+class IndexTensors:
+    """What an index stores; see `load_shard` for the part that one rank holds.
+
+    rows `[G, M, S, D]`, token_ids `[G, M, S]` int32 (-1 pad), spread `[G, M]` float32 (-inf for a
+    cluster of pads), pinned_rows `[G, n, D]`, pinned_token_ids `[G, n]` int32 (-1 pad).
+    """
+
+    rows: Tensor
+    token_ids: Tensor
+    centroids: QuantizedCentroids
+    spread: Tensor
+    pinned_rows: Tensor
+    pinned_token_ids: Tensor
+
+
+def deal(slots: Tensor, num_groups: int) -> Tensor:
+    """Deal clusters in tree order `[C, ...]` round-robin: `[G, M, ...]`."""
+    dealt = slots.reshape(len(slots) // num_groups, num_groups, *slots.shape[1:])
+    return dealt.transpose(0, 1).contiguous()
+
+
+def lay_out(weights: Tensor, slots: Tensor, options: IndexOptions) -> IndexTensors:
+    """Tensors of the index of `weights [V, D]` whose clusters in tree order are `slots [C, S]`.
+
+    slots: int64 token ids, -1 for pads; they and the pinned ids cover every token once.
+    """
+    token_ids = deal(slots, options.num_groups).to(torch.int32)
+    shape = token_ids.shape[:2]
+    centroids, spread = describe_clusters(
+        weights, token_ids.flatten(0, 1), unit_norm=options.centroid_kind == "unit_norm"
+    )
+    quantized = quantize_centroids(
+        centroids.reshape(*shape, -1), options.centroid_bits, options.group_size
+    )
+    pinned = _deal_pinned(options.pinned_token_ids, options.num_groups)
+    return IndexTensors(
+        rows=_take(weights, token_ids),
+        token_ids=token_ids,
+        centroids=quantized,
+        spread=spread.reshape(shape),
+        pinned_rows=_take(weights, pinned),
+        pinned_token_ids=pinned,
+    )
+
+
+def describe_clusters(
+    weights: Tensor, token_ids: Tensor, *, unit_norm: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Centroids `[C, D]` and spread `[C]`, both float32, of clusters `token_ids [C, S]`.
+
+    The spread is the rms distance of a cluster's rows to their plain mean, -inf where it has none.
+    """
+    centroids = torch.zeros(len(token_ids), weights.shape[1], device=weights.device)
+    spread = torch.full((len(token_ids),), float("-inf"), device=weights.device)
+    for part in torch.split(torch.arange(len(token_ids)), 8192):
+        ids = token_ids[part].to(weights.device)
+        rows, real = _take(weights, ids).float(), (ids >= 0).unsqueeze(-1)
+        count = real.sum(1)
+        mean = rows.sum(1) / count.clamp(min=1)
+        squares = ((rows - mean.unsqueeze(1)) * real).square().sum((1, 2))
+        rms = (squares / count.squeeze(1).clamp(min=1)).sqrt()
+        places = part.to(weights.device)
+        spread[places] = torch.where(count.squeeze(1) > 0, rms, spread[places])
+        if unit_norm:
+            unit = torch.nn.functional.normalize(rows, dim=-1).sum(1)
+            mean = torch.nn.functional.normalize(unit, dim=-1)
+        centroids[places] = mean
+    return centroids, spread
+
+
+def cohesion(weights: Tensor, slots: Tensor) -> float:
+    """Mean over the tokens of `slots [C, S]` of the cosine of a row to its cluster's mean."""
+    total = 0.0
+    for ids in torch.split(slots, 8192):
+        rows = _take(weights, ids).float()
+        mean = rows.sum(1, keepdim=True)
+        cosine = torch.nn.functional.cosine_similarity(rows, mean, dim=-1)
+        total += float(cosine[ids >= 0].sum(dtype=torch.float64))
+    return total / max(1, int((slots >= 0).sum()))
+
+
+def _take(weights: Tensor, ids: Tensor) -> Tensor:
+    """Rows `[..., D]` of `ids [...]`, zero where the id is -1."""
+    rows = weights[ids.clamp(min=0).long()]
+    return rows.masked_fill_((ids < 0).unsqueeze(-1), 0)
+
+
+def _deal_pinned(token_ids: tuple[int, ...], num_groups: int) -> Tensor:
+    """Deal pinned ids over groups: int32 `[G, n]`, -1 where a group has one fewer."""
+    per_group = -(-len(token_ids) // num_groups)
+    padded = torch.full((per_group * num_groups,), -1, dtype=torch.int32)
+    padded[: len(token_ids)] = torch.tensor(token_ids, dtype=torch.int32)
+    return deal(padded, num_groups)

@@ -1,0 +1,114 @@
+"""What the builder of an index may choose, and what the choices mean for V and D."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+from flashhead_dist.errors import UserError
+
+Method = Literal["bisect", "faiss"]
+CentroidKind = Literal["mean", "unit_norm"]
+CLUSTER_SIZES = (1, 2, 4, 8, 16, 32, 64)
+CENTROID_BITS = (4, 8, 16)
+ALPHAS = (0.0, 0.01, 0.02, 0.05, 0.1)
+PROBED_SHARE = 32
+"""By default one row in this many is a candidate."""
+
+
+class HeadIndexError(UserError):
+    """An index cannot be built, stored, read or used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions:
+    """Choices of an index; frozen and hashable, so that a cache can be keyed by them."""
+
+    cluster_size: int = 4
+    """Tokens a cluster, S: a power of two from 1 to 64."""
+    centroid_bits: int = 4
+    """4 or 8 (integers with a bfloat16 scale per `group_size` columns) or 16 (bfloat16)."""
+    group_size: int = 64
+    """Columns that share a scale."""
+    num_groups: int = 128
+    """Probing groups, G: the greatest tp_size that can use the index."""
+    pinned_token_ids: tuple[int, ...] = ()
+    """Tokens that every step scores, whatever is probed."""
+    method: Method = "bisect"
+    """Clustering: balanced bisection with refinement, or faiss k-means."""
+    centroid_kind: CentroidKind = "mean"
+    """`mean` of the rows, or `unit_norm`: the mean of unit-normed rows, normalised."""
+    alpha: float | None = None
+    """Weight of |h| * spread in the probing score; None calibrates it."""
+    num_probes: int | None = None
+    """Default number of probes, p; None takes one candidate in 32 rows."""
+    metric_exponent: float = 0.5
+    """Clusters form in the metric (sum of h h^T over unit-normed calibration states)^exponent;
+    0 is the plain Euclidean metric."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.cluster_size not in CLUSTER_SIZES:
+            raise HeadIndexError(
+                f"cluster size {self.cluster_size} is not a power of two from 1 to 64; "
+                f"choose one of {', '.join(map(str, CLUSTER_SIZES))}."
+            )
+        if self.centroid_bits not in CENTROID_BITS:
+            raise HeadIndexError(
+                f"centroid bits {self.centroid_bits} must be 4, 8 or 16; choose one."
+            )
+        if self.num_groups < 1:
+            raise HeadIndexError(f"{self.num_groups} probing groups are none; give at least 1.")
+        for name, allowed in (("method", Method), ("centroid_kind", CentroidKind)):
+            if getattr(self, name) not in get_args(allowed):
+                raise HeadIndexError(
+                    f"{name} {getattr(self, name)!r} is unknown; "
+                    f"choose from {', '.join(get_args(allowed))}."
+                )
+        if self.alpha is not None and not 0 <= self.alpha < 100:
+            raise HeadIndexError(f"alpha {self.alpha} must lie between 0 and 100; 0.02 is usual.")
+        if len(set(self.pinned_token_ids)) != len(self.pinned_token_ids):
+            raise HeadIndexError("a pinned token id is given twice; give each once.")
+
+    def check(self, vocab_size: int, hidden_size: int) -> None:
+        """Raise HeadIndexError where these choices do not fit an output embedding `[V, D]`."""
+        if self.centroid_bits != 16 and (self.group_size % 2 or hidden_size % self.group_size):
+            fitting = [n for n in (32, 64, 128, 256) if hidden_size % n == 0] or [hidden_size]
+            raise HeadIndexError(
+                f"scale groups of {self.group_size} columns do not divide the hidden size "
+                f"{hidden_size} evenly; try --group-size {fitting[-1]} or --centroid-bits 16."
+            )
+        for token in self.pinned_token_ids:
+            if not 0 <= token < vocab_size:
+                raise HeadIndexError(
+                    f"pinned token {token} is outside the vocabulary of {vocab_size}; "
+                    f"give ids from 0 to {vocab_size - 1}."
+                )
+        if len(self.pinned_token_ids) >= vocab_size:
+            raise HeadIndexError(f"all {vocab_size} tokens are pinned; leave some to cluster.")
+        clusters = self.num_clusters(vocab_size)
+        if self.num_probes is not None and not 1 <= self.num_probes <= clusters:
+            raise HeadIndexError(
+                f"{self.num_probes} probes must lie between 1 and the {clusters} clusters; "
+                "choose a number in that range."
+            )
+
+    def num_clusters(self, vocab_size: int) -> int:
+        """C: enough clusters for the tokens that are not pinned, padded to a multiple of G."""
+        unpinned = vocab_size - len(self.pinned_token_ids)
+        per_group = -(-unpinned // (self.cluster_size * self.num_groups))
+        return per_group * self.num_groups
+
+    def probes(self, vocab_size: int) -> int:
+        """p: what was chosen, or the default, rounded up to whole probes a group."""
+        if self.num_probes is not None:
+            return self.num_probes
+        per_group = -(-self.num_clusters(vocab_size) // (PROBED_SHARE * self.num_groups))
+        return per_group * self.num_groups
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits that differ where any choice does."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,236 @@
+"""A rank's part of a stored index: whole probing groups, read alone and checked as they are read.
+
+Rank r of P owns the groups g with g % P == r, so that every P from 1 to G can use one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from flashhead_kernels.quantize import QuantizedCentroids
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flashhead_dist.index.manifest import DATA_NAME, IndexManifest, load_manifest
+from flashhead_dist.index.options import HeadIndexError
+from flashhead_dist.index.store import hash_group, header_bytes
+from flashhead_dist.index.token_map import TokenMap
+from flashhead_dist.model_source import ModelSource
+
+
+@dataclass(frozen=True)
+class IndexShard:
+    """The N groups of one rank. M clusters a group of S tokens; n pinned slots a group.
+
+    group_ids int64 `[N]`; rows `[N, M, S, D]`; token_ids int32 `[N, M, S]` (-1 pad); centroids with
+    leading shape `[N, M]`; spread float32 `[N, M]` (-inf: only pads); pinned_rows `[N, n, D]`;
+    pinned_token_ids int32 `[N, n]` (-1 pad).
+    """
+
+    manifest: IndexManifest
+    tp_rank: int
+    tp_size: int
+    group_ids: Tensor
+    rows: Tensor
+    token_ids: Tensor
+    centroids: QuantizedCentroids
+    spread: Tensor
+    pinned_rows: Tensor
+    pinned_token_ids: Tensor
+    path: Path = field(repr=False)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of everything that this rank holds to score tokens."""
+        tensors = (self.rows, self.token_ids, self.spread, self.pinned_rows, self.pinned_token_ids)
+        return self.centroids.nbytes + sum(tensor.nbytes for tensor in tensors)
+
+    @cached_property
+    def token_map(self) -> TokenMap:
+        """Where every token's row is; read on first use (4 bytes a token).
+
+        Raises HeadIndexError where the stored ids are damaged.
+        """
+        return _read_token_map(self.path, self.manifest, self.tp_size, self.rows.device)
+
+    def token_location(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`(rank, row)`, both int64 like `token_ids`: `embedding_rows(...)` of that rank holds it.
+
+        Row counts through this rank's clusters first, then through its pinned slots.
+
+        Raises:
+            IndexError: an id outside the vocabulary.
+        """
+        return self.token_map.locate(token_ids)
+
+    def embedding_lookup(self, token_ids: Tensor) -> Tensor:
+        """Rows `[..., D]` of `token_ids [...]` that this rank owns, zeros for the others.
+
+        The sum over ranks is the tied input embedding, without a second copy of the weights.
+
+        Raises:
+            IndexError: an id outside the vocabulary.
+        """
+        rank, row = self.token_location(token_ids)
+        owned = rank == self.tp_rank
+        clustered = self.rows.flatten(0, 2)
+        pinned_row = row - len(clustered)
+        found = clustered[torch.where(owned & (pinned_row < 0), row, 0)]
+        is_pinned = owned & (pinned_row >= 0)
+        if self.pinned_token_ids.numel():
+            pinned = self.pinned_rows.flatten(0, 1)[torch.where(is_pinned, pinned_row, 0)]
+            found = torch.where(is_pinned.unsqueeze(-1), pinned, found)
+        return found.masked_fill(~owned.unsqueeze(-1), 0)
+
+
+def load_shard(
+    path: Path,
+    *,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    device: torch.device | str = "cpu",
+    model: ModelSource | None = None,
+    verify: bool = True,
+) -> IndexShard:
+    """Read the groups that `tp_rank` owns; memory peaks at that share and one group.
+
+    model: the index must have been built from its weights.
+    verify: compare each group read with the hash in the manifest.
+
+    Raises:
+        HeadIndexError: no index, a damaged one, one for other weights, fewer groups or tokens than
+            ranks.
+    """
+    path = Path(path)
+    manifest = load_manifest(path)
+    _check_use(path, manifest, tp_rank, tp_size, model)
+    check_data_file(path, manifest)
+    groups = list(range(tp_rank, manifest.num_groups, tp_size))
+    tensors = _read_groups(path, manifest, groups, verify=verify)
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return _assemble(path, manifest, tp_rank, tp_size, groups, on_device)
+
+
+def _check_use(
+    path: Path, manifest: IndexManifest, tp_rank: int, tp_size: int, model: ModelSource | None
+) -> None:
+    if not 0 <= tp_rank < tp_size:
+        raise ValueError(f"tp_rank {tp_rank} is not one of {tp_size} ranks")
+    if tp_size > manifest.vocab_size:
+        raise HeadIndexError(
+            f"a vocabulary of {manifest.vocab_size} tokens is too small for {tp_size} ranks; "
+            "use fewer ranks."
+        )
+    if tp_size > manifest.num_groups:
+        raise HeadIndexError(
+            f"{tp_size} ranks are more than the {manifest.num_groups} probing groups of {path}; "
+            "use fewer ranks or build the index with more --groups."
+        )
+    if model is not None and model.weight_hash != manifest.weight_hash:
+        raise HeadIndexError(
+            f"{path} was built for other weights ({manifest.model_name}) than those of "
+            f"{model.name}; build an index for this model with launch/build_index.py."
+        )
+
+
+def check_data_file(path: Path, manifest: IndexManifest) -> None:
+    """Raise HeadIndexError unless the data file has the size and header it was stored with."""
+    file = path / DATA_NAME
+    try:
+        size = file.stat().st_size
+        header = header_bytes(file)
+    except OSError as error:
+        raise HeadIndexError(
+            f"{file} cannot be read ({error.strerror}); build the index again with "
+            "launch/build_index.py --force."
+        ) from error
+    intact = hashlib.sha256(header).hexdigest() == manifest.header_sha256
+    if size != manifest.data_bytes or not intact:
+        raise _damaged(file)
+
+
+def _damaged(file: Path) -> HeadIndexError:
+    return HeadIndexError(
+        f"{file} is damaged; build the index again with launch/build_index.py --force."
+    )
+
+
+def _read_groups(
+    path: Path, manifest: IndexManifest, groups: list[int], *, verify: bool
+) -> dict[str, Tensor]:
+    """Slices of `groups` from all stored tensors, by name."""
+    tensors: dict[str, Tensor] = {}
+    for place, group in enumerate(groups):
+        # Opened for each group: the pages of the mapped file count as memory until it is closed.
+        for name, piece in _read_group(path, group).items():
+            if name not in tensors:
+                tensors[name] = piece.new_empty((len(groups), *piece.shape))
+            tensors[name][place] = piece
+        if verify:
+            stored = hash_group([tensors[name][place] for name in sorted(tensors)])
+            if stored != manifest.group_sha256[group]:
+                raise _damaged(path / DATA_NAME)
+    return tensors
+
+
+def _read_group(path: Path, group: int) -> dict[str, Tensor]:
+    try:
+        with safe_open(path / DATA_NAME, framework="pt") as file:
+            return {name: file.get_slice(name)[group].clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path / DATA_NAME) from error
+
+
+def _read_token_map(
+    path: Path, manifest: IndexManifest, tp_size: int, device: torch.device
+) -> TokenMap:
+    try:
+        with safe_open(path / DATA_NAME, framework="pt") as file:
+            names = file.keys()
+            token_ids = file.get_tensor("token_ids").clone()
+            pinned = token_ids.new_empty(manifest.num_groups, 0)
+            if "pinned_token_ids" in names:
+                pinned = file.get_tensor("pinned_token_ids").clone()
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path / DATA_NAME) from error
+    if hash_group([token_ids, pinned]) != manifest.token_ids_sha256:
+        raise _damaged(path / DATA_NAME)
+    return TokenMap.of(token_ids, pinned, manifest.vocab_size, tp_size).to(device)
+
+
+def _assemble(
+    path: Path,
+    manifest: IndexManifest,
+    tp_rank: int,
+    tp_size: int,
+    groups: list[int],
+    tensors: dict[str, Tensor],
+) -> IndexShard:
+    rows = tensors["rows"]
+    group_size = manifest.hidden_size if manifest.bits == 16 else manifest.group_size
+    centroids = QuantizedCentroids(
+        tensors["centroid_values"],
+        tensors.get("centroid_scales"),
+        manifest.bits,
+        group_size,
+        manifest.hidden_size,
+    )
+    no_rows = rows.new_empty(len(groups), 0, manifest.hidden_size)
+    no_ids = tensors["token_ids"].new_empty(len(groups), 0)
+    return IndexShard(
+        manifest=manifest,
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+        group_ids=torch.tensor(groups, device=rows.device),
+        rows=rows,
+        token_ids=tensors["token_ids"],
+        centroids=centroids,
+        spread=tensors["spread"],
+        pinned_rows=tensors.get("pinned_rows", no_rows),
+        pinned_token_ids=tensors.get("pinned_token_ids", no_ids),
+        path=path,
+    )
