@@ -19,7 +19,7 @@ from flashhead_kernels import cpu_loops as loops
 from flashhead_kernels.candidates import Candidates, check_candidate_arguments
 from flashhead_kernels.cpu_primitives import quantize_query
 from flashhead_kernels.keys import EMPTY_KEY
-from flashhead_kernels.matmul_shortlist import matmul_is_faster, matmul_shortlist
+from flashhead_kernels.matmul_shortlist import BLOCK, matmul_is_faster, matmul_shortlist
 from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.reference import best_keys, select_probes
 
@@ -79,7 +79,7 @@ def _scan(
     logits = np.full(batch * count * tokens, -np.inf, np.float32)
     if batch * count:
         states, flat_rows, ids = _states(hidden_states), _flat(rows), _flat(token_ids)
-        clusters = _flat(cluster_ids.to(torch.int64))
+        clusters = _flat(cluster_ids.to(torch.int64).contiguous())
         _share(
             batch * count,
             lambda first, last: loops.scan_clusters(
@@ -142,16 +142,26 @@ def dense_candidates(
     """
     count, size = rows.shape
     check_candidate_arguments(hidden_states, size, 1, 1, k)
+    whole = count - count % BLOCK
     if not need_logsumexp and matmul_is_faster(hidden_states, rows):
-        cluster_ids = matmul_shortlist(hidden_states, rows, k)
+        blocks_of_rows = rows[:whole].view(-1, BLOCK, size)
+        cluster_ids = matmul_shortlist(hidden_states, rows[:whole], k)
         if cluster_ids is not None:
-            ids = torch.arange(first_token_id, first_token_id + count, dtype=torch.int32)
-            return Candidates(
-                probed_candidates(
-                    hidden_states, rows.unsqueeze(1), ids.unsqueeze(1), cluster_ids, k=k
-                ),
-                None,
+            ids = torch.arange(first_token_id, first_token_id + whole, dtype=torch.int32)
+            keys = probed_candidates(
+                hidden_states, blocks_of_rows, ids.view(-1, BLOCK), cluster_ids, k=k
             )
+            rest = _scan_dense(
+                hidden_states, rows[whole:], first_token_id + whole, k, need_logsumexp=False
+            )
+            return Candidates(_greatest(torch.cat([keys, rest.keys], dim=1), k), None)
+    return _scan_dense(hidden_states, rows, first_token_id, k, need_logsumexp)
+
+
+def _scan_dense(
+    hidden_states: Tensor, rows: Tensor, first_token_id: int, k: int, need_logsumexp: bool
+) -> Candidates:
+    count, size = rows.shape
     batch, blocks = hidden_states.shape[0], -(-count // loops.ROW_BLOCK)
     best = np.empty(blocks * batch * k, np.int64)
     peak, mass = np.empty((2, blocks * batch), np.float32)
@@ -217,7 +227,7 @@ def _states(hidden_states: Tensor) -> Any:
 
 
 def _flat(tensor: Tensor) -> Any:
-    """A flat numpy view; bfloat16 as uint16 and float16 as int16, which `llvm_dot` tells apart."""
+    """A flat numpy view; bfloat16 as uint16 and float16 as int16, told apart by `llvm_row_dot`."""
     if not tensor.is_contiguous():
         raise ValueError("weights and index tensors must be contiguous")
     view = _NUMPY_VIEW.get(tensor.dtype)

@@ -105,12 +105,12 @@ def _score_slots(
 def _plain_integer_dot(
     values: Any, at: int, packed: int, scales: Any, scale_at: int, query: Any, b: int, size: int,
     group_size: int,
-) -> float:  # fmt: skip
+) -> Any:  # fmt: skip
     """The same product for scale groups that are no multiple of the vector step.
 
     `packed` is the number of columns a byte.
     """
-    total = np.float32(0)
+    total: Any = np.float32(0)
     for g in range(size // group_size):
         part = np.int32(0)
         state = b * size + g * group_size
@@ -157,10 +157,10 @@ def quantize_query(
 
 
 @jit
-def pack_key(logit: float, token_id: int) -> int:
+def pack_key(logit: float, token_id: int) -> Any:
     """`keys.pack_keys` for one candidate."""
     bits = float_bits(np.float32(logit) + np.float32(0))
-    ordered = np.int64(bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF)))
+    ordered: Any = np.int64(bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF)))
     return (ordered << 32) | (np.int64(0xFFFFFFFF) - np.int64(token_id))
 
 

@@ -89,7 +89,8 @@ def quantize_centroids(centroids: Tensor, bits: int, group_size: int = 64) -> Qu
     if bits == 8:
         return QuantizedCentroids(integers.flatten(-2), scales, 8, group_size, hidden_size)
     offset = (integers + 8).to(torch.uint8)
-    low, high = offset.split(group_size // 2, dim=-1)
+    half = group_size // 2
+    low, high = offset[..., :half], offset[..., half:]
     return QuantizedCentroids((low | (high << 4)).flatten(-2), scales, 4, group_size, hidden_size)
 
 
