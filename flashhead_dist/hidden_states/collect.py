@@ -11,7 +11,7 @@ import torch
 
 from flashhead_dist.hidden_states.body import run_body
 from flashhead_dist.hidden_states.errors import HiddenStatesError
-from flashhead_dist.hidden_states.split import PARTS, Part, Passage, plan_passages
+from flashhead_dist.hidden_states.split import PARTS, PLAN_SETTINGS, Part, Passage, plan_passages
 from flashhead_dist.hidden_states.states import HiddenStates, require_finite, require_hidden_size
 from flashhead_dist.hidden_states.storage import load_hidden_states, save_hidden_states
 from flashhead_dist.hidden_states.texts import Document, read_texts, shipped_texts, texts_hash
@@ -40,8 +40,14 @@ def collect_hidden_states(
     Raises UserError for unreadable texts, a model without a body, or states that are not finite.
     """
     documents = shipped_texts() if texts is None else read_texts(texts)
-    settings = [_VERSION, model.weight_hash, model.name, texts_hash(documents), max_tokens]
-    settings += [_MAX_CONTEXT, _OVERSAMPLING]
+    settings: list[object] = [
+        _VERSION,
+        model.weight_hash,
+        model.name,
+        texts_hash(documents),
+        max_tokens,
+    ]
+    settings += [_MAX_CONTEXT, _OVERSAMPLING, PLAN_SETTINGS]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     folder = cache_root(cache_dir) / "hidden_states" / f"{model.name.replace('/', '--')}-{key}"
 
