@@ -107,9 +107,16 @@ def _fidelity(arguments: argparse.Namespace) -> tuple[dict[str, Any], Fidelity]:
     return document, fidelity
 
 
-def _check_device(device: str) -> None:
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise UserError(f"device {device} is not there: use cpu, or cuda on a machine with a GPU")
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    here = device.type == "cpu" or (
+        device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+    )
+    if not here:
+        raise UserError(f"device {name} is not there: use cpu, or cuda on a machine with a GPU")
 
 
 def _test_states(file: Path | None, model: ModelSource) -> HiddenStates:

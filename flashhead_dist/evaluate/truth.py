@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from flashhead_kernels.dispatch import ops_for
-from flashhead_kernels.keys import EMPTY_KEY, unpack_keys
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
@@ -20,6 +18,8 @@ from torch import Tensor
 
 from flashhead_dist.model_source import ModelSource, cache_root
 from flashhead_dist.model_source.cache import make_once
+from flashhead_kernels.dispatch import ops_for
+from flashhead_kernels.keys import EMPTY_KEY, unpack_keys
 
 TOP = 10
 _MARGIN = 6

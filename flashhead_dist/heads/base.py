@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from flashhead_kernels.candidates import check_finite
 from torch import Tensor
 
 from flashhead_dist.collectives import Operation, Steps, TensorParallel, payload_bytes
 from flashhead_dist.errors import UserError
+from flashhead_kernels.candidates import check_finite
 
 KEY_BYTES = 8
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

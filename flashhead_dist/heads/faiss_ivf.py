@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from flashhead_kernels.keys import pack_keys
 from torch import Tensor
 
 from flashhead_dist.collectives import Steps, TensorParallel
@@ -21,6 +20,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, HeadOutput, VocabShard, Want
 from flashhead_dist.heads.faiss_lists import TrainedLists, import_faiss
 from flashhead_dist.heads.merge import merge_candidates
+from flashhead_kernels.keys import pack_keys
 
 
 class FaissIvf(Head):

@@ -14,7 +14,6 @@ from math import isfinite
 from typing import ClassVar
 
 import torch
-from flashhead_kernels.dispatch import ops_for
 from torch import Tensor
 
 from flashhead_dist.collectives import Steps, TensorParallel
@@ -22,6 +21,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.merge import local_output, merge_candidates
 from flashhead_dist.index import IndexShard
+from flashhead_kernels.dispatch import ops_for
 
 _Found = tuple[Tensor, Tensor | None, Tensor | None]
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from flashhead_kernels.dispatch import ops_for
-from flashhead_kernels.keys import pack_keys, unpack_keys
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,6 +18,8 @@ from flashhead_dist.heads.base import HeadOutput, Want
 from flashhead_dist.heads.flashhead import IndexHead
 from flashhead_dist.heads.merge import merge_candidates
 from flashhead_dist.index import IndexShard
+from flashhead_kernels.dispatch import ops_for
+from flashhead_kernels.keys import pack_keys, unpack_keys
 
 
 class FlashHeadGlobal(IndexHead):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from flashhead_kernels.keys import unpack_keys
 from torch import Tensor
 
 from flashhead_dist.collectives import Exchange, Operation, Steps
 from flashhead_dist.heads.base import HeadOutput
+from flashhead_kernels.keys import unpack_keys
 
 
 def merge_candidates(

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from flashhead_kernels.keys import pack_keys, unpack_keys
 
 from flashhead_dist.collectives import (
     Exchange,
@@ -21,6 +20,7 @@ from flashhead_dist.collectives import (
 )
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.emulated import gloo_ring_sum, run_in_lock_step
+from flashhead_kernels.keys import pack_keys, unpack_keys
 
 WORLD_SIZE = 5
 TP_SIZES = (1, 2, 3, 5)

@@ -1,0 +1,296 @@
+"""Heads in one process: what they refuse, what they choose, and what they count."""
+
+from __future__ import annotations
+
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashhead_dist.collectives import TensorParallel
+from flashhead_dist.errors import UserError
+from flashhead_dist.heads.base import Head, VocabShard, Want
+from flashhead_dist.heads.faiss_lists import TrainedLists, default_num_lists
+from flashhead_dist.heads.registry import HEAD_NAMES, HeadBuilder, build_head, emulate_head
+from flashhead_dist.index import load_manifest
+from flashhead_dist.model_source import ModelSource, open_model
+from flashhead_kernels import reference
+
+INDEX_HEADS = ("flashhead", "flashhead_global", "flashhead_replicated")
+NUM_CLUSTERS = 256
+
+
+@pytest.fixture(scope="module")
+def model(tied_model: Path) -> ModelSource:
+    return open_model(str(tied_model))
+
+
+@pytest.fixture(scope="module")
+def builder(model: ModelSource, tied_index: Path) -> HeadBuilder:
+    return HeadBuilder(tp=TensorParallel.single(), model=model, index_dir=tied_index)
+
+
+@pytest.fixture(scope="module")
+def states() -> torch.Tensor:
+    """States that point at no row: their softmax is flat, and retrieval often misses the best."""
+    draw = torch.Generator().manual_seed(11)
+    return (0.4 * torch.randn(60, 64, generator=draw)).to(torch.bfloat16)
+
+
+def test_shards_cover_a_vocabulary_evenly_and_in_order() -> None:
+    for size, tp_size in ((1013, 3), (1013, 5), (7, 7), (8, 3), (262144, 8)):
+        shards = [
+            VocabShard.of(size, TensorParallel(tp_rank=rank, tp_size=tp_size))
+            for rank in range(tp_size)
+        ]
+        bounds = [(shard.start, shard.stop) for shard in shards]
+        assert bounds[0][0] == 0
+        assert bounds[-1][1] == size
+        assert all(left[1] == right[0] for left, right in pairwise(bounds))
+        lengths = [stop - start for start, stop in bounds]
+        assert max(lengths) - min(lengths) <= 1
+        assert {shard.width for shard in shards} == {max(lengths)}
+
+
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_nan_and_infinity_are_refused_at_the_door_by_row(
+    builder: HeadBuilder, states: torch.Tensor, name: str
+) -> None:
+    head = builder.build(name)
+    for value, kind in ((float("nan"), "NaN"), (float("inf"), "inf"), (float("-inf"), "inf")):
+        bad = states[:4].clone()
+        bad[2, 5] = value
+        with pytest.raises(UserError, match=f"hidden state 2 holds {kind}"):
+            head.forward(bad)
+
+
+def test_great_finite_states_are_not_taken_for_infinite(builder: HeadBuilder) -> None:
+    """Their float32 sum overflows, which alone proves nothing."""
+    head = builder.build("flashhead")
+    head.check(torch.full((1, 64), 3e38), Want())
+
+
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_what_does_not_fit_is_named(builder: HeadBuilder, name: str) -> None:
+    head = builder.build(name)
+    with pytest.raises(UserError, match=r"\(2, 63\).*\[B, 64\]"):
+        head.forward(torch.ones(2, 63))
+    with pytest.raises(UserError, match="float64"):
+        head.forward(torch.ones(2, 64, dtype=torch.float64))
+    for k in (0, 1014):
+        with pytest.raises(UserError, match=f"between 1 and 1013, got {k}"):
+            head.forward(torch.ones(2, 64), k=k)
+
+
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_an_empty_batch_gives_empty_tensors(builder: HeadBuilder, name: str) -> None:
+    head = builder.build(name)
+    output = head.forward(torch.empty(0, 64), k=3, need_logsumexp=head.has_logsumexp)
+    assert output.token_ids.shape == output.logits.shape == (0, 3)
+    assert output.logsumexp is None or output.logsumexp.shape == (0,)
+
+
+def test_bad_choices_are_refused_with_their_value(
+    builder: HeadBuilder, model: ModelSource, tied_index: Path
+) -> None:
+    with pytest.raises(UserError, match=r"'flash'.*dense_gather, .*faiss_ivf"):
+        builder.build("flash")
+    for count in (0, NUM_CLUSTERS + 1):
+        with pytest.raises(UserError, match=f"num_probes {count} .* {NUM_CLUSTERS} clusters"):
+            builder.build("flashhead", num_probes=count)
+    with pytest.raises(UserError, match="alpha nan"):
+        builder.build("flashhead", alpha=float("nan"))
+    for name in ("flashhead", "flashhead_global"):
+        with pytest.raises(UserError, match="8 probing groups"):
+            emulate_head(name, tp_size=9, model=model, index_dir=tied_index)
+    for name in ("dense_gather", "dense_local_max"):
+        with pytest.raises(UserError, match=r"vocabulary of 1013 .* tp_size 1014"):
+            build_head(name, tp=TensorParallel(tp_rank=0, tp_size=1014), model=model)
+    with pytest.raises(UserError, match="hidden size of 64"):
+        build_head("dense_allreduce", tp=TensorParallel(tp_rank=0, tp_size=65), model=model)
+    with pytest.raises(UserError, match="tp_size must be at least 1, got 0"):
+        emulate_head("flashhead", tp_size=0, model=model, index_dir=tied_index)
+    with pytest.raises(UserError, match="--index"):
+        build_head("flashhead", tp=TensorParallel.single(), model=model)
+
+
+def test_missing_faiss_names_the_extra(
+    builder: HeadBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match=r'pip install "flashhead-dist\[faiss\]"'):
+        builder.build("faiss_ivf")
+
+
+@pytest.mark.parametrize("name", INDEX_HEADS)
+def test_probing_every_cluster_is_the_dense_head_bit_for_bit(
+    builder: HeadBuilder, states: torch.Tensor, name: str
+) -> None:
+    everything = builder.build(name, num_probes=NUM_CLUSTERS)
+    found = everything.forward(states, k=7, need_logsumexp=True)
+    dense = builder.build("dense_local_max").forward(states, k=7, need_logsumexp=True)
+    assert torch.equal(found.token_ids, dense.token_ids)
+    assert torch.equal(found.logits, dense.logits)
+    assert found.logsumexp is not None
+    assert dense.logsumexp is not None
+    assert torch.allclose(found.logsumexp, dense.logsumexp, rtol=1e-6)
+
+
+def _oracle(head: Head, builder: HeadBuilder, states: torch.Tensor, probes: int) -> torch.Tensor:
+    """Best token `[B]` among the clusters that a plain reading of the rule probes, and the pins."""
+    shard = builder._index_shard
+    scores = reference.score_centroids(states, shard.centroids, shard.spread, shard.manifest.alpha)
+    groups, clusters = scores.shape[1:]
+    chosen = []
+    for row, row_scores in zip(states.float(), scores, strict=True):
+        order = [
+            (-float(row_scores[g, t]), t * groups + g, g, t)
+            for g in range(groups)
+            for t in range(clusters)
+        ]
+        if head.name == "flashhead_global":
+            kept = sorted(order)[:probes]
+        else:
+            kept = [
+                entry
+                for g in range(groups)
+                for entry in sorted(e for e in order if e[2] == g)[: probes // groups]
+            ]
+        best = (float("-inf"), 0)
+        for _, _, g, t in kept:
+            for slot, token in enumerate(shard.token_ids[g, t].tolist()):
+                if token >= 0:
+                    logit = float(row.double() @ shard.rows[g, t, slot].double())
+                    best = max(best, (round(logit, 4), -token))
+        for g in range(groups):
+            for slot, token in enumerate(shard.pinned_token_ids[g].tolist()):
+                if token >= 0:
+                    logit = float(row.double() @ shard.pinned_rows[g, slot].double())
+                    best = max(best, (round(logit, 4), -token))
+        chosen.append(-best[1])
+    return torch.tensor(chosen)
+
+
+@pytest.mark.parametrize("probes", [8, 16])
+@pytest.mark.parametrize("name", ["flashhead", "flashhead_global"])
+def test_the_token_is_the_best_of_the_clusters_that_the_rule_probes(
+    builder: HeadBuilder, states: torch.Tensor, name: str, probes: int
+) -> None:
+    head = builder.build(name, num_probes=probes)
+    found = head.forward(states).token_ids[:, 0]
+    assert torch.equal(found, _oracle(head, builder, states, probes))
+    assert not torch.equal(found, builder.build("dense_local_max").forward(states).token_ids[:, 0])
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3, 5, 8])
+def test_equal_scores_everywhere_probe_the_first_clusters_of_the_tree(
+    builder: HeadBuilder, model: ModelSource, tied_index: Path, tp_size: int
+) -> None:
+    """A state of zeros ties every score and every logit: only the rules of ties choose."""
+    shard = builder._index_shard
+    head = emulate_head(
+        "flashhead_global", tp_size=tp_size, model=model, index_dir=tied_index, num_probes=11
+    )
+    tree = shard.token_ids.transpose(0, 1).flatten(0, 1)[:11]
+    ids = torch.cat([tree.flatten(), shard.pinned_token_ids.flatten()])
+    smallest = ids[ids >= 0].sort().values[:3]
+    found = head.forward(torch.zeros(2, 64), k=3)
+    assert found.token_ids.tolist() == [smallest.tolist()] * 2
+    assert found.logits.tolist() == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize("name", INDEX_HEADS)
+def test_logsumexp_lies_between_the_candidates_and_the_truth(
+    builder: HeadBuilder, states: torch.Tensor, name: str
+) -> None:
+    output = builder.build(name).serve(states, Want(k=2, logsumexp=True, candidate_mass=True))
+    dense = builder.build("dense_local_max").forward(states, need_logsumexp=True).logsumexp
+    assert output.logsumexp is not None
+    assert output.candidate_logsumexp is not None
+    assert dense is not None
+    assert bool((output.candidate_logsumexp < output.logsumexp).all())
+    # Jensen: a cluster's mean underestimates its mass; int4 rounding may lift it a little.
+    assert bool((output.logsumexp < dense + 0.02).all())
+    assert float((output.logsumexp - dense).abs().mean()) < float(
+        (output.candidate_logsumexp - dense).abs().mean()
+    )
+
+
+def test_bytes_read_are_those_that_the_index_promises(
+    builder: HeadBuilder, model: ModelSource, tied_index: Path
+) -> None:
+    manifest = load_manifest(tied_index)
+    dense_bytes = 1013 * 64 * 2
+    for tp_size in (1, 3):
+        head = emulate_head("flashhead", tp_size=tp_size, model=model, index_dir=tied_index)
+        assert head.read_bytes_per_row == pytest.approx(manifest.bytes_share * dense_bytes)
+    replicated = emulate_head("flashhead_replicated", tp_size=3, model=model, index_dir=tied_index)
+    assert replicated.read_bytes_per_row == pytest.approx(3 * manifest.bytes_share * dense_bytes)
+    dense = emulate_head("dense_local_max", tp_size=3, model=model)
+    assert dense.read_bytes_per_row == dense_bytes
+    head = builder.build("flashhead")
+    assert head.read_bytes_per_step(0) == 0
+    assert head.read_bytes_per_step(1) < head.read_bytes_per_step(4)
+    assert head.read_bytes_per_step(1000) == head.weight_bytes
+
+
+def test_no_rank_holds_more_than_its_share(
+    builder: HeadBuilder, model: ModelSource, tied_index: Path
+) -> None:
+    """Eight groups over four ranks: two each. Dense rows differ by one at most."""
+    for name in ("flashhead", "flashhead_global", "dense_gather", "dense_local_max"):
+        whole = builder.build(name).weight_bytes
+        head = emulate_head(name, tp_size=4, model=model, index_dir=tied_index)
+        assert head.weight_bytes_per_rank <= whole / 4 * 1.05
+    replicated = emulate_head("flashhead_replicated", tp_size=4, model=model, index_dir=tied_index)
+    assert replicated.weight_bytes_per_rank == builder.build("flashhead").weight_bytes
+
+
+def test_heads_of_one_rank_share_weights(builder: HeadBuilder) -> None:
+    rows = {builder.build(name).weight.data_ptr() for name in ("dense_gather", "dense_local_max")}
+    assert len(rows) == 1
+    shards = {builder.build(name).shard.rows.data_ptr() for name in INDEX_HEADS}
+    assert len(shards) == 1
+
+
+def test_dtype_is_that_of_the_rows_and_hidden_states_may_differ(
+    model: ModelSource, tied_index: Path, states: torch.Tensor
+) -> None:
+    for name in HEAD_NAMES:
+        single = TensorParallel.single()
+        head = build_head(name, tp=single, model=model, index_dir=tied_index, dtype=torch.float32)
+        bf16 = build_head(name, tp=single, model=model, index_dir=tied_index)
+        assert head.weight_bytes > 1.3 * bf16.weight_bytes
+        same = head.forward(states).token_ids == head.forward(states.float()).token_ids
+        assert bool(same.all())
+
+
+def test_faiss_reads_as_much_as_flashhead_unless_told_otherwise(
+    builder: HeadBuilder, states: torch.Tensor
+) -> None:
+    default = builder.build("faiss_ivf")
+    one_list = 1013 / default.num_lists * (64 * 2 + 8)
+    budget = builder.manifest.centroid_bytes + 16 * 4 * 64 * 2
+    assert abs(default.read_bytes_per_row - budget) <= max(one_list, default._centroid_bytes)
+    everything = builder.build("faiss_ivf", num_probes=default.num_lists)
+    found = everything.serve(states, Want(k=3, candidate_mass=True))
+    dense = builder.build("dense_local_max").forward(states, k=3, need_logsumexp=True)
+    assert torch.allclose(found.logits, dense.logits, rtol=1e-5)
+    assert found.candidate_logsumexp is not None
+    assert dense.logsumexp is not None
+    assert torch.allclose(found.candidate_logsumexp, dense.logsumexp, rtol=1e-5)
+    with pytest.raises(UserError, match="no log-sum-exp"):
+        default.forward(states, need_logsumexp=True)
+
+
+def test_faiss_lists_are_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(500, 16, generator=torch.Generator().manual_seed(2))
+    cache = tmp_path / "lists.safetensors"
+    first = TrainedLists.of(rows, cache)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    again = TrainedLists.of(rows, cache)
+    assert torch.equal(first.assignments, again.assignments)
+    assert first.centroids.shape == (default_num_lists(500), 16)
+    assert first.assignments.shape == (500,)
