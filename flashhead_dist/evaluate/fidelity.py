@@ -41,7 +41,7 @@ class Fidelity(Agreement):
     """A head against the dense head.
 
     top10_containment: share of the dense head's ten best tokens that are among the head's.
-    candidate_mass: mean share of the dense softmax on the tokens that the head scored exactly.
+    candidate_mass: mean share of the dense softmax on the tokens that the head scored; 1 if dense.
     logz_error: mean of (head's log-sum-exp - dense), nats; None for a head that gives none.
     logz_error_p99: 99th percentile of its magnitude.
     bytes_share: weight bytes that all ranks read for one row, over the dense head's in bf16.
@@ -98,8 +98,9 @@ def evaluate_fidelity(
     agreement = evaluate_agreement(output.token_ids, hidden_states, truth)
     kept = truth.token_ids.shape[1]
     contained = (truth.token_ids[:, :, None] == output.token_ids[:, None, :kept]).any(-1)
-    assert output.candidate_logsumexp is not None
-    mass = (output.candidate_logsumexp.double() - truth.logsumexp.double()).exp().clamp(max=1)
+    mass = torch.ones(len(hidden_states), dtype=torch.float64)
+    if output.candidate_logsumexp is not None:
+        mass = (output.candidate_logsumexp.double() - truth.logsumexp.double()).exp().clamp(max=1)
     errors = None
     if output.logsumexp is not None:
         errors = output.logsumexp.double() - truth.logsumexp.double()
@@ -127,7 +128,11 @@ def run_head(
     progress: bool = True,
 ) -> HeadOutput:
     """The head's answers for every state on the CPU: ten tokens, and both log-sum-exps."""
-    want = Want(k=min(10, head.vocab_size), logsumexp=head.has_logsumexp, candidate_mass=True)
+    want = Want(
+        k=min(10, head.vocab_size),
+        logsumexp=head.has_logsumexp,
+        candidate_mass=not head.scores_everything,
+    )
     states = hidden_states.states
     outputs: list[HeadOutput] = []
     with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:

@@ -79,6 +79,8 @@ class Head(ABC):
 
     name: ClassVar[str]
     has_logsumexp: ClassVar[bool] = True
+    scores_everything: ClassVar[bool] = False
+    """Every token is a candidate, so there is no candidate mass to ask for."""
 
     def __init__(self, tp: TensorParallel, vocab_size: int, hidden_size: int) -> None:
         self.tp = tp

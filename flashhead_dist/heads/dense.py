@@ -25,6 +25,8 @@ from flashhead_kernels.keys import pack_keys, unpack_keys
 class _DenseHead(Head):
     """A head whose rank holds `weight`, some rows or columns of the output embedding."""
 
+    scores_everything: ClassVar[bool] = True
+
     def __init__(self, tp: TensorParallel, weight: Tensor, vocab_size: int, hidden_size: int):
         super().__init__(tp, vocab_size, hidden_size)
         self.weight = weight
@@ -48,17 +50,10 @@ class DenseLocalMax(_DenseHead):
         self.shard = VocabShard.of(vocab_size, tp)
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
-        need_logsumexp = want.logsumexp or want.candidate_mass
         found = ops_for(hidden_states.device).dense_candidates(
-            hidden_states, self.weight, self.shard.start, k=want.k, need_logsumexp=need_logsumexp
+            hidden_states, self.weight, self.shard.start, k=want.k, need_logsumexp=want.logsumexp
         )
-        return (
-            yield from merge_candidates(
-                found.keys,
-                found.logsumexp if want.logsumexp else None,
-                found.logsumexp if want.candidate_mass else None,
-            )
-        )
+        return (yield from merge_candidates(found.keys, found.logsumexp))
 
 
 class DenseGather(_DenseHead):
@@ -140,12 +135,4 @@ def _reduce(logits: Tensor, token_ids: Tensor, want: Want) -> HeadOutput:
     else:
         keys = pack_keys(logits, token_ids.expand(logits.shape))
         best, ids = unpack_keys(keys.topk(want.k, dim=1).values)
-    logsumexp = None
-    if want.logsumexp or want.candidate_mass:
-        logsumexp = logits.float().logsumexp(-1)
-    return HeadOutput(
-        ids,
-        best,
-        logsumexp if want.logsumexp else None,
-        logsumexp if want.candidate_mass else None,
-    )
+    return HeadOutput(ids, best, logits.float().logsumexp(-1) if want.logsumexp else None)

@@ -39,6 +39,7 @@ class EmulatedHead:
         self.vocab_size = first.vocab_size
         self.hidden_size = first.hidden_size
         self.has_logsumexp = first.has_logsumexp
+        self.scores_everything = first.scores_everything
         self.payload_bytes_per_row = first.payload_bytes_per_row
 
     @property
