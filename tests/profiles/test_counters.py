@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from flashhead_profiles.counters import (
     Burst,
     interfaces_to_count,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from flashhead_topology.machine import Gpu, Machine, choose_placement, oversubscription
 from flashhead_topology.probe import cpu_model_name, probe_machine, usable_cores
 

@@ -1,0 +1,197 @@
+"""One cell of the sweep: every head at one `tp_size` and batch size, on the ranks of one group.
+
+Where the ranks fit the machine, a latency is what the clock saw. Where they are oversubscribed, the
+clock sees ranks taking turns; then each rank's compute is measured again alone, one rank after the
+other, and the communication is taken from the cost model of `projection`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flashhead_dist.collectives import Operation
+from flashhead_dist.heads.base import Head
+from flashhead_dist.measure.alone import Recording, alone_step, record_step
+from flashhead_dist.measure.control import Control
+from flashhead_dist.measure.projection import ExchangeCost, projected_communication_us
+from flashhead_dist.measure.timing import (
+    Latency,
+    RankTimes,
+    Step,
+    cache_flusher,
+    forward_step,
+    summarise,
+    time_interleaved,
+)
+from flashhead_dist.measure.wire import WireCounter
+from flashhead_profiles.counters import CountedBytes
+
+MIN_ITERATIONS = 3
+_NUM_ALONE_BATCHES = 4
+_BURST_S = 0.1
+_MAX_BURST_STEPS = 40
+_NUM_BURSTS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How long to measure a cell: at most `iterations` rounds, and about `cell_seconds`."""
+
+    iterations: int = 40
+    warmup: int = 3
+    cell_seconds: float = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadCell:
+    """What one cell says of one head. Bytes are of one step, over the batch's rows.
+
+    wall: what the clock saw with all ranks at work.
+    alone: where oversubscribed, compute of ranks that ran alone; its communication is 0.
+    projected_communication_us: where oversubscribed and the model is known.
+    payload_bytes, sent_bytes: analytic, of one rank, as `collectives` defines them.
+    counted: by the interface, all ranks together; None at `tp_size` 1.
+    """
+
+    wall: Latency
+    alone: Latency | None
+    projected_communication_us: float | None
+    num_collectives: int
+    payload_bytes: float
+    sent_bytes: float
+    counted: CountedBytes | None
+
+
+def measure_cell(
+    heads: Mapping[str, Head],
+    batches: Sequence[Tensor],
+    *,
+    control: Control,
+    wire: WireCounter | None,
+    effort: Effort,
+    oversubscribed: bool,
+    costs: Mapping[Operation, ExchangeCost],
+) -> dict[str, HeadCell]:
+    """Measure `heads` on `batches`, each `[B, D]`; every rank of the group calls it.
+
+    Returns:
+        The same on every rank, but for the analytic bytes, which are this rank's.
+    """
+    any_head = next(iter(heads.values()))
+    num_recordings = _NUM_ALONE_BATCHES if oversubscribed else 0
+    recordings = {
+        name: [record_step(head, batch) for batch in batches[:num_recordings]]
+        for name, head in heads.items()
+    }
+    wall = _time_together(
+        {name: forward_step(head, batches) for name, head in heads.items()},
+        control,
+        effort,
+        meet=any_head.tp.barrier,
+        before_step=cache_flusher(any_head.tp.device),
+    )
+    alone = _time_alone(heads, batches, recordings, control, effort) if oversubscribed else {}
+    cells: dict[str, HeadCell] = {}
+    for name, head in heads.items():
+        head.tp.reset()
+        head.forward(batches[0])
+        account = (head.tp.num_collectives, float(head.tp.payload_bytes), head.tp.sent_bytes)
+        cells[name] = HeadCell(
+            wall=wall[name],
+            alone=alone.get(name),
+            projected_communication_us=_project(recordings[name][:1], head.tp.tp_size, costs),
+            num_collectives=account[0],
+            payload_bytes=account[1],
+            sent_bytes=account[2],
+            counted=_count(head, batches[0], wall[name].median_us, wire),
+        )
+    return cells
+
+
+def _project(
+    recordings: Sequence[Recording], tp_size: int, costs: Mapping[Operation, ExchangeCost]
+) -> float | None:
+    """Communication of one recorded step; None without a recording or without a cost it needs."""
+    for recording in recordings:
+        if all(operation in costs for operation, _ in recording.exchanges):
+            return projected_communication_us(recording.exchanges, tp_size, costs)
+    return None
+
+
+def _time_together(
+    steps: Mapping[str, Step],
+    control: Control,
+    effort: Effort,
+    *,
+    meet: Callable[[], None],
+    before_step: Callable[[], None] | None,
+) -> dict[str, Latency]:
+    def rounds(number: int) -> dict[str, RankTimes]:
+        return time_interleaved(steps, number, meet=meet, before_step=before_step)
+
+    warm = rounds(max(1, effort.warmup))
+    number = _agreed_iterations(warm, control, effort, effort.cell_seconds)
+    return _over_ranks(rounds(number), control)
+
+
+def _time_alone(
+    heads: Mapping[str, Head],
+    batches: Sequence[Tensor],
+    recordings: Mapping[str, Sequence[Recording]],
+    control: Control,
+    effort: Effort,
+) -> dict[str, Latency]:
+    """Each rank in its turn replays its steps while the others sleep in the store."""
+    steps = {
+        name: alone_step(head, batches[:_NUM_ALONE_BATCHES], recordings[name])
+        for name, head in heads.items()
+    }
+
+    def rounds(number: int) -> dict[str, RankTimes]:
+        return time_interleaved(steps, number, meet=lambda: None)
+
+    mine: dict[str, RankTimes] = {}
+    number = 0
+    for turn in control.ranks:
+        control.barrier()
+        if turn == control.rank:
+            warm = rounds(1)
+        if turn == control.ranks[0]:
+            # The first rank is alone while it chooses for all: the others wait for its word.
+            share_s = effort.cell_seconds / len(control.ranks)
+            chosen = _iterations(warm, effort, share_s) if control.is_first else None
+            number = int(control.broadcast(chosen))
+        if turn == control.rank:
+            mine = rounds(number)
+    control.barrier()
+    return _over_ranks(mine, control)
+
+
+def _agreed_iterations(
+    warm: Mapping[str, RankTimes], control: Control, effort: Effort, seconds: float
+) -> int:
+    return int(max(control.gather(_iterations(warm, effort, seconds))))
+
+
+def _iterations(warm: Mapping[str, RankTimes], effort: Effort, seconds: float) -> int:
+    """Rounds that fit into `seconds`, judged by the last warm-up round."""
+    round_us = sum(times.wall_us[-1] for times in warm.values())
+    fitting = int(seconds * 1e6 / max(round_us, 1.0))
+    return min(effort.iterations, max(MIN_ITERATIONS, fitting))
+
+
+def _over_ranks(mine: Mapping[str, RankTimes], control: Control) -> dict[str, Latency]:
+    ranks = control.gather({name: times.as_json() for name, times in mine.items()})
+    return {name: summarise([RankTimes.from_json(rank[name]) for rank in ranks]) for name in mine}
+
+
+def _count(
+    head: Head, batch: Tensor, wall_us: float, wire: WireCounter | None
+) -> CountedBytes | None:
+    if wire is None:
+        return None
+    num_steps = min(_MAX_BURST_STEPS, max(2, int(_BURST_S * 1e6 / wall_us)))
+    return wire.count(lambda: head.forward(batch), num_steps, _NUM_BURSTS)

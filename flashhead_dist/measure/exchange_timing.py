@@ -1,0 +1,50 @@
+"""Time bare exchanges, to give `projection` its constants."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from flashhead_dist.collectives import Exchange, Operation, TensorParallel
+from flashhead_dist.measure.control import Control
+from flashhead_dist.measure.projection import ExchangeCost, fit_exchange_cost
+from flashhead_dist.measure.timing import RankTimes, summarise
+
+_SMALL_BYTES = 8
+_LARGE_BYTES = 1 << 20
+_WARMUP = 10
+_ITERATIONS = 60
+
+
+def time_exchange_costs(place: TensorParallel, control: Control) -> dict[Operation, ExchangeCost]:
+    """Time every operation at two sizes and fit its cost; every rank of the group calls it."""
+    costs: dict[Operation, ExchangeCost] = {}
+    for operation in Operation:
+        dtype = torch.int64 if operation is Operation.MAX else torch.float32
+        small, large = (
+            (size, _median_us(place, control, operation, _operand(size, dtype, place)))
+            for size in (_SMALL_BYTES, _LARGE_BYTES)
+        )
+        costs[operation] = fit_exchange_cost(operation, place.tp_size, small, large)
+    return costs
+
+
+def _operand(num_bytes: int, dtype: torch.dtype, place: TensorParallel) -> Tensor:
+    return torch.zeros(num_bytes // dtype.itemsize, dtype=dtype, device=place.device)
+
+
+def _median_us(
+    place: TensorParallel, control: Control, operation: Operation, operand: Tensor
+) -> float:
+    """Median over iterations of the slowest rank's time."""
+    times_us: list[float] = []
+    for _ in range(_WARMUP + _ITERATIONS):
+        place.barrier()
+        start_s = time.perf_counter()
+        place.perform(Exchange(operation, operand))
+        times_us.append((time.perf_counter() - start_s) * 1e6)
+    ranks = control.gather(times_us[_WARMUP:])
+    nothing = (0.0,) * _ITERATIONS
+    return summarise([RankTimes(tuple(rank), nothing) for rank in ranks]).median_us

@@ -1,0 +1,114 @@
+"""Ends a rank as soon as another one dies or a signal comes, whatever its main thread is stuck in.
+
+A thread sleeps in `poll` on one process file descriptor a peer and on the signal wake-up pipe, so
+it costs nothing while all is well. It is needed because a rank blocked in a collective or in the
+store runs no Python signal handler, and because gloo's own error names no rank.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from types import FrameType
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT."""
+
+_GRACE_S = 3.0
+_SETTLE_MS = 100
+
+
+class PeerWatch:
+    """Watches the processes of the other ranks on this host; a context manager.
+
+    pids: process id by rank, this host's ranks only, this one included.
+    parting_words: what to add to the message, asked for when it is written.
+
+    On the death of a peer the lowest rank left says which, and every rank exits with 1. On SIGINT
+    the lowest rank says so, the main thread gets its KeyboardInterrupt, and the process ends with
+    130 after `_GRACE_S` at the latest. SIGTERM ends it at once.
+    """
+
+    def __init__(
+        self, rank: int, pids: Mapping[int, int], parting_words: Callable[[], str] | None = None
+    ) -> None:
+        self._rank = rank
+        self._ranks = sorted(pids)
+        self._pids = dict(pids)
+        self._parting_words = parting_words or (lambda: "")
+        self._thread = threading.Thread(target=self._watch, name="peer-watch", daemon=True)
+
+    def __enter__(self) -> PeerWatch:
+        self._stop_read, self._stop_write = os.pipe()
+        self._signal_read, signal_write = os.pipe()
+        os.set_blocking(signal_write, False)
+        self._peers = {
+            os.pidfd_open(pid): rank for rank, pid in self._pids.items() if rank != self._rank
+        }
+        self._old_wakeup = signal.set_wakeup_fd(signal_write, warn_on_full_buffer=False)
+        self._old_term = signal.signal(signal.SIGTERM, _leave_to_the_thread)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop watching; peers may end from now on."""
+        os.write(self._stop_write, b"x")
+        self._thread.join()
+        signal.set_wakeup_fd(self._old_wakeup)
+        signal.signal(signal.SIGTERM, self._old_term)
+
+    def _watch(self) -> None:
+        poll = select.poll()
+        for descriptor in (self._stop_read, self._signal_read, *self._peers):
+            poll.register(descriptor, select.POLLIN)
+        while True:
+            ready = {descriptor for descriptor, _ in poll.poll()}
+            if self._stop_read in ready:
+                return
+            if self._signal_read in ready:
+                self._on_signal()
+                continue
+            self._on_death({self._peers[descriptor] for descriptor in ready})
+
+    def _on_signal(self) -> None:
+        numbers = os.read(self._signal_read, 64)
+        if signal.SIGTERM in numbers:
+            os._exit(128 + signal.SIGTERM)
+        if signal.SIGINT in numbers:
+            self._interrupted()
+
+    def _interrupted(self) -> None:
+        if self._rank == self._ranks[0]:
+            _say(f"interrupted.{self._parting_words()}")
+        # The main thread cleans up if it can; poll doubles as a sleep that __exit__ can end.
+        stopped = select.poll()
+        stopped.register(self._stop_read, select.POLLIN)
+        stopped.poll(_GRACE_S * 1000)
+        os._exit(INTERRUPTED)
+
+    def _on_death(self, dead: set[int]) -> None:
+        # A signal to the whole job, or an orderly end, shows first as the exit of a faster peer.
+        settle = select.poll()
+        settle.register(self._signal_read, select.POLLIN)
+        settle.register(self._stop_read, select.POLLIN)
+        ready = {descriptor for descriptor, _ in settle.poll(_SETTLE_MS)}
+        if self._stop_read in ready:
+            return
+        if self._signal_read in ready and signal.SIGINT in os.read(self._signal_read, 64):
+            self._interrupted()
+        if self._rank == min(rank for rank in self._ranks if rank not in dead):
+            names = " and ".join(f"rank {rank} (pid {self._pids[rank]})" for rank in sorted(dead))
+            _say(f"{names} ended before the run did, so the run stops.{self._parting_words()}")
+        os._exit(1)
+
+
+def _leave_to_the_thread(signum: int, frame: FrameType | None) -> None:
+    """Replace the default action, so that the signal reaches the wake-up pipe instead."""
+
+
+def _say(sentence: str) -> None:
+    # One write to the descriptor: the main thread may hold the lock of sys.stderr.
+    os.write(2, f"\nError: {sentence}\n".encode())

@@ -1,0 +1,183 @@
+"""Terminal tables of a run: latency and bytes by batch size, then memory and agreement.
+
+A projected figure never shares a column with a measured one: oversubscribed sizes have tables of
+their own, and every table says on what it was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from rich import box
+from rich.table import Table
+
+from flashhead_dist.measure.records import Record
+
+UNKNOWN = "-"
+_Cells = Callable[[Record], tuple[str, ...]]
+
+
+def latency_tables(records: Sequence[Record]) -> list[Table]:
+    """For each batch size the measured table, then the projected one where there is one."""
+    tables: list[Table] = []
+    for batch_size in sorted({record.batch_size for record in records}):
+        batch = [record for record in records if record.batch_size == batch_size]
+        measured = [record for record in batch if record.measured]
+        projected = [record for record in batch if not record.measured]
+        if measured:
+            tables.append(_measured_table(batch_size, measured))
+        if projected:
+            tables.append(_projected_table(batch_size, projected))
+    return tables
+
+
+def _measured_table(batch_size: int, records: Sequence[Record]) -> Table:
+    table = _table(f"Batch {batch_size}: measured", _setting(records))
+    _columns(table, "median us", "p10", "p90", "compute us", "comm. us", "x dense", "eff. %")
+    _columns(table, "payload B/row", "sent B/row", "counted B/row")
+    _rows(
+        table,
+        records,
+        lambda r: (
+            _us(r.median_us),
+            _us(r.p10_us),
+            _us(r.p90_us),
+            _us(r.compute_us),
+            _us(r.communication_us),
+            _times(r.speedup_over_dense_local_max),
+            _percent(r.scaling_efficiency, 0),
+            *_bytes_cells(r),
+        ),
+    )
+    return table
+
+
+def _projected_table(batch_size: int, records: Sequence[Record]) -> Table:
+    caption = (
+        f"OVERSUBSCRIBED: {_ranks_on(records)}. alone us: the slowest rank's compute, measured "
+        f"while all others sleep. proj. comm. and proj. total: PROJECTED, not measured. wall us: "
+        f"what the clock saw with the ranks taking turns, no latency of any machine.\n"
+        f"{_setting(records)}"
+    )
+    table = _table(f"Batch {batch_size}: PROJECTED (oversubscribed)", caption)
+    _columns(table, "alone us", "proj. comm. us", "proj. total us", "proj. x dense", "proj. eff. %")
+    _columns(table, "wall us", "payload B/row", "sent B/row", "counted B/row")
+    _rows(
+        table,
+        records,
+        lambda r: (
+            _us(r.compute_us),
+            _us(r.communication_us),
+            _us(r.median_us),
+            _times(r.speedup_over_dense_local_max),
+            _percent(r.scaling_efficiency, 0),
+            _us(r.wall_median_us),
+            *_bytes_cells(r),
+        ),
+    )
+    return table
+
+
+def head_table(records: Sequence[Record]) -> Table:
+    """Memory and agreement of each head at each `tp_size`, which no batch size changes."""
+    num_states = max((record.num_agreement_states for record in records), default=0)
+    caption = (
+        f"top-1: share of {num_states:,} test states whose best token is the dense head's. "
+        f"excess: of the largest rank's weights over an equal share of all ranks'. peak: most that "
+        f"a rank held while loading the head and running it once."
+    )
+    oversubscribed = [record for record in records if record.oversubscribed]
+    if oversubscribed:
+        caption += f" OVERSUBSCRIBED at {_ranks_on(oversubscribed)}; bytes are exact all the same."
+    table = _table("Memory and agreement", caption)
+    _columns(table, "weights MB/rank", "excess %", "peak MB/rank", "top-1 %", "worst source %")
+    first: dict[tuple[str, int], Record] = {}
+    for record in records:
+        first.setdefault((record.head, record.tp_size), record)
+    _rows(
+        table,
+        list(first.values()),
+        lambda r: (
+            _megabytes(r.weight_bytes_per_rank),
+            _excess(r),
+            _megabytes(r.peak_bytes_per_rank),
+            _percent(r.top1_agreement, 2),
+            _worst(r),
+        ),
+    )
+    return table
+
+
+def _table(title: str, caption: str) -> Table:
+    table = Table(
+        title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("tp", justify="right", no_wrap=True)
+    table.add_column("head", no_wrap=True)
+    return table
+
+
+def _columns(table: Table, *names: str) -> None:
+    for name in names:
+        table.add_column(name, justify="right")
+
+
+def _rows(table: Table, records: Sequence[Record], cells: _Cells) -> None:
+    sizes = sorted({record.tp_size for record in records})
+    for tp_size in sizes:
+        for record in records:
+            if record.tp_size == tp_size:
+                table.add_row(str(tp_size), record.head, *cells(record))
+        table.add_section()
+
+
+def _setting(records: Sequence[Record]) -> str:
+    first = records[0]
+    model = f"{first.model} (SYNTHETIC)" if first.synthetic else first.model
+    threads = f"{first.threads_per_rank} thread{'' if first.threads_per_rank == 1 else 's'} a rank"
+    iterations = sorted({record.num_iterations for record in records})
+    return (
+        f"{first.system}: {first.device}; {first.backend}; {first.dtype}; {threads}; {model}; "
+        f"{iterations[0]} to {iterations[-1]} iterations a head; "
+        f"x dense: over dense_local_max at the same tp; eff.: of scaling from tp 1"
+    )
+
+
+def _ranks_on(records: Iterable[Record]) -> str:
+    by_size = {record.tp_size: record.oversubscription for record in records}
+    return ", ".join(by_size[tp_size] for tp_size in sorted(by_size))
+
+
+def _bytes_cells(record: Record) -> tuple[str, str, str]:
+    return (
+        f"{record.payload_bytes_per_row:,.0f}",
+        f"{record.sent_bytes_per_row:,.0f}",
+        UNKNOWN if record.counted_bytes_per_row is None else f"{record.counted_bytes_per_row:,.0f}",
+    )
+
+
+def _us(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:,.0f}"
+
+
+def _times(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None, digits: int) -> str:
+    return UNKNOWN if value is None else f"{100 * value:.{digits}f}"
+
+
+def _megabytes(value: int | None) -> str:
+    return UNKNOWN if value is None else f"{value / 1e6:,.1f}"
+
+
+def _excess(record: Record) -> str:
+    share = record.total_weight_bytes / record.tp_size
+    return UNKNOWN if share == 0 else f"{100 * (record.weight_bytes_per_rank / share - 1):.1f}"
+
+
+def _worst(record: Record) -> str:
+    if record.top1_agreement_worst_source is None:
+        return UNKNOWN
+    return f"{_percent(record.top1_agreement_worst_source, 2)} ({record.worst_source})"
