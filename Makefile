@@ -1,0 +1,44 @@
+# Two commands set a newcomer up: `make scale` and `make test`. `make help` lists the rest.
+PYTHON ?= python3.11
+BIN := .venv/bin
+RANKS ?= 8
+# One thread a rank: torchrun would set it anyway, and say so at length.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup scale test verify lint bench clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/installed ## Make .venv and install the project with what `scale` and `test` need
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable ".[demo,faiss,report,test]"
+	@touch $@
+
+scale: setup ## Measure all heads over tensor-parallel ranks on Gemma-3-270M (args: ARGS=...)
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python launch/build_index.py
+	$(BIN)/torchrun --nproc-per-node $(RANKS) launch/scale.py $(ARGS)
+
+test: setup ## Lint, types and all tests but those on the real model
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not real"
+
+verify: setup ## The claims on the real model: sharding exactness and fidelity (about ten minutes)
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python launch/build_index.py
+	$(BIN)/python -m pytest -m real
+
+bench: setup ## Time the heads' kernels on one CPU thread, interleaved
+	$(BIN)/python kernels/bench_cpu.py
+
+lint: setup ## Format and check
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/mypy
+
+clean: ## Remove the environment and what tools left
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
