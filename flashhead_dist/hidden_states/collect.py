@@ -74,14 +74,16 @@ def _compute(
     # transformers tokenizers fork-warn and oversubscribe under torchrun otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     body, tokenizer = model.load_body()
+    limit = getattr(body.config.get_text_config(), "max_position_embeddings", _MAX_CONTEXT)
+    context = min(_MAX_CONTEXT, limit)
+    token_ids = [
+        list(tokenizer(d.text, truncation=True, max_length=context).input_ids) for d in documents
+    ]
     passages = plan_passages(
         documents,
-        [
-            list(tokenizer(d.text, truncation=True, max_length=_MAX_CONTEXT).input_ids)
-            for d in documents
-        ],
+        token_ids,
         max_tokens=max_tokens,
-        max_context=_MAX_CONTEXT,
+        max_context=context,
         oversampling=_OVERSAMPLING,
     )
     origin = f"{model.name} over " + (

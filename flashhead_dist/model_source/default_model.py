@@ -65,7 +65,7 @@ def _package() -> Any:
 
 
 def _run_converter(gguf: Path, target: Path) -> None:
-    command = [sys.executable, "-m", "flashhead_dist.model_source.gguf_body"]
+    command = [sys.executable, "-m", "flashhead_dist.model_source.convert_gguf"]
     command += [str(gguf), str(target)]
     # torchrun gives its ranks one thread each; the conversion stands alone.
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}

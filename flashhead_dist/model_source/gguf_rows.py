@@ -14,12 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 
 from flashhead_dist.model_source.errors import ModelSourceError
+from flashhead_dist.model_source.file_slices import (
+    Bytes,
+    file_fingerprint,
+    read_slice,
+    row_ranges,
+)
 
 _SCALARS = {
     GGUFValueType.UINT8: "B",
@@ -109,44 +114,39 @@ class GgufRows:
 
     def read_rows(self, start: int, stop: int) -> torch.Tensor:
         rows = torch.empty(stop - start, self.shape[1], dtype=self.dtype)
-        for first, last in self._ranges(start, stop):
+        for first, last in row_ranges(start, stop, self._row_bytes, _CHUNK_BYTES):
             rows[first - start : last - start] = self._dequantized(first, last)
         return rows
 
     def read_columns(self, start: int, stop: int) -> torch.Tensor:
         columns = torch.empty(self.shape[0], stop - start, dtype=self.dtype)
-        for first, last in self._ranges(0, self.shape[0]):
+        for first, last in row_ranges(0, self.shape[0], self._row_bytes, _CHUNK_BYTES):
             columns[first:last] = self._dequantized(first, last)[:, start:stop]
         return columns
 
     def stored_chunks(self) -> Iterator[bytes]:
-        for first, last in self._ranges(0, self.shape[0]):
+        for first, last in row_ranges(0, self.shape[0], self._row_bytes, _CHUNK_BYTES):
             yield self._stored(first, last).tobytes()
 
     def fingerprint(self) -> str:
-        stat = self._path.stat()
-        return f"{self._path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{self._name}"
+        return file_fingerprint(self._path, self._name)
 
-    def _ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        step = max(1, _CHUNK_BYTES // self._row_bytes)
-        for first in range(start, stop, step):
-            yield first, min(first + step, stop)
-
-    def _stored(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        mapped = np.memmap(
-            self._path,
-            np.uint8,
-            "r",
-            self._offset + start * self._row_bytes,
-            (stop - start, self._row_bytes),
-        )
-        return np.array(mapped)
+    def _stored(self, start: int, stop: int) -> Bytes:
+        offset = self._offset + start * self._row_bytes
+        raw = read_slice(self._path, offset, (stop - start) * self._row_bytes)
+        return raw.reshape(stop - start, self._row_bytes)
 
     def _dequantized(self, start: int, stop: int) -> torch.Tensor:
         stored = self._stored(start, stop)
-        if self._kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+        if self._kind in _PLAIN:
             return torch.from_numpy(stored).view(self.dtype)
-        return torch.from_numpy(dequantize(stored, self._kind))
+        try:
+            return torch.from_numpy(dequantize(stored, self._kind))
+        except NotImplementedError as error:
+            raise ModelSourceError(
+                f"{self._name} in {self._path} is stored as {self._kind.name}, which the gguf "
+                "package cannot dequantize; use a file with another quantization."
+            ) from error
 
 
 def open_gguf(path: Path) -> tuple[GgufHeader, GgufRows, bool]:

@@ -46,14 +46,16 @@ def read_config(path: Path) -> HeadConfig:
     Raises ModelSourceError where it is missing or no JSON, or where the model scales its logits.
     """
     try:
-        top: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        top = json.loads(path.read_text(encoding="utf-8"))
+        text: dict[str, Any] = {**top, **top.get("text_config", {})}
     except FileNotFoundError as error:
         raise ModelSourceError(
             f"{path.parent} has no config.json; name a Hugging Face model folder or a .gguf file."
         ) from error
-    except (OSError, ValueError) as error:
-        raise ModelSourceError(f"{path} is not readable JSON; fetch the model again.") from error
-    text = {**top, **top.get("text_config", {})}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelSourceError(
+            f"{path} is no readable configuration; fetch the model again."
+        ) from error
     for key in _LOGIT_SCALES:
         if text.get(key) not in (None, 1, 1.0):
             raise ModelSourceError(

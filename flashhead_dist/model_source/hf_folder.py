@@ -19,14 +19,13 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 def open_folder(
-    folder: Path, fetch: Callable[[str], Path] | None = None
+    folder: Path, locate: Callable[[str], Path]
 ) -> tuple[HeadConfig, SafetensorsRows, bool]:
     """Configuration, row store and whether the embeddings are tied.
 
-    `fetch(file_name)` brings a file of the folder where it is not on disk yet (a hub model).
+    `locate(file_name)` gives the path of a file of the folder, fetching it where it must.
     Raises ModelSourceError for anything missing, truncated, inconsistent or without a linear head.
     """
-    locate = fetch or folder.joinpath
     config = read_config(locate("config.json"))
     files = _tensor_files(folder, locate)
     name, tied = choose_output_embedding(config, set(files))
@@ -46,17 +45,13 @@ def open_folder(
 
 
 def _tensor_files(folder: Path, locate: Callable[[str], Path]) -> dict[str, str]:
-    """Map of tensor name to file name; the index comes first, as in transformers it does not:
-    a folder with both has one complete file, which transformers prefers."""
+    """Map of tensor name to file name; the single file comes first, as in transformers."""
     single = locate(SINGLE_NAME)
     if single.exists():
         return dict.fromkeys(read_header(single).entries, SINGLE_NAME)
     index = locate(INDEX_NAME)
     if index.exists():
         return _read_index(index)
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    if len(others) == 1:
-        return dict.fromkeys(read_header(folder / others[0]).entries, others[0])
     raise ModelSourceError(
         f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}; fetch the model again, or "
         "convert its weights to safetensors with save_pretrained."

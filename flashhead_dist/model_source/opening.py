@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from flashhead_dist.model_source.base import ModelSource
+from flashhead_dist.model_source.body import load_folder_body, load_gguf_body
 from flashhead_dist.model_source.cache import cache_root
 from flashhead_dist.model_source.default_model import DEFAULT_NAME, default_model_folder
 from flashhead_dist.model_source.errors import ModelSourceError
 from flashhead_dist.model_source.hf_folder import open_folder
 from flashhead_dist.model_source.synthetic import SyntheticRows, parse_shape
 from flashhead_dist.model_source.weight_hash import hash_rows
+
+if TYPE_CHECKING:
+    from flashhead_dist.model_source.hub import HubModel
 
 
 def open_model(
@@ -50,25 +54,23 @@ def open_model(
 
 
 def _open_folder(
-    folder: Path, name: str, dtype: torch.dtype | None, cache: Path, repo_id: str | None = None
+    folder: Path,
+    name: str,
+    dtype: torch.dtype | None,
+    cache: Path,
+    hub: HubModel | None = None,
 ) -> ModelSource:
-    if repo_id is None:
-        config, rows, tied = open_folder(folder)
-    else:
-        from flashhead_dist.model_source.hub import fetch_file
-
-        config, rows, tied = open_folder(folder, partial(fetch_file, repo_id))
-        folder = config.path.parent
+    config, rows, tied = open_folder(folder, hub.fetch if hub else folder.joinpath)
     return ModelSource(
         name=name,
-        path=folder,
+        path=config.path.parent,
         synthetic=False,
         dtype=dtype or rows.dtype,
         tied=tied,
         final_logit_softcap=config.final_logit_softcap,
         rows=rows,
         hash_rows=partial(hash_rows, cache=cache),
-        body_loader=partial(_load_folder_body, folder, repo_id),
+        body_loader=partial(load_folder_body, hub.fetch_all if hub else lambda: folder),
     )
 
 
@@ -91,19 +93,20 @@ def _open_file(path: Path, dtype: torch.dtype | None, cache: Path) -> ModelSourc
         final_logit_softcap=header.metadata.get(f"{architecture}.final_logit_softcapping"),
         rows=rows,
         hash_rows=partial(hash_rows, cache=cache),
-        body_loader=partial(_load_gguf_file, path),
+        body_loader=partial(load_gguf_body, path),
     )
 
 
 def _open_hub(model: str, dtype: torch.dtype | None, cache: Path) -> ModelSource:
-    from flashhead_dist.model_source.hub import looks_like_hub_id
+    # huggingface_hub is imported only where the hub is asked: ranks stay small.
+    from flashhead_dist.model_source.hub import HubModel, looks_like_hub_id
 
     if not looks_like_hub_id(model):
         raise ModelSourceError(
             f"The model {model} does not exist; name a Hugging Face folder, a .gguf file or a hub "
             'id "organisation/name".'
         )
-    return _open_folder(Path(model), model, dtype, cache, repo_id=model)
+    return _open_folder(Path(model), model, dtype, cache, HubModel(model))
 
 
 def _open_synthetic(text: str, dtype: torch.dtype | None, cache: Path) -> ModelSource:
@@ -120,30 +123,3 @@ def _open_synthetic(text: str, dtype: torch.dtype | None, cache: Path) -> ModelS
         hash_rows=partial(hash_rows, cache=cache),
         body_loader=None,
     )
-
-
-def _load_folder_body(
-    folder: Path, repo_id: str | None, dtype: torch.dtype | None
-) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if repo_id is not None:
-        from flashhead_dist.model_source.hub import fetch_all
-
-        folder = fetch_all(repo_id)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelSourceError(
-            f"transformers cannot load the body or tokenizer of {folder} "
-            f"({str(error).splitlines()[0]}); fetch the model again, or pass hidden states from "
-            "a file."
-        ) from error
-    return model.eval(), tokenizer
-
-
-def _load_gguf_file(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    from flashhead_dist.model_source.gguf_body import load_gguf_body
-
-    return load_gguf_body(path, dtype or torch.bfloat16)

@@ -1,7 +1,6 @@
 """One two-dimensional tensor of a safetensors file, read by row or column ranges.
 
-The file is read, not mapped: mapped pages of other readers count as resident memory, and a rank's
-peak must stay near its own share. Format: https://huggingface.co/docs/safetensors#format
+Format: https://huggingface.co/docs/safetensors#format
 """
 
 from __future__ import annotations
@@ -13,10 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from flashhead_dist.model_source.errors import ModelSourceError
+from flashhead_dist.model_source.file_slices import (
+    Bytes,
+    file_fingerprint,
+    read_slice,
+    row_ranges,
+)
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER_BYTES = 100_000_000
@@ -80,35 +84,22 @@ class SafetensorsRows:
         self._offset = header.data_start + int(entry["data_offsets"][0])
 
     def read_rows(self, start: int, stop: int) -> torch.Tensor:
-        raw = self._read_bytes(start, stop)
-        return torch.from_numpy(raw).view(self.dtype).view(stop - start, self.shape[1])
+        return torch.from_numpy(self._stored(start, stop)).view(self.dtype)
 
     def read_columns(self, start: int, stop: int) -> torch.Tensor:
         columns = torch.empty(self.shape[0], stop - start, dtype=self.dtype)
-        for first, last in self._row_ranges():
+        for first, last in row_ranges(0, self.shape[0], self._row_bytes, _CHUNK_BYTES):
             columns[first:last] = self.read_rows(first, last)[:, start:stop]
         return columns
 
     def stored_chunks(self) -> Iterator[bytes]:
-        for first, last in self._row_ranges():
-            yield self._read_bytes(first, last).tobytes()
+        for first, last in row_ranges(0, self.shape[0], self._row_bytes, _CHUNK_BYTES):
+            yield self._stored(first, last).tobytes()
 
     def fingerprint(self) -> str:
-        stat = self._path.stat()
-        return f"{self._path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{self._name}"
+        return file_fingerprint(self._path, self._name)
 
-    def _row_ranges(self) -> Iterator[tuple[int, int]]:
-        step = max(1, _CHUNK_BYTES // self._row_bytes)
-        for first in range(0, self.shape[0], step):
-            yield first, min(first + step, self.shape[0])
-
-    def _read_bytes(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        count = (stop - start) * self._row_bytes
+    def _stored(self, start: int, stop: int) -> Bytes:
         offset = self._offset + start * self._row_bytes
-        raw = np.fromfile(self._path, dtype=np.uint8, count=count, offset=offset)
-        if raw.size != count:
-            raise ModelSourceError(
-                f"{self._path} ends within rows [{start}, {stop}) of {self._name}; "
-                "fetch the model again."
-            )
-        return raw
+        raw = read_slice(self._path, offset, (stop - start) * self._row_bytes)
+        return raw.reshape(stop - start, self._row_bytes)

@@ -1,0 +1,72 @@
+"""Loading whole transformers models, without the bars that transformers draws by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashhead_dist.model_source.errors import ModelSourceError
+
+
+def load_folder_body(find_folder: Callable[[], Path], dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """Model (eval mode, CPU, `dtype` or as stored) and tokenizer of the folder that is found.
+
+    Raises ModelSourceError where transformers cannot load either.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = find_folder()
+    try:
+        with _no_bars():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(folder, error) from error
+    return model.eval(), tokenizer
+
+
+def load_gguf_body(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """Model (eval mode, CPU, dense weights in `dtype` or bf16) and tokenizer of a GGUF file.
+
+    Raises ModelSourceError where transformers cannot load either.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        with _no_bars():
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=dtype or torch.bfloat16,
+                quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(path, error) from error
+    return model.eval(), tokenizer
+
+
+def _unloadable(path: Path, error: Exception) -> ModelSourceError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return ModelSourceError(
+        f"transformers cannot load the body or tokenizer of {path} ({reason}); fetch the model "
+        "again, or give hidden states from a file."
+    )
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    from transformers import utils
+
+    logging: Any = utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
