@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -136,6 +137,18 @@ def test_probing_every_cluster_is_the_dense_head_bit_for_bit(
     assert found.logsumexp is not None
     assert dense.logsumexp is not None
     assert torch.allclose(found.logsumexp, dense.logsumexp, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*INDEX_HEADS, "dense_local_max"])
+def test_a_row_is_served_alike_alone_and_in_a_batch(
+    builder: HeadBuilder, states: torch.Tensor, name: str
+) -> None:
+    head = builder.build(name)
+    together = head.forward(states, k=3)
+    for row in range(0, len(states), 7):
+        alone = head.forward(states[row : row + 1], k=3)
+        assert torch.equal(alone.token_ids[0], together.token_ids[row])
+        assert torch.equal(alone.logits[0], together.logits[row])
 
 
 def _oracle(head: Head, builder: HeadBuilder, states: torch.Tensor, probes: int) -> torch.Tensor:
@@ -294,3 +307,28 @@ def test_faiss_lists_are_trained_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert torch.equal(first.assignments, again.assignments)
     assert first.centroids.shape == (default_num_lists(500), 16)
     assert first.assignments.shape == (500,)
+
+
+def test_padding_of_uneven_shards_adds_nothing(model: ModelSource) -> None:
+    """Zero logits everywhere: padding with anything but -inf would show in the log-sum-exp."""
+    head = emulate_head("dense_gather", tp_size=3, model=model, dtype=torch.float32)
+    output = head.forward(torch.zeros(1, 64), k=1013, need_logsumexp=True)
+    assert output.token_ids[0].tolist() == list(range(1013))
+    assert output.logsumexp is not None
+    assert float(output.logsumexp[0]) == pytest.approx(math.log(1013), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", HEAD_NAMES)
+def test_every_token_has_its_own_logit_on_every_rank(
+    model: ModelSource, tied_index: Path, states: torch.Tensor, name: str
+) -> None:
+    head = emulate_head(name, tp_size=3, model=model, index_dir=tied_index, dtype=torch.float32)
+    output = head.forward(states, k=20)
+    expected = states.double() @ model.read_rows(0, 1013).double().T
+    # faiss may find fewer than twenty.
+    found = output.token_ids >= 0
+    scored = expected.gather(1, output.token_ids.clamp(min=0))[found]
+    assert torch.allclose(output.logits[found].double(), scored, rtol=1e-4, atol=1e-4)
+    assert bool(output.logits[~found].isneginf().all())
+    # All three ranks contribute, each with several tokens a state.
+    assert (output.token_ids[found] // 338).unique().tolist() == [0, 1, 2]
