@@ -94,12 +94,22 @@ class FaissIvf(Head):
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         keys = pack_keys(*self._search(hidden_states, want.k))
-        mass = None
-        if want.candidate_mass:
-            # As many as the largest lists can hold: every candidate, the rest is -inf.
-            most = int(np.sort(self._list_sizes)[-self.num_probes :].sum())
-            mass = self._search(hidden_states, most)[0].logsumexp(1)
+        mass = self._candidate_logsumexp(hidden_states) if want.candidate_mass else None
         return (yield from merge_candidates(keys, None, mass))
+
+    def _candidate_logsumexp(self, hidden_states: Tensor) -> Tensor:
+        """Log-sum-exp float32 `[B]` over every row of the searched lists."""
+        if self.tp.device.type == "cuda":
+            raise UserError(
+                "faiss on a GPU does not list its candidates: evaluate faiss_ivf with --device cpu"
+            )
+        queries = hidden_states.float().contiguous().numpy()
+        # A range search without a bound gives every candidate, and keeps no heap.
+        limits, scores, _ = self._index.range_search(queries, -float(np.finfo(np.float32).max))
+        rows = torch.from_numpy(scores).tensor_split(
+            torch.from_numpy(limits[1:-1].astype(np.int64))
+        )
+        return torch.stack([row.logsumexp(0) for row in rows])
 
     def _search(self, hidden_states: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Logits float32 `[B, k]` (-inf where there is none) and token ids int64 (-1)."""
