@@ -17,6 +17,15 @@ _CPU_BATCH_TOKENS = 1024
 _GPU_BATCH_TOKENS = 16384
 
 
+def body_dtype(device: torch.device) -> torch.dtype | None:
+    """As stored where the processor multiplies bf16; float32 on a CPU that would emulate it."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    bf16 = ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16")
+    if device.type != "cpu" or any(capabilities.get(name) for name in bf16):
+        return None
+    return torch.float32
+
+
 def run_body(
     model: Any, passages: list[Passage], *, device: torch.device, progress: bool
 ) -> list[torch.Tensor]:

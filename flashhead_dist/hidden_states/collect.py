@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from flashhead_dist.hidden_states.body import run_body
+from flashhead_dist.hidden_states.body import body_dtype, run_body
 from flashhead_dist.hidden_states.errors import HiddenStatesError
 from flashhead_dist.hidden_states.split import PARTS, PLAN_SETTINGS, Part, Passage, plan_passages
 from flashhead_dist.hidden_states.states import HiddenStates, require_finite, require_hidden_size
@@ -73,7 +73,7 @@ def _compute(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # transformers tokenizers fork-warn and oversubscribe under torchrun otherwise.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    body, tokenizer = model.load_body()
+    body, tokenizer = model.load_body(body_dtype(device))
     limit = getattr(body.config.get_text_config(), "max_position_embeddings", _MAX_CONTEXT)
     context = min(_MAX_CONTEXT, limit)
     token_ids = [
@@ -86,7 +86,7 @@ def _compute(
         max_context=context,
         oversampling=_OVERSAMPLING,
     )
-    origin = f"{model.name} over " + (
+    origin = f"{model.name} ({str(body.dtype).removeprefix('torch.')}) over " + (
         "the corpus of flashhead-dist" if texts is None else str(texts)
     )
     missing = {"calibration", "test"} - {p.part for p in passages}
