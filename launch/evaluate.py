@@ -33,7 +33,7 @@ from flashhead_dist.hidden_states import (
     require_hidden_size,
     synthetic_hidden_states,
 )
-from flashhead_dist.index import IndexOptions, ensure_index, load_manifest
+from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.model_source import ModelSource, open_model
 
 
@@ -78,14 +78,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fidelity(arguments: argparse.Namespace) -> tuple[dict[str, Any], Fidelity]:
+    # What is quickly seen to be wrong comes before what takes minutes.
     check_head_names([arguments.head])
     _check_device(arguments.device)
-    model = open_model(arguments.model, synthetic=arguments.synthetic)
-    states = _test_states(arguments.hidden_states, model)
-    require_hidden_size(states, model.hidden_size, model.name)
     index_dir = arguments.index
+    if index_dir is not None:
+        load_manifest(index_dir)
+    states = None
+    if arguments.hidden_states is not None:
+        states = load_hidden_states(arguments.hidden_states)
+    model = open_model(arguments.model, synthetic=arguments.synthetic)
+    if states is not None:
+        require_hidden_size(states, model.hidden_size, model.name)
     if index_dir is None and needs_index(arguments.head):
-        index_dir = ensure_index(model, IndexOptions())
+        index_dir = ensure_index(model)
     head = emulate_head(
         arguments.head,
         tp_size=arguments.tp_size,
@@ -95,6 +101,8 @@ def _fidelity(arguments: argparse.Namespace) -> tuple[dict[str, Any], Fidelity]:
         alpha=arguments.alpha,
         device=arguments.device,
     )
+    if states is None:
+        states = _test_states(model)
     truth = dense_truth(model, states.states)
     fidelity = evaluate_fidelity(head, states, truth, device=arguments.device)
     document = fidelity.to_json() | {
@@ -119,9 +127,7 @@ def _check_device(name: str) -> None:
         raise UserError(f"device {name} is not there: use cpu, or cuda on a machine with a GPU")
 
 
-def _test_states(file: Path | None, model: ModelSource) -> HiddenStates:
-    if file is not None:
-        return load_hidden_states(file)
+def _test_states(model: ModelSource) -> HiddenStates:
     if model.synthetic:
         return synthetic_hidden_states(model)[1]
     return collect_hidden_states(model)[1]

@@ -223,6 +223,10 @@ def test_mistakes_end_in_one_sentence_and_code_2(
         "nosuch": [*common, "--head", "nosuch"],
         "cuda:9": [*common, "--device", "cuda:9"],
         "absent.safetensors": [*common, "--hidden-states", "absent.safetensors"],
+        "no_index": ["fidelity", "--index", "no_index"],
+        "tp_size must be at least 1": [*common, "--tp-size", "0"],
+        "8 probing groups": [*common, "--tp-size", "9"],
+        "999": [*common, "--num-probes", "999"],
         "32": [*common, "--hidden-states", str(narrow)],
     }
     for value, arguments in cases.items():
