@@ -31,9 +31,9 @@ from flashhead_profiles.counters import CountedBytes
 
 MIN_ITERATIONS = 3
 _NUM_ALONE_BATCHES = 4
-_BURST_S = 0.1
+_BURST_S = 0.06
 _MAX_BURST_STEPS = 40
-_NUM_BURSTS = 3
+_NUM_BURSTS = 5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,9 @@ import select
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from types import FrameType
+from types import FrameType, TracebackType
+
+from flashhead_dist.errors import UserError
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
@@ -53,8 +55,19 @@ class PeerWatch:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Stop watching; peers may end from now on."""
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop watching; peers may end from now on.
+
+        A peer's death shows in a collective as some exception of the backend, maybe before it shows
+        here: on one that is nobody's mistake, a death is waited for, and ends this process.
+        """
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            self._thread.join(timeout=_GRACE_S)
         os.write(self._stop_write, b"x")
         self._thread.join()
         signal.set_wakeup_fd(self._old_wakeup)
@@ -111,4 +124,4 @@ def _leave_to_the_thread(signum: int, frame: FrameType | None) -> None:
 
 def _say(sentence: str) -> None:
     # One write to the descriptor: the main thread may hold the lock of sys.stderr.
-    os.write(2, f"\nError: {sentence}\n".encode())
+    os.write(2, f"\nerror: {sentence}\n".encode())

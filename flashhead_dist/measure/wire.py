@@ -16,7 +16,7 @@ from flashhead_profiles.counters import (
     Burst,
     CountedBytes,
     interfaces_to_count,
-    median_per_step,
+    least_disturbed,
     network_namespace,
     read_sent_bytes,
 )
@@ -52,7 +52,7 @@ class WireCounter:
             if sent is None or quiet is None:
                 return CountedBytes(None, reason=reason or quiet_reason)
             bursts.append(Burst(num_steps, sent, seconds, quiet, quiet_s))
-        counted = median_per_step(bursts)
+        counted = least_disturbed(bursts)
         return CountedBytes(**self._control.broadcast(asdict(counted)))
 
     def _window(self, work: Callable[[], object]) -> tuple[int | None, float, str | None]:

@@ -152,8 +152,17 @@ def _bytes_cells(record: Record) -> tuple[str, str, str]:
     return (
         f"{record.payload_bytes_per_row:,.0f}",
         f"{record.sent_bytes_per_row:,.0f}",
-        UNKNOWN if record.counted_bytes_per_row is None else f"{record.counted_bytes_per_row:,.0f}",
+        _counted(record),
     )
+
+
+def _counted(record: Record) -> str:
+    """The counted bytes, with a mark where single bursts differ by more than the figure itself."""
+    counted = record.counted_bytes_per_row
+    least, greatest = record.counted_bytes_per_row_least, record.counted_bytes_per_row_greatest
+    if counted is None or least is None or greatest is None:
+        return UNKNOWN
+    return f"{'~' if greatest - least > max(counted, 1.0) else ''}{counted:,.0f}"
 
 
 def _us(value: float | None) -> str:

@@ -2,15 +2,16 @@
 
 What is counted is every byte *sent* on the interface inside this network namespace: payload,
 protocol of the collective library, TCP and IP headers, acknowledgements. On the loopback of a host
-that includes everybody else's traffic, so a figure comes from several bursts, each paired with a
-quiet window of the same length and the same handshakes, and is the median of the differences.
+that includes everybody else's traffic. So a figure comes from several bursts of equal steps, each
+paired with a quiet window of the same length and the same handshakes: the least disturbed burst
+less the least disturbed quiet window. Other traffic can only add, and it must fall on every burst
+or on every quiet window to show.
 
 An unknown count is None with a reason, never 0.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,18 +42,14 @@ class Burst:
 
     @property
     def bytes_per_step(self) -> float:
-        """Bytes a step sent, less what the quiet window says was sent anyway.
-
-        The quiet window's bytes are scaled to the length of the burst: the windows are meant to be
-        equal, and background traffic is a rate.
-        """
+        """Bytes a step sent in this burst, less its own quiet window's at the same rate."""
         background = self.quiet_sent_bytes * self.seconds / self.quiet_seconds
         return (self.sent_bytes - background) / self.num_steps
 
 
 @dataclass(frozen=True)
 class CountedBytes:
-    """Bytes sent in one step: the median over bursts, with the least and the greatest burst."""
+    """Bytes sent in one step; `least` and `greatest` are those of single bursts."""
 
     per_step: float | None
     least: float | None = None
@@ -112,16 +109,22 @@ def interfaces_to_count(num_namespaces: int, path: Path = PROC_NET_DEV) -> tuple
         return ("lo",)
 
 
-def median_per_step(bursts: Sequence[Burst]) -> CountedBytes:
-    """Return the median over `bursts`; None with a reason where the counts cannot be right."""
+def least_disturbed(bursts: Sequence[Burst]) -> CountedBytes:
+    """Return the bytes of a step from `bursts` of equal numbers of steps.
+
+    The burst with the fewest bytes, less those of the quiet window with the lowest rate over that
+    burst's length. A difference below zero within the bursts' own scatter is no traffic at all.
+    """
     if not bursts:
         return CountedBytes(None, reason="no burst was counted")
-    values = sorted(burst.bytes_per_step for burst in bursts)
-    median = statistics.median(values)
-    if median < 0:
+    calm = min(bursts, key=lambda burst: burst.sent_bytes)
+    quiet_rate = min(burst.quiet_sent_bytes / burst.quiet_seconds for burst in bursts)
+    per_step = (calm.sent_bytes - quiet_rate * calm.seconds) / calm.num_steps
+    single = [burst.bytes_per_step for burst in bursts]
+    if per_step < 0 and max(single) < 0:
         return CountedBytes(
             None,
             num_bursts=len(bursts),
             reason="other traffic on the interface exceeded this run's own",
         )
-    return CountedBytes(median, values[0], values[-1], len(bursts))
+    return CountedBytes(max(0.0, per_step), min(single), max(single), len(bursts))

@@ -11,7 +11,7 @@ import pytest
 from flashhead_profiles.counters import (
     Burst,
     interfaces_to_count,
-    median_per_step,
+    least_disturbed,
     network_namespace,
     parse_proc_net_dev,
     read_sent_bytes,
@@ -69,22 +69,35 @@ def test_burst_subtracts_background_at_its_rate() -> None:
     assert burst.bytes_per_step == pytest.approx(500)
 
 
-def test_median_resists_one_noisy_burst() -> None:
-    quiet = [Burst(10, 5_000, 1.0, 0, 1.0), Burst(10, 5_200, 1.0, 0, 1.0)]
-    counted = median_per_step([*quiet, Burst(10, 9_000_000, 1.0, 0, 1.0)])
+def test_bursts_and_quiet_windows_that_others_disturbed_do_not_count() -> None:
+    """Two of three bursts and two of three quiet windows carry a foreign megabyte."""
+    counted = least_disturbed(
+        [
+            Burst(10, 1_005_000, 1.0, 0, 1.0),
+            Burst(10, 1_005_000, 1.0, 1_000_000, 1.0),
+            Burst(10, 5_200, 1.0, 1_000_000, 1.0),
+        ]
+    )
     assert counted.per_step == pytest.approx(520)
-    assert counted.greatest == pytest.approx(900_000)
+    assert counted.greatest == pytest.approx(100_500)
     assert counted.num_bursts == 3
 
 
-def test_negative_median_is_unknown() -> None:
-    counted = median_per_step([Burst(10, 1_000, 1.0, 50_000, 1.0)])
+def test_steady_background_is_subtracted() -> None:
+    counted = least_disturbed([Burst(10, 3_005_000, 3.0, 1_000_000, 1.0)] * 3)
+    assert counted.per_step == pytest.approx(500)
+
+
+def test_less_than_nothing_is_unknown_beyond_the_scatter_and_zero_within() -> None:
+    counted = least_disturbed([Burst(10, 1_000, 1.0, 50_000, 1.0)])
     assert counted.per_step is None
     assert counted.reason is not None
+    scattered = [Burst(10, 400, 1.0, 410, 1.0), Burst(10, 430, 1.0, 415, 1.0)]
+    assert least_disturbed(scattered).per_step == 0.0
 
 
 def test_no_bursts_is_unknown() -> None:
-    assert median_per_step([]).per_step is None
+    assert least_disturbed([]).per_step is None
 
 
 def test_real_loopback_counts_what_is_sent() -> None:
