@@ -76,19 +76,42 @@ def quantize_centroids(centroids: Tensor, bits: int, group_size: int = 64) -> Qu
         raise ValueError("centroids must be finite: the output embedding holds NaN or inf")
     if bits == 16:
         return QuantizedCentroids(centroids.to(torch.bfloat16), None, 16, hidden_size, hidden_size)
+    scales = centroid_scales(centroids, bits, group_size)
+    limit = integer_limit(bits)
+    grouped = _split(centroids.float(), group_size)
+    divisor = scales.float().unsqueeze(-1)
+    quotient = torch.where(divisor > 0, grouped / divisor, torch.zeros_like(grouped))
+    integers = quotient.round_().clamp_(-limit, limit).to(torch.int8)
+    return pack_centroids(integers.flatten(-2), scales, bits)
+
+
+def integer_limit(bits: int) -> int:
+    """Largest magnitude of a stored integer: 7 for int4, 127 for int8."""
+    return 7 if bits == 4 else 127
+
+
+def centroid_scales(centroids: Tensor, bits: int, group_size: int) -> Tensor:
+    """Scales bfloat16 `[..., D/group_size]` with which no value of `centroids [..., D]` clips.
+
+    Raises:
+        ValueError: a group size that does not divide D or is odd.
+    """
+    hidden_size = centroids.shape[-1]
     if group_size < 2 or group_size % 2 or hidden_size % group_size:
         raise ValueError(
             f"group size {group_size} must be even and divide the hidden size {hidden_size}"
         )
-    limit = 7 if bits == 4 else 127
-    grouped = _split(centroids.float(), group_size)
-    scales = _round_up_bfloat16(grouped.abs().amax(-1) / limit)
-    divisor = scales.float().unsqueeze(-1)
-    quotient = torch.where(divisor > 0, grouped / divisor, torch.zeros_like(grouped))
-    integers = quotient.round_().clamp_(-limit, limit).to(torch.int8)
+    largest = _split(centroids.float(), group_size).abs().amax(-1)
+    return _round_up_bfloat16(largest / integer_limit(bits))
+
+
+def pack_centroids(integers: Tensor, scales: Tensor, bits: int) -> QuantizedCentroids:
+    """Store `integers [..., D]` (int8, within `integer_limit`) with `scales [..., D/group_size]`."""
+    hidden_size = integers.shape[-1]
+    group_size = hidden_size // scales.shape[-1]
     if bits == 8:
-        return QuantizedCentroids(integers.flatten(-2), scales, 8, group_size, hidden_size)
-    offset = (integers + 8).to(torch.uint8)
+        return QuantizedCentroids(integers, scales, 8, group_size, hidden_size)
+    offset = _split((integers + 8).to(torch.uint8), group_size)
     half = group_size // 2
     low, high = offset[..., :half], offset[..., half:]
     return QuantizedCentroids((low | (high << 4)).flatten(-2), scales, 4, group_size, hidden_size)
