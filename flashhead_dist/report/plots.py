@@ -69,6 +69,7 @@ def latency_figure(records: Sequence[Record]) -> Figure:
         for head in _heads(records):
             _latency_line(axes, head, [r for r in batch if r.head == head])
         axes.set_yscale("log")
+        _plain_numbers(axes)
         _tp_axis(axes, batch)
     panels[0].set_ylabel("microseconds a step (slowest rank, median)")
     projected = any(not record.measured for record in records)
@@ -112,33 +113,14 @@ def _latency_line(axes: Axes, head: str, records: Sequence[Record]) -> None:
 
 
 def bytes_figure(records: Sequence[Record]) -> Figure:
-    """Bytes that a rank sends for one row: counted (filled) beside analytic (hollow)."""
+    """Bytes that a rank sends for one row: counted (filled) inside analytic (ring)."""
     figure, panels = _panels(records)
+    heads = _heads(records)
     for axes, (batch_size, batch) in zip(panels, _by_batch(records), strict=True):
         axes.set_title(f"batch {batch_size}", fontsize=10)
-        for head in _heads(records):
-            color, marker = _STYLES.get(head, _OTHER_STYLE)
-            mine = sorted(
-                (r for r in batch if r.head == head and r.sent_bytes_per_row > 0),
-                key=lambda r: r.tp_size,
-            )
-            style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 6}
-            counted = [record for record in mine if (record.counted_bytes_per_row or 0) > 0]
-            axes.plot(
-                [record.tp_size for record in counted],
-                [record.counted_bytes_per_row or 0.0 for record in counted],
-                label=head if mine else f"{head} (sends nothing)",
-                linewidth=1.6,
-                **style,
-            )
-            axes.plot(
-                [record.tp_size for record in mine],
-                [record.sent_bytes_per_row for record in mine],
-                linestyle=":",
-                linewidth=1.2,
-                markerfacecolor="white",
-                **style,
-            )
+        for position, head in enumerate(heads):
+            # Heads that send the same would hide each other.
+            _bytes_lines(axes, head, batch, shift=2 ** (0.07 * (position - (len(heads) - 1) / 2)))
         axes.set_yscale("log")
         _tp_axis(axes, [record for record in batch if record.tp_size > 1])
     panels[0].set_ylabel("bytes sent a rank and row")
@@ -146,11 +128,38 @@ def bytes_figure(records: Sequence[Record]) -> Figure:
     figure.text(
         0.01,
         0.035,
-        "filled, solid: counted by the interface, protocol included.  hollow, dotted: analytic, a "
-        "ring's payload.",
+        "filled, solid: counted by the interface, protocol included.  rings, dotted: analytic, "
+        "payload of a ring.  Points of one tp_size are set side by side.",
         fontsize=8,
     )
     return figure
+
+
+def _bytes_lines(axes: Axes, head: str, batch: Sequence[Record], shift: float) -> None:
+    color, marker = _STYLES.get(head, _OTHER_STYLE)
+    mine = sorted(
+        (r for r in batch if r.head == head and r.sent_bytes_per_row > 0), key=lambda r: r.tp_size
+    )
+    counted = [record for record in mine if (record.counted_bytes_per_row or 0) > 0]
+    axes.plot(
+        [record.tp_size * shift for record in counted],
+        [record.counted_bytes_per_row or 0.0 for record in counted],
+        label=head if mine else f"{head} (sends nothing)",
+        color=color,
+        marker=marker,
+        markersize=4,
+        linewidth=1.4,
+    )
+    axes.plot(
+        [record.tp_size * shift for record in mine],
+        [record.sent_bytes_per_row for record in mine],
+        color=color,
+        marker=marker,
+        markersize=8,
+        markerfacecolor="none",
+        linestyle=":",
+        linewidth=1.2,
+    )
 
 
 def _panels(records: Sequence[Record]) -> tuple[Figure, list[Axes]]:
@@ -175,10 +184,18 @@ def _tp_axis(axes: Axes, records: Sequence[Record]) -> None:
     sizes = sorted({record.tp_size for record in records})
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
+    axes.yaxis.minorticks_off()
     axes.set_xlabel("tp_size")
     axes.grid(visible=True, which="major", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plain_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
 def _finish(

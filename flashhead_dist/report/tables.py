@@ -83,23 +83,25 @@ def head_table(records: Sequence[Record]) -> Table:
     num_states = max((record.num_agreement_states for record in records), default=0)
     caption = (
         f"top-1: share of {num_states:,} test states whose best token is the dense head's. "
-        f"excess: of the largest rank's weights over an equal share of all ranks'. peak: most that "
-        f"a rank held while loading the head and running it once."
+        f"over share: the largest rank's weights against those at tp 1 over the ranks. peak: most "
+        f"that a rank held beyond what it had before, while it loaded the head and ran it once."
     )
     oversubscribed = [record for record in records if record.oversubscribed]
     if oversubscribed:
         caption += f" OVERSUBSCRIBED at {_ranks_on(oversubscribed)}; bytes are exact all the same."
     table = _table("Memory and agreement", caption)
-    _columns(table, "weights MB/rank", "excess %", "peak MB/rank", "top-1 %", "worst source %")
+    _columns(table, "weights MB/rank", "over share %", "peak MB/rank")
+    _columns(table, "top-1 %", "worst source %")
     first: dict[tuple[str, int], Record] = {}
     for record in records:
         first.setdefault((record.head, record.tp_size), record)
+    whole = {head: r.weight_bytes_per_rank for (head, tp_size), r in first.items() if tp_size == 1}
     _rows(
         table,
         list(first.values()),
         lambda r: (
             _megabytes(r.weight_bytes_per_rank),
-            _excess(r),
+            _over_share(r, whole.get(r.head)),
             _megabytes(r.peak_bytes_per_rank),
             _percent(r.top1_agreement, 2),
             _worst(r),
@@ -181,9 +183,11 @@ def _megabytes(value: int | None) -> str:
     return UNKNOWN if value is None else f"{value / 1e6:,.1f}"
 
 
-def _excess(record: Record) -> str:
-    share = record.total_weight_bytes / record.tp_size
-    return UNKNOWN if share == 0 else f"{100 * (record.weight_bytes_per_rank / share - 1):.1f}"
+def _over_share(record: Record, whole: int | None) -> str:
+    """How far the largest rank's weights exceed what the head holds at tp 1, over the ranks."""
+    if not whole:
+        return UNKNOWN
+    return f"{100 * (record.weight_bytes_per_rank * record.tp_size / whole - 1):+.1f}"
 
 
 def _worst(record: Record) -> str:
