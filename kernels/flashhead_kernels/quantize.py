@@ -106,7 +106,7 @@ def centroid_scales(centroids: Tensor, bits: int, group_size: int) -> Tensor:
 
 
 def pack_centroids(integers: Tensor, scales: Tensor, bits: int) -> QuantizedCentroids:
-    """Store `integers [..., D]` (int8, within `integer_limit`) with `scales [..., D/group_size]`."""
+    """Store int8 `integers [..., D]` (see `integer_limit`) with `scales [..., D/group_size]`."""
     hidden_size = integers.shape[-1]
     group_size = hidden_size // scales.shape[-1]
     if bits == 8:
