@@ -29,15 +29,13 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from ranks import Ranks, World, refuse, run_ranks
 
 from flashhead_dist.collectives import split_tensor_parallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.workload import Request, Workload, prepare_workload
-from flashhead_dist.heads.registry import HEAD_NAMES, check_head_names
 from flashhead_dist.measure.cell import Effort
 from flashhead_dist.measure.control import Control
 from flashhead_dist.measure.environment import boot_id, describe_environment, make_provenance
@@ -51,112 +49,17 @@ from flashhead_dist.model_source import ModelSource
 from flashhead_dist.report.present import print_report, report_console, write_report
 from flashhead_dist.report.progress import SweepProgress
 from flashhead_topology.probe import probe_machine
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse exits, and is silent on all ranks but one."""
-
-    speaks = True
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; launch/scale.py --help lists what can be given")
-
-    def print_help(self, file: Any = None) -> None:
-        if self.speaks:
-            super().print_help(file)
-
-
-def _parser(*, speaks: bool) -> argparse.ArgumentParser:
-    # A flag that is a prefix of one of torchrun's own would be taken by torchrun.
-    parser = _Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.speaks = speaks
-    what = parser.add_argument_group("what to measure")
-    what.add_argument("--model", help="HF folder, .gguf file or hub id (default: built in)")
-    what.add_argument("--synthetic", metavar="V,D", help="a made-up embedding, marked as such")
-    what.add_argument("--index", type=Path, metavar="DIR", help="index folder (default: cached)")
-    what.add_argument(
-        "--hidden-states", type=Path, metavar="FILE", help="test states [N, D] (default: corpus)"
-    )
-    what.add_argument(
-        "--heads", type=_names, metavar="A,B", help=f"default: all of {', '.join(HEAD_NAMES)}"
-    )
-    what.add_argument(
-        "--tp-sizes", type=_integers, metavar="N,N", help="default: 1, 2, 4, ... and all ranks"
-    )
-    what.add_argument("--batch-sizes", type=_integers, default=[1, 4, 16], metavar="N,N")
-    what.add_argument("--dtype", choices=sorted(_DTYPES), help="of the rows (default: as stored)")
-    what.add_argument("--num-probes", type=int, metavar="P", help="default: the index's")
-    what.add_argument("--alpha", type=float, metavar="A", help="default: the index's")
-    how = parser.add_argument_group("how to measure")
-    how.add_argument("--iters", type=int, default=40, metavar="N", help="at most, a cell")
-    how.add_argument("--warmup", type=int, default=3, metavar="N")
-    how.add_argument(
-        "--cell-seconds", type=float, default=12.0, metavar="S", help="time for a cell's iterations"
-    )
-    how.add_argument(
-        "--max-states", type=int, default=512, metavar="N", help="for agreement; 0: leave it out"
-    )
-    how.add_argument(
-        "--threads-per-rank", type=int, default=1, metavar="N", help="the same at every tp size"
-    )
-    how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda with a GPU a rank")
-    how.add_argument("--seed", type=int, default=0, metavar="N")
-    out = parser.add_argument_group("what to write")
-    out.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR")
-    out.add_argument("--skip-plots", action="store_true")
-    out.add_argument("--json", action="store_true", help="one JSON document as the last line")
-    return parser
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    check_head_names(names)
-    return list(dict.fromkeys(names))
-
-
-def _integers(text: str) -> list[int]:
-    return sorted({int(number) for number in text.split(",")})
-
-
-_integers.__name__ = "comma-separated integers"  # argparse names it so where it fails
-
-
-def _check(arguments: argparse.Namespace, world_size: int) -> None:
-    """Fill in defaults and refuse what is wrong whatever the model; raises UserError."""
-    if arguments.tp_sizes is None:
-        powers = [2**i for i in range(world_size.bit_length()) if 2**i < world_size]
-        arguments.tp_sizes = [*powers, world_size]
-    for tp_size in arguments.tp_sizes:
-        if not 1 <= tp_size <= world_size:
-            raise UserError(
-                f"tp size {tp_size} does not lie between 1 and the {world_size} ranks started: "
-                f"start more with torchrun --nproc-per-node, or change --tp-sizes"
-            )
-    least = {"iters": 1, "warmup": 0, "max_states": 0, "threads_per_rank": 1, "num_probes": 1}
-    for name, minimum in least.items():
-        value = getattr(arguments, name)
-        if value is not None and value < minimum:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is {value}: give {minimum} or more")
-    for batch_size in arguments.batch_sizes:
-        if batch_size < 1:
-            raise UserError(f"--batch-sizes holds {batch_size}: give sizes of 1 or more")
-    if arguments.cell_seconds <= 0:
-        raise UserError(f"--cell-seconds is {arguments.cell_seconds}: give more than 0")
+from ranks import Ranks, World, refuse, run_ranks
+from scale_arguments import DTYPES, parse_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command on this rank and return its exit code."""
     world = World()
     try:
-        arguments = _parser(speaks=world.rank == 0).parse_args(argv)
-        _check(arguments, world.size)
+        arguments = parse_arguments(
+            argv, description=__doc__, world_size=world.size, speaks=world.rank == 0
+        )
         setup = decide_setup(
             probe_machine(),
             local_rank=world.local_rank,
@@ -181,7 +84,7 @@ class _Run:
             heads=setup.heads,
             model=arguments.model,
             synthetic=arguments.synthetic,
-            dtype=_DTYPES.get(arguments.dtype),
+            dtype=DTYPES.get(arguments.dtype),
             index=arguments.index,
             hidden_states=arguments.hidden_states,
             max_states=arguments.max_states,
