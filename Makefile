@@ -32,8 +32,8 @@ verify: setup ## The claims on the real model: sharding exactness and fidelity (
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python launch/build_index.py
 	$(BIN)/python -m pytest -m real
 
-bench: setup ## Time the heads' kernels on one CPU thread, interleaved
-	$(BIN)/python kernels/bench_cpu.py
+bench: setup ## Time the head on one CPU thread beside dense heads and the published scheme (ARGS=...)
+	$(BIN)/python launch/bench_cpu.py $(ARGS)
 
 lint: setup ## Format and check
 	$(BIN)/ruff format .
