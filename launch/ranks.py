@@ -66,12 +66,15 @@ class Ranks:
 def run_ranks(world: World, work: Callable[[Ranks], None], parting_words: Callable[[], str]) -> int:
     """Do `work` on this rank while watching the others; returns the exit code.
 
+    Where `work` fails among several ranks, the process ends here, with that code.
+
     parting_words: what to tell a person whose run was ended from outside.
     """
     store = _open_store(world)
     control = Control(store, world.rank, range(world.size))
-    places = control.gather([boot_id(), os.getpid()])
-    pids = {rank: pid for rank, (host, pid) in enumerate(places) if host == boot_id()}
+    places = control.gather([_process_space(), os.getpid()])
+    pids = {rank: pid for rank, (space, pid) in enumerate(places) if space == _process_space()}
+    code = 0
     try:
         with PeerWatch(world.rank, pids, parting_words):
             try:
@@ -80,26 +83,50 @@ def run_ranks(world: World, work: Callable[[Ranks], None], parting_words: Callab
                 if dist.is_initialized():
                     dist.destroy_process_group()
     except PeerError as error:
+        _refuse(error, world)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    if code != INTERRUPTED:
         # No rank ends while another still watches: it would be taken for lost.
         control.barrier()
-        return refuse(error, speaks=error.first_rank == world.rank)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    control.barrier()
-    return 0
+    if code and world.size > 1:
+        # Taking Python down lasts longer on some ranks, and torchrun kills those left behind.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
-def refuse(error: UserError, *, speaks: bool) -> int:
-    """Say what is wrong, on the one rank that speaks; returns the exit code."""
+def refuse_together(world: World, mistake: UserError) -> int:
+    """End a run whose ranks all found the same mistake; one says so. Returns the exit code."""
+
+    def refuse(ranks: Ranks) -> None:
+        with ranks.control.phase():
+            raise mistake
+
+    return run_ranks(world, refuse, lambda: "")
+
+
+def _refuse(error: PeerError, world: World) -> None:
+    """Say what is wrong, on the one rank that speaks, and let torchrun say it as root cause."""
+    speaks = world.rank == error.first_rank
+    sentence = f"error: {error}"
     if speaks:
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # torchrun ends what it prints with this file's text, as the root cause.
-        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            said = {"py_callstack": f"error: {error}", "timestamp": str(int(time.time()))}
-            document = {"message": {"message": str(error), "extraInfo": said}}
-            Path(path).write_text(json.dumps(document))
-    return error.exit_code
+        print(sentence, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # torchrun ends what it prints with the text of the earliest second.
+        second = int(time.time()) + (not speaks)
+        said = sentence if speaks else f"ended for what rank {error.first_rank} says"
+        extra = {"py_callstack": said, "timestamp": str(second)}
+        Path(path).write_text(json.dumps({"message": {"message": said, "extraInfo": extra}}))
+
+
+def _process_space() -> str:
+    """What two ranks have in common only where one can watch the other's process."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{boot_id()} {namespace.readlink() if namespace.exists() else ''}"
 
 
 def _open_store(world: World) -> Store:

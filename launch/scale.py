@@ -49,7 +49,7 @@ from flashhead_dist.model_source import ModelSource
 from flashhead_dist.report.present import print_report, report_console, write_report
 from flashhead_dist.report.progress import SweepProgress
 from flashhead_topology.probe import probe_machine
-from ranks import Ranks, World, refuse, run_ranks
+from ranks import Ranks, World, refuse_together, run_ranks
 from scale_arguments import DTYPES, parse_arguments
 
 
@@ -60,49 +60,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse_arguments(
             argv, description=__doc__, world_size=world.size, speaks=world.rank == 0
         )
-        setup = decide_setup(
-            probe_machine(),
-            local_rank=world.local_rank,
-            local_world_size=world.local_size,
-            threads_per_rank=arguments.threads_per_rank,
-            device=arguments.device,
-            heads=arguments.heads,
-        )
     except UserError as error:
-        return refuse(error, speaks=world.rank == 0)
-    run = _Run(arguments, setup)
+        return refuse_together(world, error)
+    run = _Run(arguments, world)
     return run_ranks(world, run.measure, run.parting_words)
 
 
 class _Run:
     """One rank of a run: the phases between ranks that have met and a printed report."""
 
-    def __init__(self, arguments: argparse.Namespace, setup: Setup) -> None:
-        self.arguments, self.setup = arguments, setup
+    def __init__(self, arguments: argparse.Namespace, world: World) -> None:
+        self.arguments, self.world = arguments, world
         self.folder: Path | None = None
-        self.request = Request(
-            heads=setup.heads,
-            model=arguments.model,
-            synthetic=arguments.synthetic,
-            dtype=DTYPES.get(arguments.dtype),
-            index=arguments.index,
-            hidden_states=arguments.hidden_states,
-            max_states=arguments.max_states,
-            seed=arguments.seed,
-        )
 
     def parting_words(self) -> str:
         """Where to find what was measured before the run ended."""
         path = self.folder / RECORDS_NAME if self.folder else None
-        return f" The records so far are in {path}." if path and path.exists() else ""
+        if path is None or not path.exists() or not path.stat().st_size:
+            return " Nothing was measured yet."
+        return f" The records so far are in {path}."
 
     def measure(self, ranks: Ranks) -> None:
         """Do it all; raises PeerError on every rank, if a user's mistake shows on one."""
-        setup, control = self.setup, ranks.control
-        environment, folder = self._begin(control)
-        workload, model = self._prepare(control)
+        control = ranks.control
+        with control.phase():
+            setup = self._decide()
+        environment, folder = self._begin(setup, control)
+        workload, model = self._prepare(setup, control)
         ranks.open_group(setup.placement.backend, setup.device)
-        plan = self._plan(model)
+        plan = self._plan(setup, model)
         with ExitStack() as stack:
             with control.phase():
                 path = folder / RECORDS_NAME if control.is_first else Path(os.devnull)
@@ -121,49 +107,71 @@ class _Run:
                     num_probes=plan.num_probes,
                     alpha=plan.alpha,
                     seed=self.arguments.seed,
-                    world_size=ranks.world.size,
+                    world_size=self.world.size,
                 ),
                 write=writer.write,
                 progress=stack.enter_context(progress),
             )
             stack.enter_context(compute_threads(setup.threads_per_rank))
-            sizes = setup.group_sizes(plan.tp_sizes, ranks.world.size)
+            sizes = setup.group_sizes(plan.tp_sizes, self.world.size)
             sweep.run(split_tensor_parallel(sizes, device=setup.device))
         with control.phase():
             if control.is_first:
-                self._report(sweep, folder, environment | {"hidden_states": workload.origin})
+                environment |= {"hidden_states": workload.origin}
+                self._report(sweep, folder, environment, setup.notes)
 
-    def _begin(self, control: Control) -> tuple[dict[str, Any], Path]:
+    def _decide(self) -> Setup:
+        return decide_setup(
+            probe_machine(),
+            local_rank=self.world.local_rank,
+            local_world_size=self.world.local_size,
+            threads_per_rank=self.arguments.threads_per_rank,
+            device=self.arguments.device,
+            heads=self.arguments.heads,
+        )
+
+    def _begin(self, setup: Setup, control: Control) -> tuple[dict[str, Any], Path]:
         """Describe the run and make its folder, before anything takes long."""
         torch.manual_seed(self.arguments.seed)
         given = {name: str(value) for name, value in vars(self.arguments).items()}
-        environment = describe_environment(self.setup, given, self.arguments.tp_sizes)
+        environment = describe_environment(setup, given, self.arguments.tp_sizes)
         made: str | None = None
         with control.phase():
             if control.is_first:
-                host_class, commit = self.setup.machine.host_class, environment["commit"]
+                host_class, commit = setup.machine.host_class, environment["commit"]
                 runs_dir, now = self.arguments.runs_dir, datetime.now(UTC)
                 made = str(make_run_folder(runs_dir, host_class, commit, environment, now))
         self.folder = Path(control.broadcast(made))
         return environment, self.folder
 
-    def _prepare(self, control: Control) -> tuple[Workload, ModelSource]:
+    def _prepare(self, setup: Setup, control: Control) -> tuple[Workload, ModelSource]:
         """The first rank, with the whole machine to itself, makes what is missing."""
+        arguments = self.arguments
+        request = Request(
+            heads=setup.heads,
+            model=arguments.model,
+            synthetic=arguments.synthetic,
+            dtype=DTYPES.get(arguments.dtype),
+            index=arguments.index,
+            hidden_states=arguments.hidden_states,
+            max_states=arguments.max_states,
+            seed=arguments.seed,
+        )
         made: dict[str, Any] | None = None
         with control.phase():
             if control.is_first:
-                with compute_threads(self.setup.machine.num_cores):
-                    largest = max(self.arguments.tp_sizes)
-                    made = prepare_workload(self.request, largest, progress=True).as_json()
+                with compute_threads(setup.machine.num_cores):
+                    largest = max(arguments.tp_sizes)
+                    made = prepare_workload(request, largest, progress=True).as_json()
         workload = Workload.from_json(control.broadcast(made))
         with control.phase():
-            model = self.request.open_model(progress=False)
+            model = request.open_model(progress=False)
         return workload, model
 
-    def _plan(self, model: ModelSource) -> Plan:
+    def _plan(self, setup: Setup, model: ModelSource) -> Plan:
         arguments = self.arguments
         return Plan(
-            heads=self.setup.heads,
+            heads=setup.heads,
             tp_sizes=arguments.tp_sizes,
             batch_sizes=arguments.batch_sizes,
             dtype=model.dtype,
@@ -174,25 +182,34 @@ class _Run:
                 warmup=arguments.warmup,
                 cell_seconds=arguments.cell_seconds,
             ),
-            num_cores=self.setup.machine.num_cores,
-            fit=self.setup.fit,
+            num_cores=setup.machine.num_cores,
+            fit=setup.fit,
         )
 
-    def _report(self, sweep: Sweep, folder: Path, environment: dict[str, Any]) -> None:
+    def _report(
+        self,
+        sweep: Sweep,
+        folder: Path,
+        environment: dict[str, Any],
+        notes: Sequence[str],
+    ) -> None:
         costs = {operation.value: asdict(cost) for operation, cost in sweep.costs.items()}
         environment = environment | {"exchange_costs": costs}
         write_environment(folder, environment)
-        notes, plots = list(self.setup.notes), not self.arguments.skip_plots
+        plots = not self.arguments.skip_plots
         if plots and find_spec("matplotlib") is None:
             plots = False
-            notes.append("plots are SKIPPED: pip install 'flashhead-dist[report]' to draw them.")
+            notes = [
+                *notes,
+                "plots are SKIPPED: pip install 'flashhead-dist[report]' to draw them.",
+            ]
         paths = write_report(sweep.records, folder, plots=plots)
         print_report(sweep.records, notes, paths, report_console())
         if self.arguments.json:
             document = {
                 "run_dir": str(folder),
                 "environment": environment,
-                "notes": notes,
+                "notes": list(notes),
                 "records": [asdict(record) for record in sweep.records],
             }
             print(json.dumps(document, allow_nan=False), flush=True)
