@@ -32,10 +32,7 @@ def save_hidden_states(path: Path, hidden_states: HiddenStates) -> None:
     metadata = {"sources": json.dumps(hidden_states.sources), "origin": hidden_states.origin}
 
     def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        save_file(tensors, temporary, metadata)
         temporary.chmod(0o644)
 
     publish(path, write)

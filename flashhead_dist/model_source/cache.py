@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from flashhead_dist.model_source.errors import ModelSourceError
 
@@ -76,14 +77,16 @@ def publish(target: Path, write: Callable[[Path], None]) -> None:
         temporary = scratch / target.name
         write(temporary)
         temporary.replace(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        # safetensors reports a full disk as an exception of its own.
         raise _unwritable(target, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _unwritable(target: Path, error: OSError) -> ModelSourceError:
+def _unwritable(target: Path, error: Exception) -> ModelSourceError:
+    reason = getattr(error, "strerror", None) or error
     return ModelSourceError(
-        f"{target} cannot be written ({error.strerror or error}); free some space or set "
-        "FLASHHEAD_CACHE to another folder."
+        f"{target} cannot be written ({reason}); free some space or set FLASHHEAD_CACHE to "
+        "another folder."
     )
