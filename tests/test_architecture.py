@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,22 +88,58 @@ def test_source_folders_are_not_import_packages() -> None:
         assert not (ROOT / folder / "__init__.py").exists()
 
 
+_WHAT_IS_KERNELS = """
+import importlib, json, os, sys
+from pathlib import Path
+import transformers.utils.import_utils as detection
+
+def seen_from(place):
+    os.chdir(place)  # sys.path starts with the current folder, as under python -c and -m
+    sys.modules.pop("kernels", None)
+    importlib.invalidate_caches()
+    detection.is_kernels_available.cache_clear()
+    available = detection.is_kernels_available()
+    try:
+        file = importlib.import_module("kernels").__file__
+    except ImportError:
+        file = None
+    return [available, file]
+
+site, *places = map(Path, sys.argv[1:])
+without = [seen_from(place) for place in places]
+metadata = site / "kernels-1.dist-info" / "METADATA"
+metadata.parent.mkdir()
+version = detection.KERNELS_MIN_VERSION
+metadata.write_text(f"Metadata-Version: 2.1\\nName: kernels\\nVersion: {version}\\n")
+sys.path.insert(1, str(site))
+print(json.dumps([without, [seen_from(place) for place in places]]))
+"""
+
+
 def test_transformers_sees_the_same_kernels_package_from_here_as_from_elsewhere(
     tmp_path: Path,
 ) -> None:
     """The folder `kernels/` must not stand in for the Hugging Face package of that name."""
-    program = (
-        "import importlib.util, transformers.utils.import_utils as u\n"
-        "spec = importlib.util.find_spec('kernels')\n"
-        "print(u.is_kernels_available(), getattr(spec, 'origin', None))"
+    site, elsewhere, shadowing = (tmp_path / name for name in ("site", "elsewhere", "shadowing"))
+    installed, wrong = site / "kernels" / "__init__.py", shadowing / "kernels" / "__init__.py"
+    elsewhere.mkdir()
+    for file in (installed, wrong):
+        file.parent.mkdir(parents=True)
+        file.write_text("")
+    places = [str(site), str(elsewhere), str(ROOT), str(shadowing)]
+    done = subprocess.run(
+        [sys.executable, "-c", _WHAT_IS_KERNELS, *places],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    seen = [
-        subprocess.run(
-            [sys.executable, "-c", program], cwd=where, capture_output=True, text=True, check=True
-        ).stdout
-        for where in (tmp_path, ROOT)
-    ]
-    assert seen[0] == seen[1]
+    without, having = json.loads(done.stdout)
+    assert without[1] == without[0]
+    assert having[0] == [True, str(installed)]
+    assert having[1] == having[0]
+    # A folder of that name with an __init__.py does shadow it: the comparison can fail.
+    assert having[2] == [True, str(wrong)]
 
 
 def test_files_hold_one_idea() -> None:
