@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from flashhead_dist.hidden_states import HiddenStates
-from flashhead_dist.index.calibrate import (
-    Found,
-    choose_alpha,
-    dense_argmax,
-    found_within,
-    probe_ranks,
-)
-from flashhead_dist.index.cluster import Report, cluster_tokens
-from flashhead_dist.index.layout import IndexTensors, cohesion, lay_out
+from flashhead_dist.index.choose import choose, measure_fidelity
+from flashhead_dist.index.cluster import cluster_tokens
+from flashhead_dist.index.layout import cohesion, lay_out
 from flashhead_dist.index.manifest import IndexManifest
-from flashhead_dist.index.metric import hidden_metric
-from flashhead_dist.index.options import ALPHAS, HeadIndexError, IndexOptions
+from flashhead_dist.index.metric import second_moment
+from flashhead_dist.index.options import HeadIndexError, IndexOptions
+from flashhead_dist.index.progress import Report, progress_bars
 from flashhead_dist.index.store import check_target, save_index
 from flashhead_dist.model_source import ModelSource
 
@@ -48,8 +40,9 @@ def build_index(
 ) -> Path:
     """Build the index of `model` and store it in the folder `out`, which is returned.
 
-    calibration: shapes the metric and chooses alpha; without it clusters are Euclidean and alpha is
-        0 unless the options say otherwise.
+    calibration: shapes the metric and the rounding of centroids, and chooses alpha and pinned
+        tokens. Without it clusters are Euclidean, alpha is 0 unless the options say otherwise, and
+        no token is pinned but those of the options.
     test: its fidelity goes into the manifest.
     device: a GPU where there is one, if None.
 
@@ -61,15 +54,18 @@ def build_index(
     check_target(out, replace=replace_existing)
     started = time.monotonic()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with _progress(progress) as report:
+    with progress_bars(progress) as report:
         weights = _read_weights(model, report).to(device)
-        transform = None
-        if calibration is not None and options.metric_exponent > 0:
-            transform = hidden_metric(calibration.states.to(device), options.metric_exponent)
-        slots, rounds = cluster_tokens(weights, options, transform=transform, report=report)
-        tensors = lay_out(weights, slots, options)
-        evidence, chosen = _calibrate(weights, tensors, options, calibration, report)
-        fidelity = _test(weights, tensors, options, chosen, test, report)
+        moment = None
+        if calibration is not None and len(calibration):
+            moment = second_moment(calibration.states.to(device))
+        slots, rounds = cluster_tokens(weights, options, moment=moment, report=report)
+        tensors = lay_out(weights, slots, options.pinned_token_ids, options, moment)
+        choice = choose(weights, tensors, options, calibration, report)
+        if choice.pinned_token_ids != options.pinned_token_ids:
+            slots = _without(slots, choice.pinned_token_ids)
+            tensors = lay_out(weights, slots, choice.pinned_token_ids, options, moment)
+        fidelity = measure_fidelity(weights, tensors, options, choice.alpha, test, report)
         mean_cosine = cohesion(weights, slots)
         build_seconds = round(time.monotonic() - started, 1)
 
@@ -88,16 +84,16 @@ def build_index(
                 group_size=tensors.centroids.group_size,
                 num_pinned=tensors.pinned_token_ids.shape[1],
                 centroid_kind=options.centroid_kind,
-                alpha=chosen,
+                alpha=choice.alpha,
                 num_probes=options.probes(model.vocab_size),
                 method=options.method,
-                metric_exponent=0.0 if transform is None else options.metric_exponent,
+                metric_exponent=0.0 if moment is None else options.metric_exponent,
                 seed=options.seed,
                 rounds=rounds,
                 cohesion=mean_cosine,
                 build_seconds=build_seconds,
                 versions=_versions(),
-                calibration=evidence,
+                calibration=choice.evidence,
                 fidelity=fidelity,
                 **stored,
             )
@@ -122,103 +118,10 @@ def _read_weights(model: ModelSource, report: Report) -> Tensor:
     return weights
 
 
-def _probes_per_group(options: IndexOptions, weights: Tensor) -> int:
-    return -(-options.probes(len(weights)) // options.num_groups)
-
-
-def _calibrate(
-    weights: Tensor,
-    tensors: IndexTensors,
-    options: IndexOptions,
-    calibration: HiddenStates | None,
-    report: Report,
-) -> tuple[dict[str, Any], float]:
-    """Evidence for the manifest, and alpha."""
-    if calibration is None or not len(calibration):
-        return {}, options.alpha or 0.0
-    alphas = ALPHAS if options.alpha is None else (options.alpha,)
-    found = _found(weights, tensors, options, calibration, alphas, report, "Calibrating")
-    evidence = {
-        "num_states": len(calibration),
-        "origin": calibration.origin,
-        "top1_agreement_by_alpha": [
-            {
-                "alpha": alpha,
-                "top1_agreement": result.overall,
-                "top1_agreement_worst_source": result.worst,
-                "worst_source": result.worst_source,
-            }
-            for alpha, result in found.items()
-        ],
-    }
-    return evidence, choose_alpha(found)
-
-
-def _test(
-    weights: Tensor,
-    tensors: IndexTensors,
-    options: IndexOptions,
-    alpha: float,
-    test: HiddenStates | None,
-    report: Report,
-) -> dict[str, Any]:
-    """Fidelity on the test states, for the manifest."""
-    if test is None or not len(test):
-        return {}
-    found = _found(weights, tensors, options, test, (alpha,), report, "Testing")[alpha]
-    return {
-        "num_states": len(test),
-        "origin": test.origin,
-        "top1_agreement": found.overall,
-        "top1_agreement_worst_source": found.worst,
-        "worst_source": found.worst_source,
-        "top1_agreement_by_source": found.by_source,
-    }
-
-
-def _found(
-    weights: Tensor,
-    tensors: IndexTensors,
-    options: IndexOptions,
-    states: HiddenStates,
-    alphas: tuple[float, ...],
-    report: Report,
-    stage: str,
-) -> dict[float, Found]:
-    count = _Counter(report, f"{stage}: dense head")
-    tokens = dense_argmax(weights, states.states, count)
-    count = _Counter(report, f"{stage}: index")
-    ranks = probe_ranks(tensors, states.states, tokens, alphas, count)
-    probes = _probes_per_group(options, weights)
-    return {
-        alpha: found_within(row, probes, states) for alpha, row in zip(alphas, ranks, strict=True)
-    }
-
-
-class _Counter:
-    """Adds up the shares of a stage."""
-
-    def __init__(self, report: Report, stage: str) -> None:
-        self._report, self._stage, self._done = report, stage, 0.0
-
-    def __call__(self, share: float) -> None:
-        self._done += share
-        self._report(self._stage, min(1.0, self._done))
-
-
-@contextmanager
-def _progress(show: bool) -> Iterator[Report]:
-    """A bar per stage on stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=1.0)
-            bars.update(tasks[stage], completed=done)
-
-        yield report
+def _without(slots: Tensor, token_ids: Sequence[int]) -> Tensor:
+    """`slots` with `token_ids` turned into pads."""
+    taken = torch.tensor(list(token_ids), device=slots.device, dtype=slots.dtype)
+    return slots.masked_fill(torch.isin(slots, taken), -1)
 
 
 def _versions() -> dict[str, str]:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from flashhead_kernels.quantize import QuantizedCentroids
-from flashhead_kernels.reference import centroid_dots
 from torch import Tensor
 
 from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index.layout import IndexTensors
+from flashhead_kernels.quantize import QuantizedCentroids
+from flashhead_kernels.reference import centroid_dots
 
 _CHUNK_STATES = 2048
 _CHUNK_TOKENS = 32768
@@ -111,6 +111,22 @@ def found_within(ranks: Tensor, probes_per_group: int, states: HiddenStates) -> 
 def choose_alpha(candidates: dict[float, Found]) -> float:
     """The alpha whose worst source does best, then the best overall, then the smallest."""
     return max(candidates, key=lambda a: (candidates[a].worst, candidates[a].overall, -a))
+
+
+def missed_tokens(ranks: Tensor, tokens: Tensor, probes_per_group: int, limit: int) -> list[int]:
+    """Up to `limit` token ids that states miss most often, ascending.
+
+    ranks, tokens: `[N]` of N calibration states, as in `probe_ranks`. Counted are states that half
+    of `probes_per_group` would miss, then those that a quarter would: other texts miss more than
+    the ones that shaped the index.
+    """
+    chosen: list[int] = []
+    for share in (2, 4):
+        missed = tokens[(ranks >= -(-probes_per_group // share)).to(tokens.device)]
+        ids, counts = torch.unique(missed, return_counts=True)
+        often = ids[torch.argsort(counts, descending=True, stable=True)].tolist()
+        chosen += [token for token in often if token not in chosen]
+    return sorted(chosen[:limit])
 
 
 def _home_clusters(token_ids: Tensor, highest: int) -> Tensor:

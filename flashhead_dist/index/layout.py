@@ -7,13 +7,15 @@ G groups of M clusters of S tokens; D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from flashhead_kernels.quantize import QuantizedCentroids, quantize_centroids
 from torch import Tensor
 
+from flashhead_dist.index.compensate import quantize_for_states
 from flashhead_dist.index.options import IndexOptions
+from flashhead_kernels.quantize import QuantizedCentroids, quantize_centroids
 
 
 @dataclass(frozen=True)
@@ -35,23 +37,35 @@ class IndexTensors:
 def deal(slots: Tensor, num_groups: int) -> Tensor:
     """Deal clusters in tree order `[C, ...]` round-robin: `[G, M, ...]`."""
     dealt = slots.reshape(len(slots) // num_groups, num_groups, *slots.shape[1:])
-    return dealt.transpose(0, 1).contiguous()
+    # A clone has plain strides even where a dimension is 1, which contiguous() may leave odd.
+    return dealt.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
-def lay_out(weights: Tensor, slots: Tensor, options: IndexOptions) -> IndexTensors:
+def lay_out(
+    weights: Tensor,
+    slots: Tensor,
+    pinned_token_ids: Sequence[int],
+    options: IndexOptions,
+    moment: Tensor | None = None,
+) -> IndexTensors:
     """Tensors of the index of `weights [V, D]` whose clusters in tree order are `slots [C, S]`.
 
     slots: int64 token ids, -1 for pads; they and the pinned ids cover every token once.
+    moment: `second_moment` of the calibration states, which rounds centroids to suit them; None
+        rounds to nearest.
     """
     token_ids = deal(slots, options.num_groups).to(torch.int32)
     shape = token_ids.shape[:2]
     centroids, spread = describe_clusters(
         weights, token_ids.flatten(0, 1), unit_norm=options.centroid_kind == "unit_norm"
     )
-    quantized = quantize_centroids(
-        centroids.reshape(*shape, -1), options.centroid_bits, options.group_size
-    )
-    pinned = _deal_pinned(options.pinned_token_ids, options.num_groups)
+    centroids = centroids.reshape(*shape, -1)
+    bits, group_size = options.centroid_bits, options.group_size
+    if moment is None or bits == 16:
+        quantized = quantize_centroids(centroids, bits, group_size)
+    else:
+        quantized = quantize_for_states(centroids, moment, bits, group_size)
+    pinned = _deal_pinned(pinned_token_ids, options.num_groups)
     return IndexTensors(
         rows=_take(weights, token_ids),
         token_ids=token_ids,
@@ -104,9 +118,9 @@ def _take(weights: Tensor, ids: Tensor) -> Tensor:
     return rows.masked_fill_((ids < 0).unsqueeze(-1), 0)
 
 
-def _deal_pinned(token_ids: tuple[int, ...], num_groups: int) -> Tensor:
+def _deal_pinned(token_ids: Sequence[int], num_groups: int) -> Tensor:
     """Deal pinned ids over groups: int32 `[G, n]`, -1 where a group has one fewer."""
     per_group = -(-len(token_ids) // num_groups)
     padded = torch.full((per_group * num_groups,), -1, dtype=torch.int32)
-    padded[: len(token_ids)] = torch.tensor(token_ids, dtype=torch.int32)
+    padded[: len(token_ids)] = torch.tensor(list(token_ids), dtype=torch.int32)
     return deal(padded, num_groups)

@@ -71,8 +71,8 @@ class IndexManifest:
 
     @property
     def index_hash(self) -> str:
-        """Hex sha256 that names this index and everything in it."""
-        return _self_hash(_plain(self))
+        """Hex sha256 that names this index and all that is in it but the time it took to build."""
+        return _self_hash(_plain(self) | {"build_seconds": None})
 
     @property
     def centroid_bytes(self) -> int:

@@ -13,7 +13,7 @@ Method = Literal["bisect", "faiss"]
 CentroidKind = Literal["mean", "unit_norm"]
 CLUSTER_SIZES = (1, 2, 4, 8, 16, 32, 64)
 CENTROID_BITS = (4, 8, 16)
-ALPHAS = (0.0, 0.01, 0.02, 0.05, 0.1)
+ALPHAS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1)
 PROBED_SHARE = 32
 """By default one row in this many is a candidate."""
 
@@ -36,6 +36,8 @@ class IndexOptions:
     """Probing groups, G: the greatest tp_size that can use the index."""
     pinned_token_ids: tuple[int, ...] = ()
     """Tokens that every step scores, whatever is probed."""
+    learned_pins_per_group: int = 1
+    """At most this many tokens a group are pinned because the calibration states miss them."""
     method: Method = "bisect"
     """Clustering: balanced bisection with refinement, or faiss k-means."""
     centroid_kind: CentroidKind = "mean"
@@ -44,8 +46,8 @@ class IndexOptions:
     """Weight of |h| * spread in the probing score; None calibrates it."""
     num_probes: int | None = None
     """Default number of probes, p; None takes one candidate in 32 rows."""
-    metric_exponent: float = 0.5
-    """Clusters form in the metric (sum of h h^T over unit-normed calibration states)^exponent;
+    metric_exponent: float = 0.7
+    """Clusters form in the metric (mean of h h^T over unit-normed calibration states)^exponent;
     0 is the plain Euclidean metric."""
     seed: int = 0
 
@@ -67,6 +69,14 @@ class IndexOptions:
                     f"{name} {getattr(self, name)!r} is unknown; "
                     f"choose from {', '.join(get_args(allowed))}."
                 )
+        if self.learned_pins_per_group < 0:
+            raise HeadIndexError(
+                f"{self.learned_pins_per_group} learned pins a group are too few; give 0 for none."
+            )
+        if not 0 <= self.metric_exponent <= 1:
+            raise HeadIndexError(
+                f"metric exponent {self.metric_exponent} must lie between 0 and 1; 0.7 is usual."
+            )
         if self.alpha is not None and not 0 <= self.alpha < 100:
             raise HeadIndexError(f"alpha {self.alpha} must lie between 0 and 100; 0.02 is usual.")
         if len(set(self.pinned_token_ids)) != len(self.pinned_token_ids):
@@ -107,6 +117,10 @@ class IndexOptions:
             return self.num_probes
         per_group = -(-self.num_clusters(vocab_size) // (PROBED_SHARE * self.num_groups))
         return per_group * self.num_groups
+
+    def max_learned_pins(self, vocab_size: int) -> int:
+        """The most tokens that calibration may pin: a small part of what is probed."""
+        return min(self.learned_pins_per_group * self.num_groups, vocab_size // PROBED_SHARE)
 
     def fingerprint(self) -> str:
         """Twelve hex digits that differ where any choice does."""

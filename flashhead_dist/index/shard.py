@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from flashhead_kernels.quantize import QuantizedCentroids
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from flashhead_dist.index.options import HeadIndexError
 from flashhead_dist.index.store import hash_group, header_bytes
 from flashhead_dist.index.token_map import TokenMap
 from flashhead_dist.model_source import ModelSource
+from flashhead_kernels.quantize import QuantizedCentroids
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,9 @@ def _read_groups(
         # Opened for each group: the pages of the mapped file count as memory until it is closed.
         for name, piece in _read_group(path, group).items():
             if name not in tensors:
-                tensors[name] = piece.new_empty((len(groups), *piece.shape))
+                # Written once from end to end, so that the kernel hands out neighbouring pages; a
+                # scan is a quarter slower over pages that were touched group by group.
+                tensors[name] = piece.new_empty((len(groups), *piece.shape)).zero_()
             tensors[name][place] = piece
         if verify:
             stored = hash_group([tensors[name][place] for name in sorted(tensors)])

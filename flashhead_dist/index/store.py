@@ -117,7 +117,7 @@ def save_index(
 
 
 def check_target(out: Path, *, replace: bool) -> None:
-    """Raise HeadIndexError where `out` is in the way, or is something other than an index folder."""
+    """Raise HeadIndexError where `out` is in the way, or is anything but an index folder."""
     if not out.exists():
         return
     if not replace:

@@ -124,8 +124,11 @@ def tied_model(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def tied_index(tied_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of `tied_model`: 8 groups of 32 clusters of 4 tokens, 2 probes a group."""
-    options = IndexOptions(num_groups=8, num_probes=16, alpha=0.02)
+    """An index of `tied_model`: 8 groups of 32 clusters of 4 tokens, 2 probes a group.
+
+    Equal rows end up in one cluster, so that only pinning sets ties apart over the ranks.
+    """
+    options = IndexOptions(num_groups=8, num_probes=16, alpha=0.02, pinned_token_ids=(1005, 900, 612))
     return build_index(
         open_model(str(tied_model)),
         options,

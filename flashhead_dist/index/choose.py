@@ -1,0 +1,114 @@
+"""What hidden states decide about clusters that are there: alpha, pinned tokens, and fidelity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from flashhead_dist.hidden_states import HiddenStates
+from flashhead_dist.index.calibrate import (
+    Found,
+    choose_alpha,
+    dense_argmax,
+    found_within,
+    missed_tokens,
+    probe_ranks,
+)
+from flashhead_dist.index.layout import IndexTensors
+from flashhead_dist.index.options import ALPHAS, IndexOptions
+from flashhead_dist.index.progress import Counter, Report
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the calibration states chose, and the evidence that goes into the manifest."""
+
+    alpha: float
+    pinned_token_ids: tuple[int, ...]
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+
+def choose(
+    weights: Tensor,
+    tensors: IndexTensors,
+    options: IndexOptions,
+    calibration: HiddenStates | None,
+    report: Report,
+) -> Choice:
+    """Choose alpha, then the tokens to pin beside those of `options`.
+
+    weights: `[V, D]`. Without calibration states alpha is 0, or what the options say, and no token
+    is pinned but those.
+    """
+    given = options.pinned_token_ids
+    if calibration is None or not len(calibration):
+        return Choice(options.alpha or 0.0, given)
+    alphas = ALPHAS if options.alpha is None else (options.alpha,)
+    tokens, ranks = _ranks(weights, tensors, calibration, alphas, report, "Calibrating")
+    probes = _probes_per_group(options, weights)
+    found = {
+        alpha: found_within(row, probes, calibration)
+        for alpha, row in zip(alphas, ranks, strict=True)
+    }
+    alpha = choose_alpha(found)
+    learned = missed_tokens(
+        ranks[alphas.index(alpha)], tokens, probes, options.max_learned_pins(len(weights))
+    )
+    evidence = {
+        "num_states": len(calibration),
+        "origin": calibration.origin,
+        "learned_pinned_token_ids": learned,
+        "top1_agreement_by_alpha": [
+            {"alpha": alpha, **_summary(result)} for alpha, result in found.items()
+        ],
+    }
+    return Choice(alpha, tuple(sorted({*given, *learned})), evidence)
+
+
+def measure_fidelity(
+    weights: Tensor,
+    tensors: IndexTensors,
+    options: IndexOptions,
+    alpha: float,
+    test: HiddenStates | None,
+    report: Report,
+) -> dict[str, Any]:
+    """Fidelity on the test states, for the manifest; empty without any."""
+    if test is None or not len(test):
+        return {}
+    _, ranks = _ranks(weights, tensors, test, (alpha,), report, "Testing")
+    found = found_within(ranks[0], _probes_per_group(options, weights), test)
+    return {
+        "num_states": len(test),
+        "origin": test.origin,
+        **_summary(found),
+        "top1_agreement_by_source": found.by_source,
+    }
+
+
+def _ranks(
+    weights: Tensor,
+    tensors: IndexTensors,
+    states: HiddenStates,
+    alphas: tuple[float, ...],
+    report: Report,
+    stage: str,
+) -> tuple[Tensor, Tensor]:
+    """Dense argmax `[N]` of the states and its `probe_ranks [alphas, N]`."""
+    tokens = dense_argmax(weights, states.states, Counter(report, f"{stage}: dense head"))
+    ranks = probe_ranks(tensors, states.states, tokens, alphas, Counter(report, f"{stage}: index"))
+    return tokens, ranks
+
+
+def _summary(found: Found) -> dict[str, Any]:
+    return {
+        "top1_agreement": found.overall,
+        "top1_agreement_worst_source": found.worst,
+        "worst_source": found.worst_source,
+    }
+
+
+def _probes_per_group(options: IndexOptions, weights: Tensor) -> int:
+    return -(-options.probes(len(weights)) // options.num_groups)
