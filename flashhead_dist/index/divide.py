@@ -3,7 +3,8 @@
 With rows x of mean 0, the summed squared distance to the means of two clusters A, B of S rows is a
 constant less (|sum of A|^2 + |sum of B|^2) / S, which is linear in the Gram matrix of the 2S rows.
 So the gains of all divisions of many pairs are one product of Gram matrices with a fixed table.
-Where there are too many divisions (S > 4) only exchanges of one row for one are considered.
+Where there are too many divisions (S > 4) only exchanges of one row for one are considered, whose
+gains follow from a few sums over the same matrices.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ class Divisions:
         num_clusters, size, _ = clustered.shape
         device = clustered.device
         self._orders = _orders(size).to(device)
-        own, other, cross = _tables(self._orders.cpu(), size)
-        self._first, self._second, self._cross = own.to(device), other.to(device), cross.to(device)
+        self._tables: tuple[Tensor, ...] = ()
+        if size <= _EVERY_DIVISION_UP_TO:
+            self._tables = tuple(table.to(device) for table in _tables(self._orders.cpu(), size))
         self._grams = torch.empty(num_clusters, size * size, device=device)
         self.update(torch.arange(num_clusters, device=device))
 
@@ -67,10 +69,17 @@ class Divisions:
     def _evaluate(self, pairs: Tensor) -> Tensor:
         """Gains `[E, divisions]`; the first division changes nothing and gains 0."""
         first, second = pairs[:, 0], pairs[:, 1]
-        cross = torch.bmm(self._take(first), self._take(second).transpose(1, 2)).flatten(1)
-        gains = cross @ self._cross
-        gains += self._grams[first] @ self._first
-        gains += self._grams[second] @ self._second
+        cross = torch.bmm(self._take(first), self._take(second).transpose(1, 2))
+        if not self._tables:
+            return _exchange_gains(
+                self._grams[first].reshape(cross.shape),
+                self._grams[second].reshape(cross.shape),
+                cross,
+            )
+        of_first, of_second, between = self._tables
+        gains = cross.flatten(1) @ between
+        gains += self._grams[first] @ of_first
+        gains += self._grams[second] @ of_second
         return gains
 
 
@@ -91,6 +100,20 @@ def _orders(size: int) -> Tensor:
         swapped[mine], swapped[theirs] = theirs, mine
         orders.append(swapped)
     return torch.tensor(orders)
+
+
+def _exchange_gains(first: Tensor, second: Tensor, cross: Tensor) -> Tensor:
+    """Gains `[E, 1 + S * S]` of the exchanges of `_orders`, from Gram matrices `[E, S, S]`.
+
+    Exchanging a for b gains (2 / S) * (|a - b|^2 + (sum of A - sum of B) . (b - a)).
+    """
+    squares = first.diagonal(dim1=1, dim2=2).unsqueeze(2) + second.diagonal(
+        dim1=1, dim2=2
+    ).unsqueeze(1)
+    lean_of_first = first.sum(2) - cross.sum(2)
+    lean_of_second = cross.sum(1) - second.sum(2)
+    gains = squares - 2 * cross + lean_of_second.unsqueeze(1) - lean_of_first.unsqueeze(2)
+    return torch.nn.functional.pad(gains.flatten(1) * (2 / first.shape[1]), (1, 0))
 
 
 def _tables(orders: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
