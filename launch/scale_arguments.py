@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,6 +91,8 @@ def _parser(description: str | None, *, speaks: bool) -> argparse.ArgumentParser
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     check_head_names(names)
+    if not names:
+        raise UserError(f"--heads names none: choose from {', '.join(HEAD_NAMES)}")
     return list(dict.fromkeys(names))
 
 
@@ -120,5 +123,7 @@ def _check(arguments: argparse.Namespace, world_size: int) -> None:
     for batch_size in arguments.batch_sizes:
         if batch_size < 1:
             raise UserError(f"--batch-sizes holds {batch_size}: give sizes of 1 or more")
-    if arguments.cell_seconds <= 0:
-        raise UserError(f"--cell-seconds is {arguments.cell_seconds}: give more than 0")
+    if not 0 < arguments.cell_seconds < inf:
+        raise UserError(f"--cell-seconds is {arguments.cell_seconds}: give more than 0, finite")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed is {arguments.seed}: give a number from 0 to 2**63 - 1")
