@@ -1,16 +1,26 @@
 """Pictures of a run: latency and bytes against `tp_size`, one panel a batch size.
 
-A measured point is filled and its line solid; a projected one is hollow and its line dashed.
+Latency: a measured point is filled and its line solid; a projected one is hollow, its line dashed
+and its ground grey. Bytes: the count is filled, the analytic figure a ring around or below it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.measure.records import Record, cannot_write
+from flashhead_dist.report.plot_frame import (
+    PROJECTED_GROUND,
+    by_batch,
+    finish,
+    heads_of,
+    key,
+    make_panels,
+    style_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,18 +28,9 @@ if TYPE_CHECKING:
 
 LATENCY_NAME = "latency.png"
 BYTES_NAME = "bytes.png"
-
-# Okabe and Ito's palette, told apart by colour-blind readers; markers differ as well.
-_STYLES = {
-    "dense_gather": ("#E69F00", "s"),
-    "dense_allreduce": ("#D55E00", "D"),
-    "dense_local_max": ("#000000", "o"),
-    "flashhead_replicated": ("#56B4E9", "v"),
-    "flashhead_global": ("#009E73", "^"),
-    "flashhead": ("#0072B2", "o"),
-    "faiss_ivf": ("#CC79A7", "X"),
-}
-_OTHER_STYLE = ("#777777", "P")
+_BASELINE = "dense_local_max"
+_HALF_STEP = 2**0.4
+"""Room left and right of the outer sizes, on an axis of base 2."""
 
 
 def write_plots(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -62,133 +63,175 @@ def write_plots(records: Sequence[Record], folder: Path) -> list[Path]:
 
 
 def latency_figure(records: Sequence[Record]) -> Figure:
-    """Latency of a step against `tp_size`, logarithmic both, with a band from p10 to p90."""
-    figure, panels = _panels(records)
-    for axes, (batch_size, batch) in zip(panels, _by_batch(records), strict=True):
-        axes.set_title(f"batch {batch_size}", fontsize=10)
-        for head in _heads(records):
-            _latency_line(axes, head, [r for r in batch if r.head == head])
+    """Latency of a step against `tp_size`, logarithmic both, with bars from p10 to p90."""
+    figure, panels = make_panels(len(by_batch(records)))
+    heads = heads_of(records)
+    for axes, (_, batch) in zip(panels, by_batch(records), strict=True):
+        _ground(axes, batch)
+        _ideal_line(axes, batch)
+        for position, head in enumerate(heads):
+            # Points of one size stand side by side, so that no bar hides another.
+            shift = 2 ** (0.03 * (position - (len(heads) - 1) / 2))
+            _latency_line(axes, head, [r for r in batch if r.head == head], shift)
         axes.set_yscale("log")
         _plain_numbers(axes)
-        _tp_axis(axes, batch)
-    panels[0].set_ylabel("microseconds a step (slowest rank, median)")
-    projected = any(not record.measured for record in records)
-    _finish(figure, panels[0], records, "Latency of the output head", projected)
+        _size_axis(axes, sorted({record.tp_size for record in batch}))
+    notes = ["Bars: p10 to p90 over iterations."]
+    kinds = [key("measured", marker="o", linestyle="-")]
+    over = {r.tp_size: r.oversubscription for r in records if r.oversubscribed}
+    if over:
+        sizes = ", ".join(str(size) for size in sorted(over))
+        notes.append(
+            f"OVERSUBSCRIBED at tp {sizes} ({over[max(over)]}): what stands there is PROJECTED "
+            f"from each rank's compute measured alone and a model of communication."
+        )
+        kinds.append(key("PROJECTED", marker="o", linestyle="--", markerfacecolor="white"))
+    if any(record.median_us is None for record in records):
+        notes.append("Left out: sizes whose communication is not known.")
+    if any(r.head == _BASELINE and r.tp_size == 1 and r.median_us for r in records):
+        kinds.append(key(f"ideal: {_BASELINE}\nat tp 1, over tp", linestyle=":", color="#777777"))
+    finish(figure, panels, records, "Latency of the output head", kinds, notes)
+    figure.supylabel("microseconds a step: slowest rank, median", fontsize=10)
     return figure
 
 
-def _latency_line(axes: Axes, head: str, records: Sequence[Record]) -> None:
-    color, marker = _STYLES.get(head, _OTHER_STYLE)
+def _latency_line(axes: Axes, head: str, records: Sequence[Record], shift: float) -> None:
+    style = style_of(head)
     points = sorted((r for r in records if r.median_us is not None), key=lambda r: r.tp_size)
     measured = [record for record in points if record.measured]
-    style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 6, "linewidth": 1.6}
+    projected = [record for record in points if not record.measured]
     if measured:
-        sizes = [record.tp_size for record in measured]
-        axes.plot(sizes, [r.median_us or 0.0 for r in measured], label=head, **style)
-        axes.fill_between(
-            sizes,
+        axes.plot(
+            [record.tp_size * shift for record in measured],
+            [record.median_us or 0.0 for record in measured],
+            linestyle="-",
+            **style,
+        )
+        axes.vlines(
+            [record.tp_size * shift for record in measured],
             [record.p10_us or 0.0 for record in measured],
             [record.p90_us or 0.0 for record in measured],
-            color=color,
-            alpha=0.15,
-            linewidth=0,
+            color=style["color"],
+            linewidth=1.0,
         )
-    projected = [record for record in points if not record.measured]
     if projected:
         # The dashed line starts at the last measured point, whose own marker is drawn already.
         joined = [*measured[-1:], *projected]
         axes.plot(
-            [record.tp_size for record in joined],
+            [record.tp_size * shift for record in joined],
             [record.median_us or 0.0 for record in joined],
-            color=color,
+            color=style["color"],
             linestyle="--",
-            linewidth=1.2,
+            linewidth=1.0,
         )
         axes.plot(
-            [record.tp_size for record in projected],
+            [record.tp_size * shift for record in projected],
             [record.median_us or 0.0 for record in projected],
-            label=None if measured else head,
             **{**style, "linestyle": "none", "markerfacecolor": "white"},
         )
 
 
-def bytes_figure(records: Sequence[Record]) -> Figure:
-    """Bytes that a rank sends for one row: counted (filled) inside analytic (ring)."""
-    figure, panels = _panels(records)
-    heads = _heads(records)
-    for axes, (batch_size, batch) in zip(panels, _by_batch(records), strict=True):
-        axes.set_title(f"batch {batch_size}", fontsize=10)
-        for position, head in enumerate(heads):
-            # Heads that send the same would hide each other.
-            _bytes_lines(axes, head, batch, shift=2 ** (0.07 * (position - (len(heads) - 1) / 2)))
-        axes.set_yscale("log")
-        _tp_axis(axes, [record for record in batch if record.tp_size > 1])
-    panels[0].set_ylabel("bytes sent a rank and row")
-    _finish(figure, panels[0], records, "Bytes on the wire", projected=False)
-    figure.text(
-        0.01,
-        0.035,
-        "filled, solid: counted by the interface, protocol included.  rings, dotted: analytic, "
-        "payload of a ring.  Points of one tp_size are set side by side.",
-        fontsize=8,
+def _ground(axes: Axes, batch: Sequence[Record]) -> None:
+    """Grey behind the sizes that are projected, from half-way to the last one measured."""
+    projected = [record.tp_size for record in batch if not record.measured]
+    if not projected:
+        return
+    first, last = min(projected), max(record.tp_size for record in batch)
+    before = [r.tp_size for r in batch if r.measured and r.tp_size < first]
+    start = (first * max(before)) ** 0.5 if before else first / _HALF_STEP
+    stop = last * _HALF_STEP
+    axes.axvspan(start, stop, color=PROJECTED_GROUND, linewidth=0, zorder=0)
+    axes.text(
+        (start * stop) ** 0.5,
+        0.985,
+        "PROJECTED",
+        transform=axes.get_xaxis_transform(),
+        ha="center",
+        va="top",
+        fontsize=7,
+        color="#555555",
     )
+
+
+def _ideal_line(axes: Axes, batch: Sequence[Record]) -> None:
+    """What the dense baseline would take if ranks divided it and exchanged nothing."""
+    sizes = sorted({record.tp_size for record in batch})
+    for record in batch:
+        if record.head == _BASELINE and record.tp_size == 1 and record.median_us:
+            ideal = [record.median_us / size for size in sizes]
+            axes.plot(sizes, ideal, color="#777777", linestyle=":", linewidth=1.2, zorder=1)
+
+
+def bytes_figure(records: Sequence[Record]) -> Figure:
+    """Bytes that a rank sends for one row: counted (filled) and analytic (ring)."""
+    figure, panels = make_panels(len(by_batch(records)))
+    sizes = sorted({record.tp_size for record in records if record.tp_size > 1})
+    heads = heads_of(records)
+    for axes, (_, batch) in zip(panels, by_batch(records), strict=True):
+        for position, head in enumerate(heads):
+            shift = 0.78 * (position - (len(heads) - 1) / 2) / len(heads)
+            _bytes_points(axes, head, [r for r in batch if r.head == head], sizes, shift)
+        axes.set_yscale("log")
+        axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        axes.set_xlim(-0.5, len(sizes) - 0.5)
+        for edge in range(1, len(sizes)):
+            axes.axvline(edge - 0.5, color="#BBBBBB", linewidth=0.8)
+        _byte_numbers(axes)
+    kinds = [
+        key("counted by the\nnetwork interface", marker="o"),
+        key("analytic: operands\nof a ring", marker="o", markersize=9, markerfacecolor="none"),
+    ]
+    notes = ["Counted bytes include the protocol's: some hundreds a message, whatever it carries."]
+    silent = [head for head in heads if not any(_sends(r) for r in records if r.head == head)]
+    if silent:
+        notes.append(f"Sends nothing: {', '.join(silent)}.")
+    over = {r.tp_size: r.oversubscription for r in records if r.oversubscribed}
+    if over:
+        sizes_over = ", ".join(str(size) for size in sorted(over))
+        notes.append(
+            f"OVERSUBSCRIBED at tp {sizes_over} ({over[max(over)]}): bytes are exact all the same."
+        )
+    finish(figure, panels, records, "Bytes on the wire", kinds, notes)
+    figure.supylabel("bytes that a rank sends for one row", fontsize=10)
     return figure
 
 
-def _bytes_lines(axes: Axes, head: str, batch: Sequence[Record], shift: float) -> None:
-    color, marker = _STYLES.get(head, _OTHER_STYLE)
-    mine = sorted(
-        (r for r in batch if r.head == head and r.sent_bytes_per_row > 0), key=lambda r: r.tp_size
-    )
+def _sends(record: Record) -> bool:
+    return record.sent_bytes_per_row > 0
+
+
+def _bytes_points(
+    axes: Axes, head: str, records: Sequence[Record], sizes: Sequence[int], shift: float
+) -> None:
+    """Rings at the analytic bytes, points at the counted ones, a thin line from one to the other.
+
+    A size stands at its place in `sizes`, and a head beside it by `shift`.
+    """
+    style = style_of(head) | {"linestyle": "none"}
+    mine = sorted(filter(_sends, records), key=lambda r: r.tp_size)
     counted = [record for record in mine if (record.counted_bytes_per_row or 0) > 0]
+    places = {record.tp_size: sizes.index(record.tp_size) + shift for record in mine}
+    at_counted = [places[record.tp_size] for record in counted]
     axes.plot(
-        [record.tp_size * shift for record in counted],
-        [record.counted_bytes_per_row or 0.0 for record in counted],
-        label=head if mine else f"{head} (sends nothing)",
-        color=color,
-        marker=marker,
-        markersize=4,
-        linewidth=1.4,
-    )
-    axes.plot(
-        [record.tp_size * shift for record in mine],
+        [places[record.tp_size] for record in mine],
         [record.sent_bytes_per_row for record in mine],
-        color=color,
-        marker=marker,
-        markersize=8,
-        markerfacecolor="none",
-        linestyle=":",
-        linewidth=1.2,
+        **{**style, "markersize": 1.5 * style["markersize"], "markerfacecolor": "none"},
+    )
+    axes.plot(at_counted, [record.counted_bytes_per_row or 0.0 for record in counted], **style)
+    axes.vlines(
+        at_counted,
+        [record.sent_bytes_per_row for record in counted],
+        [record.counted_bytes_per_row or 0.0 for record in counted],
+        color=style["color"],
+        linewidth=0.8,
     )
 
 
-def _panels(records: Sequence[Record]) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    num_panels = len(_by_batch(records))
-    figure = Figure(figsize=(max(6.5, 3.6 * num_panels + 2.2), 4.8))
-    axes = figure.subplots(1, num_panels, sharey=True, squeeze=False)
-    return figure, list(axes[0])
-
-
-def _by_batch(records: Sequence[Record]) -> list[tuple[int, list[Record]]]:
-    sizes = sorted({record.batch_size for record in records})
-    return [(size, [r for r in records if r.batch_size == size]) for size in sizes]
-
-
-def _heads(records: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(record.head for record in records))
-
-
-def _tp_axis(axes: Axes, records: Sequence[Record]) -> None:
-    sizes = sorted({record.tp_size for record in records})
+def _size_axis(axes: Axes, sizes: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.xaxis.minorticks_off()
-    axes.yaxis.minorticks_off()
-    axes.set_xlabel("tp_size")
-    axes.grid(visible=True, which="major", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(sizes[0] / _HALF_STEP, sizes[-1] * _HALF_STEP)
 
 
 def _plain_numbers(axes: Axes) -> None:
@@ -196,28 +239,12 @@ def _plain_numbers(axes: Axes) -> None:
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.minorticks_off()
 
 
-def _finish(
-    figure: Figure, axes: Axes, records: Sequence[Record], title: str, projected: bool
-) -> None:
-    first = records[0]
-    model = f"{first.model} (SYNTHETIC)" if first.synthetic else first.model
-    figure.suptitle(
-        f"{title}: {model}, {first.dtype}, {first.system}, {first.backend}", fontsize=11
-    )
-    over = {r.tp_size: r.oversubscription for r in records if r.oversubscribed}
-    if over:
-        worst = over[max(over)]
-        sizes = ", ".join(str(size) for size in sorted(over))
-        meaning = (
-            "hollow, dashed: PROJECTED from each rank's compute measured alone"
-            if projected
-            else "bytes are exact all the same"
-        )
-        figure.text(0.01, 0.01, f"OVERSUBSCRIBED at tp {sizes} ({worst}).  {meaning}.", fontsize=8)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="center right", frameon=False, fontsize=9)
-    figure.subplots_adjust(
-        left=0.09, right=1 - 2.2 / figure.get_figwidth(), top=0.86, bottom=0.19, wspace=0.08
-    )
+def _byte_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import EngFormatter, LogLocator
+
+    axes.yaxis.set_major_locator(LogLocator(numticks=12))
+    axes.yaxis.set_major_formatter(EngFormatter(unit="B", places=0))
+    axes.yaxis.minorticks_off()
