@@ -85,8 +85,9 @@ def _fill(vectors: Tensor, cells: Tensor, capacity: Tensor) -> list[Tensor]:
     room = capacity.to(device).clone()
     home = torch.full((len(vectors),), -1, dtype=torch.int64, device=device)
     waiting = torch.arange(len(vectors), device=device)
-    half_norms = cells.square().sum(1) / 2
-    closeness = vectors @ cells.T - half_norms
+    # Half the squared distance, negated: rows of different norms are compared for one cell, too.
+    closeness = vectors @ cells.T - cells.square().sum(1) / 2
+    closeness -= vectors.square().sum(1, keepdim=True) / 2
     while len(waiting):
         open_cells = closeness[waiting].masked_fill_(room == 0, float("-inf"))
         value, choice = open_cells.max(1)

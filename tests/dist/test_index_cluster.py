@@ -72,11 +72,15 @@ def test_unit_norm_clusters_ignore_norms() -> None:
 
 
 @pytest.mark.parametrize("method", ["bisect", "faiss"])
-def test_the_same_seed_gives_the_same_clusters(method: str) -> None:
+def test_the_same_seed_gives_the_same_clusters(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faiss_cells, "CLUSTERS_A_CELL", 50)
     weights, moment = _draw(1013, 24), second_moment(_draw(50, 24, seed=1))
     options = _options(method=method, seed=7)
+    torch.manual_seed(1)
     first, _ = cluster_tokens(weights, options, moment=moment)
-    torch.manual_seed(99)
+    torch.manual_seed(2)
     assert torch.equal(cluster_tokens(weights, options, moment=moment)[0], first)
 
 
@@ -117,12 +121,22 @@ def test_cells_are_those_of_k_means(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bool((blob[cells] == blob[cells[:, :1]]).all())
 
 
-def test_full_cells_pass_on_the_rows_that_are_farthest() -> None:
-    rows = torch.tensor([[0.0], [1.0], [2.0], [3.0], [9.0]])
+def test_full_cells_keep_the_nearest_rows_and_pass_on_the_others() -> None:
+    rows = torch.tensor([[0.5], [6.5], [1.0], [3.9], [4.2], [9.0]])
     cells = torch.tensor([[0.0], [10.0], [4.0]])
-    filled = faiss_cells._fill(rows, cells, torch.tensor([2, 2, 1]))
-    # 2 and 3 are nearest to the third cell, which has room for 3 alone; 2 finds the first one full.
-    assert [members.tolist() for members in filled] == [[0, 1], [2, 4], [3]]
+    filled = faiss_cells._fill(rows, cells, torch.tensor([3, 3, 1]))
+    # 3.9, 4.2 and 6.5 are all nearest to the third cell, which has room for 3.9 alone.
+    assert [members.tolist() for members in filled] == [[0, 2, 4], [1, 5], [3]]
+
+
+def test_similar_cells_are_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen cells along a line, which k-means gives in any order."""
+    mixed = (torch.arange(16) * 7 % 16).unsqueeze(1)
+    monkeypatch.setattr(faiss_cells, "CLUSTERS_A_CELL", 8)
+    monkeypatch.setattr(faiss_cells, "_k_means", lambda vectors, cells, seed: (mixed + 0.5) / 16)
+    line = torch.linspace(0, 1, 512).unsqueeze(1)
+    means = line[faiss_cells.faiss_cells(line, 128, 4, seed=0)].mean((1, 2))
+    assert float((means[1:] - means[:-1]).abs().max()) < 3 / 16
 
 
 def test_faiss_that_is_not_there_is_a_sentence_with_a_remedy(
