@@ -15,6 +15,7 @@ from flashhead_dist.measure.control import Control
 from flashhead_dist.measure.memory import Peak, PeakMemory
 from flashhead_dist.measure.plan import Inputs, Plan
 from flashhead_dist.measure.threads import compute_threads
+from flashhead_kernels.dispatch import ops_for
 
 
 def load_heads(
@@ -28,6 +29,7 @@ def load_heads(
     Raises:
         UserError: on every rank of the group, if a head cannot be built on one.
     """
+    _start_kernels(plan, one_state)
     heads: dict[str, Head] = {}
     peaks: dict[str, Peak] = {}
     for name in plan.heads:
@@ -50,6 +52,12 @@ def load_heads(
             heads[name].forward(one_state)
             peaks[name] = memory.read()
     return heads, peaks
+
+
+def _start_kernels(plan: Plan, one_state: Tensor) -> None:
+    """Let this process load what compiled code needs, some 100 MB that are no head's own."""
+    rows = one_state.new_zeros((64, one_state.shape[1]), dtype=plan.dtype)
+    ops_for(one_state.device).dense_candidates(one_state, rows, 0)
 
 
 def gather_facts(

@@ -137,11 +137,13 @@ def _setting(records: Sequence[Record]) -> str:
     first = records[0]
     model = f"{first.model} (SYNTHETIC)" if first.synthetic else first.model
     threads = f"{first.threads_per_rank} thread{'' if first.threads_per_rank == 1 else 's'} a rank"
-    iterations = sorted({record.num_iterations for record in records})
+    numbers = sorted({record.num_iterations for record in records})
+    iterations = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    uncertain = "; ~: bursts differ by more than the count" if any(map(_uncertain, records)) else ""
     return (
         f"{first.system}: {first.device}; {first.backend}; {first.dtype}; {threads}; {model}; "
-        f"{iterations[0]} to {iterations[-1]} iterations a head; "
-        f"x dense: over dense_local_max at the same tp; eff.: of scaling from tp 1"
+        f"{iterations} iterations a head; x dense: speed over dense_local_max at the same tp; "
+        f"eff.: of scaling from tp 1{uncertain}"
     )
 
 
@@ -159,12 +161,19 @@ def _bytes_cells(record: Record) -> tuple[str, str, str]:
 
 
 def _counted(record: Record) -> str:
-    """The counted bytes, with a mark where single bursts differ by more than the figure itself."""
+    counted = record.counted_bytes_per_row
+    if counted is None:
+        return UNKNOWN
+    return f"{'~' if _uncertain(record) else ''}{counted:,.0f}"
+
+
+def _uncertain(record: Record) -> bool:
+    """Whether single bursts of counted bytes differ by more than the count itself."""
     counted = record.counted_bytes_per_row
     least, greatest = record.counted_bytes_per_row_least, record.counted_bytes_per_row_greatest
     if counted is None or least is None or greatest is None:
-        return UNKNOWN
-    return f"{'~' if greatest - least > max(counted, 1.0) else ''}{counted:,.0f}"
+        return False
+    return greatest - least > max(counted, 1.0)
 
 
 def _us(value: float | None) -> str:

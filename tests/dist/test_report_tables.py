@@ -82,7 +82,18 @@ def test_a_count_that_others_disturbed_is_marked(records: list[Record]) -> None:
         else record
         for record in records
     ]
-    assert row(shown(latency_tables(noisy)[0]), 2, "flashhead")[-1] == "~353"
+    text = shown(latency_tables(noisy)[0])
+    assert row(text, 2, "flashhead")[-1] == "~353"
+    assert "~: bursts differ" in text
+    assert "~" not in shown(latency_tables(records)[0])
+
+
+def test_iterations_are_one_number_or_a_range(records: list[Record]) -> None:
+    first, *others = [record for record in records if record.batch_size == 1]
+    few = [dataclasses.replace(first, num_iterations=3)]
+    many = [dataclasses.replace(record, num_iterations=7) for record in others]
+    assert "; 3 iterations a head" in shown(latency_tables(few)[0])
+    assert "; 3 to 7 iterations a head" in shown(latency_tables(few + many)[0])
 
 
 def test_memory_and_agreement(records: list[Record]) -> None:
