@@ -44,6 +44,7 @@ from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.index import IndexShard
 from flashhead_dist.measure.threads import compute_threads
+from flashhead_dist.measure.watch import INTERRUPTED
 from flashhead_topology.probe import probe_machine
 
 _PUBLISHED_CLUSTER_SIZE = 16
@@ -197,6 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("\nerror: interrupted.", file=sys.stderr)
+        return INTERRUPTED
     title = f"{machine.cpu_model}, {arguments.threads} thread(s), torch {torch.__version__}"
     made_up = " (SYNTHETIC)" if made_from["synthetic"] else ""
     table = Table(

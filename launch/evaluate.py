@@ -34,6 +34,7 @@ from flashhead_dist.hidden_states import (
     synthetic_hidden_states,
 )
 from flashhead_dist.index import ensure_index, load_manifest
+from flashhead_dist.measure.watch import INTERRUPTED
 from flashhead_dist.model_source import ModelSource, open_model
 
 
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("\nerror: interrupted.", file=sys.stderr)
+        return INTERRUPTED
     if arguments.json:
         print(json.dumps(document))
     else:
