@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flashhead_dist.collectives import Exchange, Operation, Steps
 from flashhead_dist.heads.base import HeadOutput
-from flashhead_kernels.keys import unpack_keys
+from flashhead_kernels.dispatch import ops_for
 
 
 def merge_candidates(
@@ -50,5 +50,5 @@ def local_output(
     candidate_logsumexp: Tensor | None = None,
 ) -> HeadOutput:
     """The result of a rank that has seen all there is: descending `keys [B, k]`, unpacked."""
-    logits, token_ids = unpack_keys(keys)
+    logits, token_ids = ops_for(keys.device).unpack_keys(keys)
     return HeadOutput(token_ids, logits, logsumexp, candidate_logsumexp)

@@ -20,6 +20,7 @@ from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated, Index
 from flashhead_dist.heads.flashhead_global import FlashHeadGlobal
 from flashhead_dist.index import IndexManifest, IndexShard, load_manifest, load_shard
 from flashhead_dist.model_source import ModelSource, cache_root
+from flashhead_kernels.cpu_memory import empty_on_large_pages
 
 _INDEX_HEADS: dict[str, type[IndexHead]] = {
     head.name: head for head in (FlashHead, FlashHeadGlobal, FlashHeadReplicated)
@@ -33,6 +34,7 @@ HEAD_NAMES = (
     FlashHead.name,
     FaissIvf.name,
 )
+_READ_ROWS = 1 << 14
 _DEFAULT_SHARE = 0.15
 """Share of the dense head's bytes that faiss_ivf may read where there is no index to match."""
 
@@ -150,7 +152,12 @@ class HeadBuilder:
     def _rows(self) -> Tensor:
         """This rank's rows `[V_local, D]`."""
         shard = VocabShard.of(self.model.vocab_size, self.tp)
-        return self._placed(self.model.read_rows(shard.start, shard.stop))
+        shape = (shard.stop - shard.start, self.model.hidden_size)
+        rows = empty_on_large_pages(shape, self.dtype)
+        for start in range(shard.start, shard.stop, _READ_ROWS):
+            stop = min(start + _READ_ROWS, shard.stop)
+            rows[start - shard.start : stop - shard.start] = self.model.read_rows(start, stop)
+        return rows.to(self.device)
 
     @cached_property
     def _columns(self) -> Tensor:

@@ -82,6 +82,7 @@ def build_index(
                 num_groups=options.num_groups,
                 bits=options.centroid_bits,
                 group_size=tensors.centroids.group_size,
+                tile=tensors.centroids.tile,
                 num_pinned=tensors.pinned_token_ids.shape[1],
                 centroid_kind=options.centroid_kind,
                 alpha=choice.alpha,

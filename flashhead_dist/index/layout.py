@@ -15,7 +15,11 @@ from torch import Tensor
 
 from flashhead_dist.index.compensate import quantize_for_states
 from flashhead_dist.index.options import IndexOptions
-from flashhead_kernels.quantize import QuantizedCentroids, quantize_centroids
+from flashhead_kernels.quantize import (
+    QuantizedCentroids,
+    quantize_centroids,
+    tile_centroids,
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def lay_out(
     return IndexTensors(
         rows=_take(weights, token_ids),
         token_ids=token_ids,
-        centroids=quantized,
+        centroids=tile_centroids(quantized),
         spread=spread.reshape(shape),
         pinned_rows=_take(weights, pinned),
         pinned_token_ids=pinned,

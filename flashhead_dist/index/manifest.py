@@ -37,6 +37,8 @@ class IndexManifest:
     num_groups: int
     bits: int
     group_size: int
+    tile: int
+    """Neighbouring centroids whose bytes are interleaved; see `flashhead_kernels.quantize`."""
     num_pinned: int
     """Slots for pinned tokens in each group, pads included."""
     centroid_kind: str

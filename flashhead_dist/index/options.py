@@ -14,7 +14,7 @@ CentroidKind = Literal["mean", "unit_norm"]
 CLUSTER_SIZES = (1, 2, 4, 8, 16, 32, 64)
 CENTROID_BITS = (4, 8, 16)
 ALPHAS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1)
-PROBED_SHARE = 32
+PROBED_SHARE = 40
 """By default one row in this many is a candidate."""
 
 
@@ -45,7 +45,7 @@ class IndexOptions:
     alpha: float | None = None
     """Weight of |h| * spread in the probing score; None calibrates it."""
     num_probes: int | None = None
-    """Default number of probes, p; None takes one candidate in 32 rows."""
+    """Default number of probes, p; None takes one candidate in 40 rows."""
     metric_exponent: float = 0.7
     """Clusters form in the metric (mean of h h^T over unit-normed calibration states)^exponent;
     0 is the plain Euclidean metric."""

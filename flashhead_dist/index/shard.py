@@ -19,6 +19,7 @@ from flashhead_dist.index.options import HeadIndexError
 from flashhead_dist.index.store import hash_group, header_bytes
 from flashhead_dist.index.token_map import TokenMap
 from flashhead_dist.model_source import ModelSource
+from flashhead_kernels.cpu_memory import empty_on_large_pages
 from flashhead_kernels.quantize import QuantizedCentroids
 
 
@@ -168,9 +169,7 @@ def _read_groups(
         # Opened for each group: the pages of the mapped file count as memory until it is closed.
         for name, piece in _read_group(path, group).items():
             if name not in tensors:
-                # Written once from end to end, so that the kernel hands out neighbouring pages; a
-                # scan is a quarter slower over pages that were touched group by group.
-                tensors[name] = piece.new_empty((len(groups), *piece.shape)).zero_()
+                tensors[name] = empty_on_large_pages((len(groups), *piece.shape), piece.dtype)
             tensors[name][place] = piece
         if verify:
             stored = hash_group([tensors[name][place] for name in sorted(tensors)])
@@ -220,6 +219,7 @@ def _assemble(
         manifest.bits,
         group_size,
         manifest.hidden_size,
+        manifest.tile,
     )
     no_rows = rows.new_empty(len(groups), 0, manifest.hidden_size)
     no_ids = tensors["token_ids"].new_empty(len(groups), 0)

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from flashhead_kernels import cpu_loops as loops
 from flashhead_kernels.candidates import Candidates, check_candidate_arguments
-from flashhead_kernels.cpu_primitives import quantize_query
+from flashhead_kernels.cpu_states import all_finite, flat, float_states, make_query, unpack_keys
 from flashhead_kernels.keys import EMPTY_KEY
 from flashhead_kernels.matmul_shortlist import BLOCK, matmul_is_faster, matmul_shortlist
 from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.reference import best_keys, select_probes
 
 __all__ = [
+    "all_finite",
     "best_keys",
     "dense_candidates",
     "flashhead_candidates",
@@ -31,9 +32,8 @@ __all__ = [
     "score_centroids",
     "score_rows",
     "select_probes",
+    "unpack_keys",
 ]
-
-_NUMPY_VIEW = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 
 def score_centroids(
@@ -42,15 +42,16 @@ def score_centroids(
     """See `reference.score_centroids`."""
     groups, clusters = spread.shape
     batch, size = hidden_states.shape
-    query, values, scales, bias = _query(hidden_states, centroids, alpha)
+    query, values, scales, bias = make_query(hidden_states, centroids, alpha)
     scores = np.empty(batch * groups * clusters, np.float32)
-    flat_spread = _flat(spread)
+    flat_spread = flat(spread)
     if batch:
         _share(
             groups,
             lambda first, last: loops.score_groups(
                 first, last, query, batch, size, values, scales, centroids.group_size,
-                flat_spread, bias, clusters, scores[first * clusters :], groups * clusters,
+                centroids.tile, flat_spread, bias, clusters, scores[first * clusters :],
+                groups * clusters,
             ),
         )  # fmt: skip
     return torch.from_numpy(scores).view(batch, groups, clusters)
@@ -78,8 +79,8 @@ def _scan(
     best = np.full(batch * count * k, EMPTY_KEY, np.int64)
     logits = np.full(batch * count * tokens, -np.inf, np.float32)
     if batch * count:
-        states, flat_rows, ids = _states(hidden_states), _flat(rows), _flat(token_ids)
-        clusters = _flat(cluster_ids.to(torch.int64).contiguous())
+        states, flat_rows, ids = float_states(hidden_states), flat(rows), flat(token_ids)
+        clusters = flat(cluster_ids.to(torch.int64).contiguous())
         _share(
             batch * count,
             lambda first, last: loops.scan_clusters(
@@ -113,15 +114,15 @@ def flashhead_candidates(
     best = np.empty(groups * batch * k, np.int64)
     peak, mass = np.empty((2, groups * batch), np.float32)
     if batch:
-        query, values, scales, bias = _query(hidden_states, centroids, alpha)
-        flat_rows, ids, flat_spread = _flat(rows), _flat(token_ids), _flat(spread)
-        flat_pinned, pinned_ids = _flat(pinned_rows), _flat(pinned_token_ids)
+        query, values, scales, bias = make_query(hidden_states, centroids, alpha)
+        flat_rows, ids, flat_spread = flat(rows), flat(token_ids), flat(spread)
+        flat_pinned, pinned_ids = flat(pinned_rows), flat(pinned_token_ids)
         _share(
             groups,
             lambda first, last: loops.probe_groups(
                 first, last, query, batch, size, values, scales, centroids.group_size,
-                flat_spread, bias, clusters, num_probes_per_group, flat_rows, ids, tokens,
-                flat_pinned, pinned_ids, pinned, k, need_logsumexp, best, peak, mass,
+                centroids.tile, flat_spread, bias, clusters, num_probes_per_group, flat_rows, ids,
+                tokens, flat_pinned, pinned_ids, pinned, k, need_logsumexp, best, peak, mass,
             ),
         )  # fmt: skip
     return _merge(best.reshape(groups, batch, k), peak, mass, k, need_logsumexp)
@@ -166,7 +167,7 @@ def _scan_dense(
     best = np.empty(blocks * batch * k, np.int64)
     peak, mass = np.empty((2, blocks * batch), np.float32)
     if batch:
-        states, flat_rows = _states(hidden_states), _flat(rows)
+        states, flat_rows = float_states(hidden_states), flat(rows)
         _share(
             blocks,
             lambda first, last: loops.scan_dense(
@@ -186,7 +187,9 @@ def _merge(
 ) -> Candidates:
     """Reduce partial results `[parts, B, ...]` over their parts, in order."""
     parts, batch = best.shape[:2]
-    keys = _greatest(torch.from_numpy(best.transpose(1, 0, 2).reshape(batch, parts * k)), k)
+    merged = np.full(batch * k, EMPTY_KEY, np.int64)
+    loops.merge_keys(best.reshape(-1), parts, k, merged)
+    keys = torch.from_numpy(merged).view(batch, k)
     if not need_logsumexp:
         return Candidates(keys, None)
     peaks = torch.from_numpy(peak).view(parts, batch).double()
@@ -199,39 +202,6 @@ def _greatest(keys: Tensor, k: int) -> Tensor:
         filler = keys.new_full((keys.shape[0], k - keys.shape[1]), EMPTY_KEY)
         keys = torch.cat([keys, filler], dim=1)
     return keys.amax(1, keepdim=True) if k == 1 else keys.topk(k, dim=1).values
-
-
-def _query(
-    hidden_states: Tensor, centroids: QuantizedCentroids, alpha: float
-) -> tuple[tuple[Any, Any, Any, Any], Any, Any, Any]:
-    """Hidden states in the forms that centroids are scored with, flat centroids, and the bias."""
-    states = _states(hidden_states)
-    batch, size = hidden_states.shape
-    norms = torch.linalg.vector_norm(hidden_states.float(), dim=-1).numpy()
-    bias = (alpha * norms).astype(np.float32)
-    values = _flat(centroids.values)
-    if centroids.scales is None:
-        nothing = np.empty(0, np.int8), np.empty(0, np.int32), np.empty(0, np.float32)
-        return (states, *nothing), values, np.empty(0, np.uint16), bias
-    groups = batch * (size // centroids.group_size)
-    integers = np.empty(batch * size, np.int8)
-    starts = np.empty(groups * 8, np.int32)
-    factors = np.empty(groups, np.float32)
-    offset = 8 if centroids.bits == 4 else 128
-    quantize_query(states, centroids.group_size, offset, integers, starts, factors)
-    return (states, integers, starts, factors), values, _flat(centroids.scales), bias
-
-
-def _states(hidden_states: Tensor) -> Any:
-    return hidden_states.float().contiguous().view(-1).numpy()
-
-
-def _flat(tensor: Tensor) -> Any:
-    """A flat numpy view; bfloat16 as uint16 and float16 as int16, told apart by `llvm_row_dot`."""
-    if not tensor.is_contiguous():
-        raise ValueError("weights and index tensors must be contiguous")
-    view = _NUMPY_VIEW.get(tensor.dtype)
-    return (tensor if view is None else tensor.view(view)).view(-1).numpy()
 
 
 def _share(total: int, work: Callable[[int, int], None]) -> None:

@@ -33,7 +33,7 @@ ROW_BLOCK = 4096
 @jit
 def score_groups(
     first: int, last: int, query: Any, batch: int, size: int, values: Any, scales: Any,
-    group_size: int, spread: Any, bias: Any, clusters: int, scores: Any, stride: int,
+    group_size: int, tile: int, spread: Any, bias: Any, clusters: int, scores: Any, stride: int,
 ) -> None:  # fmt: skip
     """Probing scores of groups `first..last` into `scores [B, stride]` (flat), the first at 0."""
     for group in range(first, last):
@@ -41,7 +41,7 @@ def score_groups(
             at = b * stride + (group - first) * clusters
             base = group * clusters
             score_slots(
-                values, base, base + clusters, scales, query, b, size, group_size, scores, at
+                values, base, base + clusters, scales, query, b, size, group_size, tile, scores, at
             )
             for slot in range(clusters):
                 score = scores[at + slot] + bias[b] * spread[base + slot]
@@ -94,7 +94,7 @@ def scan_clusters(
 @jit
 def probe_groups(
     first: int, last: int, query: Any, batch: int, size: int, values: Any, scales: Any,
-    group_size: int, spread: Any, bias: Any, clusters: int, probes: int, rows: Any,
+    group_size: int, tile: int, spread: Any, bias: Any, clusters: int, probes: int, rows: Any,
     token_ids: Any, tokens: int, pinned_rows: Any, pinned_ids: Any, pinned: int, k: int,
     need_mass: bool, best: Any, peak: Any, mass: Any,
 ) -> None:  # fmt: skip
@@ -108,7 +108,7 @@ def probe_groups(
     groups = last - first
     scores = np.empty(batch * groups * clusters, np.float32)
     score_groups(
-        first, last, query, batch, size, values, scales, group_size, spread, bias, clusters,
+        first, last, query, batch, size, values, scales, group_size, tile, spread, bias, clusters,
         scores, groups * clusters,
     )  # fmt: skip
     ordered = np.empty(clusters, np.int32)
@@ -173,6 +173,14 @@ def _closed_form_mass(
                 total += real * math.exp(scores[slot] - greatest)
     peak[at] = greatest
     mass[at] = total
+
+
+@jit
+def merge_keys(best: Any, parts: int, k: int, merged: Any) -> None:
+    """The k greatest keys of each row of `best [parts, B, k]` into `merged [B, k]`, both flat."""
+    row = merged.shape[0]
+    for i in range(parts * row):
+        insert_key(merged, i % row // k * k, k, best[i])
 
 
 @jit

@@ -15,7 +15,9 @@ from numba.extending import overload
 
 from flashhead_kernels.llvm_integer_dot import dot_int4, dot_int4_4, dot_int8, dot_int8_4
 from flashhead_kernels.llvm_row_dot import row_dot
+from flashhead_kernels.llvm_tile_dot import tile_dot_int4, tile_dot_int8
 from flashhead_kernels.llvm_vectors import bfloat16_value, float_bits, prefetch
+from flashhead_kernels.quantize import TILE
 
 AHEAD_BYTES = 8192
 """How far ahead a sequential scan asks for memory: the processor's own prefetch stops at the end of
@@ -45,11 +47,11 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def score_slots(*_: Any) -> None:
-    """`score_slots(values, first, last, scales, query, b, size, group_size, scores, at)` writes the
-    products of centroids `first..last` and state `b` to `scores[at ...]`.
+    """`score_slots(values, first, last, scales, query, b, size, group_size, tile, scores, at)`
+    writes the products of centroids `first..last` and state `b` to `scores[at ...]`.
 
     `query` is (states, int8 states, starts, factors): see `quantize_query`. The centroids' dtype
-    chooses the product.
+    chooses the product. In tiles, `first` and `last` are multiples of 16.
     """
     raise TypeError("score_slots is for compiled code")
 
@@ -57,24 +59,33 @@ def score_slots(*_: Any) -> None:
 @overload(score_slots, strict=False)
 def _score_slots(
     values: Any, first: Any, last: Any, scales: Any, query: Any, b: Any, size: Any,
-    group_size: Any, scores: Any, at: Any,
+    group_size: Any, tile: Any, scores: Any, at: Any,
 ) -> Any:  # fmt: skip
     if values.dtype == types.uint16:
 
-        def bfloat16(values, first, last, scales, query, b, size, group_size, scores, at):  # type: ignore[no-untyped-def]
+        def bfloat16(values, first, last, scales, query, b, size, group_size, tile, scores, at):  # type: ignore[no-untyped-def]
             for slot in range(first, last):
                 scores[at + slot - first] = row_dot(values, slot * size, query[0], b * size, size)[
                     0
                 ]
 
         return bfloat16
-    four, one, packed = (
-        (dot_int4_4, dot_int4, 2) if values.dtype == types.uint8 else (dot_int8_4, dot_int8, 1)
+    tiled, four, one, packed = (
+        (tile_dot_int4, dot_int4_4, dot_int4, 2)
+        if values.dtype == types.uint8
+        else (tile_dot_int8, dot_int8_4, dot_int8, 1)
     )
     step = 32 * packed
 
-    def integers(values, first, last, scales, query, b, size, group_size, scores, at):  # type: ignore[no-untyped-def]
+    def integers(values, first, last, scales, query, b, size, group_size, tile, scores, at):  # type: ignore[no-untyped-def]
         n, stride = size // group_size, size // packed
+        if tile > 1:
+            for slot in range(first, last, TILE):
+                tiled(
+                    values, slot * stride, scales, slot * n, query[1], b * size, query[2],
+                    b * n * 8, query[3], b * n, scores, at + slot - first, n, group_size,
+                )  # fmt: skip
+            return
         slot = first
         if group_size % step:
             for slot in range(first, last):
@@ -181,7 +192,7 @@ def select_slots(scores: Any, count: int, ordered: Any, slots: Any) -> None:
     """Write to `slots` the `count` greatest of `scores`, ascending; of equal scores the lower slot.
 
     Bisects the score's bit pattern: each step is one vectorized count, where a sort or a heap would
-    branch at every element.
+    branch at every element. A threshold that leaves exactly `count` ends it early.
     """
     bits = scores.view(np.int32)
     low, high = np.int32(2147483647), np.int32(-2147483648)
@@ -191,16 +202,20 @@ def select_slots(scores: Any, count: int, ordered: Any, slots: Any) -> None:
         low = min(low, value)
         high = max(high, value)
     bottom, top = np.int64(low), np.int64(high)
-    while bottom < top:
+    exact = False
+    while bottom < top and not exact:
         middle = np.int32(bottom + ((top - bottom + 1) >> 1))
         above = np.int32(0)
         for i in range(ordered.shape[0]):
             above += np.int32(ordered[i] >= middle)
         if above >= count:
             bottom = np.int64(middle)
+            exact = above == count
         else:
             top = np.int64(middle) - 1
     threshold = np.int32(bottom)
+    if exact:
+        threshold -= np.int32(1)
     ties = np.int32(count)
     for i in range(ordered.shape[0]):
         ties -= np.int32(ordered[i] > threshold)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -13,5 +14,9 @@ def ops_for(device: torch.device | str) -> ModuleType:
 
     Both have the same functions with the same signatures.
     """
-    name = "cpu" if torch.device(device).type == "cpu" else "reference"
+    return _module("cpu" if torch.device(device).type == "cpu" else "reference")
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
     return importlib.import_module(f"flashhead_kernels.{name}")

@@ -3,24 +3,31 @@
 int4 stores two columns a byte. Within a scale group of `group_size` columns, byte i holds column i
 in its low half and column `i + group_size / 2` in its high half, both offset by 8: a kernel unpacks
 half a group with one mask and the other half with one shift, and no shuffle.
+
+Sixteen neighbouring centroids may be stored as a tile: their bytes interleaved by four, their
+scales by one. A vector then holds the same four columns of all sixteen.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 BITS = (4, 8, 16)
+TILE = 16
+"""Centroids in a tile."""
+_INTERLEAVED_BYTES = 4
 
 
 @dataclass(frozen=True)
 class QuantizedCentroids:
-    """Centroids `[..., D]` in `bits` bits.
+    """Centroids `[..., D]` in `bits` bits, or `[..., M, D]` in tiles of `tile` of the M.
 
     values: uint8 `[..., D/2]` (int4), int8 `[..., D]` (int8) or bfloat16 `[..., D]` (16).
     scales: float32-valued bfloat16 `[..., D/group_size]`, or None for 16 bits.
+    tile: 1, or 16 where the bytes of tiles are interleaved within the same shapes.
     """
 
     values: Tensor
@@ -28,6 +35,7 @@ class QuantizedCentroids:
     bits: int
     group_size: int
     hidden_size: int
+    tile: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -36,17 +44,16 @@ class QuantizedCentroids:
 
     def to(self, device: torch.device | str) -> QuantizedCentroids:
         scales = None if self.scales is None else self.scales.to(device)
-        return QuantizedCentroids(
-            self.values.to(device), scales, self.bits, self.group_size, self.hidden_size
-        )
+        return replace(self, values=self.values.to(device), scales=scales)
 
     def integers(self) -> Tensor:
         """The stored integers `[..., D]` as int8 (4 and 8 bits only)."""
+        if self.bits == 16:
+            raise ValueError("16-bit centroids hold no integers")
+        values = self.values if self.tile == 1 else _untile(self.values, _INTERLEAVED_BYTES)
         if self.bits == 8:
-            return self.values
-        if self.bits != 4:
-            raise ValueError(f"{self.bits}-bit centroids hold no integers")
-        halves = _split(self.values, self.group_size // 2)
+            return values
+        halves = _split(values, self.group_size // 2)
         low = (halves & 0xF).to(torch.int8) - 8
         high = (halves >> 4).to(torch.int8) - 8
         return torch.cat([low, high], dim=-1).flatten(-2)
@@ -55,8 +62,9 @@ class QuantizedCentroids:
         """Return float32 centroids `[..., D]`."""
         if self.scales is None:
             return self.values.float()
+        scales = self.scales if self.tile == 1 else _untile(self.scales, 1)
         grouped = _split(self.integers().float(), self.group_size)
-        return (grouped * self.scales.float().unsqueeze(-1)).flatten(-2)
+        return (grouped * scales.float().unsqueeze(-1)).flatten(-2)
 
 
 def quantize_centroids(centroids: Tensor, bits: int, group_size: int = 64) -> QuantizedCentroids:
@@ -115,6 +123,39 @@ def pack_centroids(integers: Tensor, scales: Tensor, bits: int) -> QuantizedCent
     half = group_size // 2
     low, high = offset[..., :half], offset[..., half:]
     return QuantizedCentroids((low | (high << 4)).flatten(-2), scales, 4, group_size, hidden_size)
+
+
+def tile_centroids(centroids: QuantizedCentroids) -> QuantizedCentroids:
+    """Interleave `centroids [..., M, D]` in tiles; as they are where tiles do not fit.
+
+    They fit integers whose M is a multiple of 16 and whose scale groups take whole four bytes.
+    """
+    group_bytes = centroids.group_size * centroids.bits // 8
+    fit = centroids.bits != 16 and centroids.values.shape[-2] % TILE == 0
+    if centroids.tile == TILE or centroids.scales is None or not fit:
+        return centroids
+    if group_bytes % _INTERLEAVED_BYTES:
+        return centroids
+    return replace(
+        centroids,
+        values=_tile(centroids.values, _INTERLEAVED_BYTES),
+        scales=_tile(centroids.scales, 1),
+        tile=TILE,
+    )
+
+
+def _tile(values: Tensor, width: int) -> Tensor:
+    """Interleave `values [..., M, n]` by `width` elements within each sixteen of M."""
+    count, size = values.shape[-2:]
+    pieces = values.reshape(*values.shape[:-2], count // TILE, TILE, size // width, width)
+    return pieces.transpose(-3, -2).reshape(values.shape)
+
+
+def _untile(values: Tensor, width: int) -> Tensor:
+    """The inverse of `_tile`."""
+    count, size = values.shape[-2:]
+    pieces = values.reshape(*values.shape[:-2], count // TILE, size // width, TILE, width)
+    return pieces.transpose(-3, -2).reshape(values.shape)
 
 
 def _split(values: Tensor, size: int) -> Tensor:

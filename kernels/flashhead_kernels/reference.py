@@ -15,7 +15,13 @@ from flashhead_kernels.candidates import (
     quantize_hidden_states,
 )
 from flashhead_kernels.keys import EMPTY_KEY, pack_keys
+from flashhead_kernels.keys import unpack_keys as unpack_keys
 from flashhead_kernels.quantize import QuantizedCentroids
+
+
+def all_finite(hidden_states: Tensor) -> bool:
+    """Whether no element of `hidden_states` is NaN or inf; waits for the device."""
+    return bool(torch.isfinite(hidden_states).all())
 
 
 def centroid_dots(hidden_states: Tensor, centroids: QuantizedCentroids) -> Tensor:

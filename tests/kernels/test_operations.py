@@ -11,7 +11,7 @@ from torch import Tensor
 from flashhead_kernels import cpu, reference
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import EMPTY_KEY, pack_keys, unpack_keys
-from flashhead_kernels.quantize import QuantizedCentroids, quantize_centroids
+from flashhead_kernels.quantize import QuantizedCentroids, quantize_centroids, tile_centroids
 
 BOTH = pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
 # (groups, clusters, tokens, hidden size, bits, scale group, pinned, rows' dtype)
@@ -24,6 +24,12 @@ SHAPES = [
     (2, 9, 8, 256, 8, 128, 0, torch.bfloat16),
     (2, 9, 8, 640, 16, 640, 2, torch.bfloat16),
     (1, 1, 1, 64, 4, 64, 0, torch.bfloat16),
+    # In tiles of sixteen clusters, of the usual and of other scale groups:
+    (2, 32, 4, 640, 4, 64, 1, torch.bfloat16),
+    (3, 16, 2, 96, 4, 32, 0, torch.float32),
+    (2, 48, 1, 48, 4, 24, 2, torch.float16),
+    (2, 16, 3, 128, 8, 64, 1, torch.bfloat16),
+    (2, 16, 2, 200, 8, 40, 0, torch.bfloat16),
 ]
 
 
@@ -64,7 +70,7 @@ def make_shard(shape, seed: int = 0) -> Shard:  # type: ignore[no-untyped-def]
         spread[-1, -1] = -torch.inf
     pinned_rows = torch.randn(groups, pinned, size, generator=generator).to(dtype)
     pinned_ids = torch.arange(groups * pinned).view(groups, pinned).int() + count
-    centroids = quantize_centroids(mean, bits, group_size)
+    centroids = tile_centroids(quantize_centroids(mean, bits, group_size))
     return Shard(rows, token_ids, centroids, spread, pinned_rows, pinned_ids)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashhead_kernels.candidates import quantize_hidden_states
-from flashhead_kernels.quantize import quantize_centroids
+from flashhead_kernels.quantize import TILE, quantize_centroids, tile_centroids
 
 
 @pytest.mark.parametrize(("bits", "levels"), [(4, 7), (8, 127)])
@@ -70,3 +70,35 @@ def test_hidden_states_round_to_a_127th_of_their_group() -> None:
     back = integers * scales.repeat_interleave(64, dim=1)
     bound = states.abs().view(4, 2, 64).amax(-1).repeat_interleave(64, dim=1) / 127 * 0.5001
     assert bool(((back - states).abs() <= bound + 1e-12).all())
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (4, 8), (8, 64), (8, 4)])
+def test_tiles_hold_the_same_centroids(bits: int, group_size: int) -> None:
+    torch.manual_seed(0)
+    plain = quantize_centroids(torch.randn(3, 2 * TILE, 128), bits, group_size)
+    tiled = tile_centroids(plain)
+    assert tiled.tile == TILE
+    assert tiled.values.shape == plain.values.shape
+    assert tiled.nbytes == plain.nbytes
+    assert not torch.equal(tiled.values, plain.values)
+    assert torch.equal(tiled.dequantize(), plain.dequantize())
+    assert torch.equal(tiled.integers(), plain.integers())
+    again = tile_centroids(tiled)
+    assert torch.equal(again.values, tiled.values), "a tile must not be interleaved twice"
+
+
+def test_lane_of_a_tile_is_its_centroid() -> None:
+    """The first four bytes of each of sixteen centroids come first, in the centroids' order."""
+    centroids = torch.zeros(TILE, 64)
+    centroids[5, 4:8] = 7.0
+    tiled = tile_centroids(quantize_centroids(centroids, 8, 64))
+    flat = tiled.values.flatten()
+    assert flat.nonzero().flatten().tolist() == [4 * (TILE + 5) + i for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("clusters", "bits", "group_size"), [(15, 4, 64), (17, 8, 64), (16, 16, 64), (16, 4, 4)]
+)
+def test_what_does_not_fit_tiles_is_left_alone(clusters: int, bits: int, group_size: int) -> None:
+    plain = quantize_centroids(torch.randn(2, clusters, 64), bits, group_size)
+    assert tile_centroids(plain) is plain

@@ -1,0 +1,121 @@
+"""What goes into the CPU loops and what comes out: hidden states, and the keys of the best tokens.
+
+A few hundred numbers, but a torch operator that meets a cold cache costs some forty microseconds,
+and a step of the whole head takes two milliseconds: so these are compiled loops as well.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashhead_kernels.cpu_primitives import jit, quantize_query
+from flashhead_kernels.llvm_vectors import bfloat16_value
+from flashhead_kernels.quantize import QuantizedCentroids
+
+Query = tuple[Any, Any, Any, Any]
+"""Flat arrays: float32 states, int8 states, starts and factors; see `quantize_query`."""
+
+_NUMPY_VIEW = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+_EXPONENT = {
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
+}
+_EMPTY = np.int64(-(2**63))
+_MINUS_INFINITY_BITS = np.int32(-0x800000)
+
+
+def flat(tensor: Tensor) -> Any:
+    """A flat numpy view; bfloat16 as uint16 and float16 as int16, told apart by `llvm_row_dot`."""
+    if not tensor.is_contiguous():
+        raise ValueError("weights and index tensors must be contiguous")
+    view = _NUMPY_VIEW.get(tensor.dtype)
+    return (tensor if view is None else tensor.view(view)).view(-1).numpy()
+
+
+def all_finite(hidden_states: Tensor) -> bool:
+    """See `reference.all_finite`."""
+    view, exponent = _EXPONENT[hidden_states.dtype]
+    return bool(_no_full_exponent(hidden_states.contiguous().view(view).view(-1).numpy(), exponent))
+
+
+def float_states(hidden_states: Tensor) -> Any:
+    """Hidden states as a flat float32 array."""
+    if hidden_states.dtype is not torch.bfloat16:
+        return hidden_states.float().contiguous().view(-1).numpy()
+    states = np.empty(hidden_states.numel(), np.float32)
+    _widen(flat(hidden_states.contiguous()), states)
+    return states
+
+
+def make_query(
+    hidden_states: Tensor, centroids: QuantizedCentroids, alpha: float
+) -> tuple[Query, Any, Any, Any]:
+    """Hidden states in the forms that centroids are scored with, flat centroids, and the bias.
+
+    bias: float32 `[B]`, alpha * |h|.
+    """
+    batch, size = hidden_states.shape
+    states, bias = float_states(hidden_states), np.empty(batch, np.float32)
+    rounded = 0 if centroids.scales is None else batch
+    groups = rounded * (size // centroids.group_size)
+    integers = np.empty(rounded * size, np.int8)
+    starts = np.empty(groups * 8, np.int32)
+    factors = np.empty(groups, np.float32)
+    offset = 8 if centroids.bits == 4 else 128
+    _fill_query(states, size, alpha, bias, centroids.group_size, offset, integers, starts, factors)
+    scales = np.empty(0, np.uint16) if centroids.scales is None else flat(centroids.scales)
+    return (states, integers, starts, factors), flat(centroids.values), scales, bias
+
+
+def unpack_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """See `keys.unpack_keys`."""
+    packed = keys.contiguous().view(-1).numpy()
+    bits, ids = np.empty(packed.shape, np.int32), np.empty(packed.shape, np.int64)
+    _unpack(packed, bits, ids)
+    logits = torch.from_numpy(bits.view(np.float32)).view(keys.shape)
+    return logits, torch.from_numpy(ids).view(keys.shape)
+
+
+@jit
+def _widen(bits: Any, states: Any) -> None:
+    for i in range(bits.shape[0]):
+        states[i] = bfloat16_value(bits[i])
+
+
+@jit
+def _no_full_exponent(bits: Any, exponent: int) -> Any:
+    """Whether no float has all bits of its exponent set, as NaN and inf have."""
+    full = 0
+    for i in range(bits.shape[0]):
+        full += (bits[i] & exponent) == exponent
+    return full == 0
+
+
+@jit
+def _fill_query(
+    states: Any, size: int, alpha: float, bias: Any, group_size: int, offset: int, integers: Any,
+    starts: Any, factors: Any,
+) -> None:  # fmt: skip
+    quantize_query(states, group_size, offset, integers, starts, factors)
+    for b in range(bias.shape[0]):
+        squares = 0.0
+        for i in range(b * size, (b + 1) * size):
+            squares += states[i] * np.float64(states[i])
+        bias[b] = np.float32(alpha * math.sqrt(squares))
+
+
+@jit
+def _unpack(keys: Any, bits: Any, ids: Any) -> None:
+    for i in range(keys.shape[0]):
+        ordered = np.int32(keys[i] >> 32)
+        bits[i] = ordered ^ ((ordered >> 31) & np.int32(0x7FFFFFFF))
+        ids[i] = 0xFFFFFFFF - (keys[i] & 0xFFFFFFFF)
+        if keys[i] == _EMPTY:
+            bits[i] = _MINUS_INFINITY_BITS
+            ids[i] = -1
