@@ -72,6 +72,9 @@ class PeerWatch:
         self._thread.join()
         signal.set_wakeup_fd(self._old_wakeup)
         signal.signal(signal.SIGTERM, self._old_term)
+        if isinstance(error, KeyboardInterrupt):
+            # The main thread was here before the watching one had seen the signal.
+            self._tell_interrupt()
 
     def _watch(self) -> None:
         poll = select.poll()
@@ -94,13 +97,16 @@ class PeerWatch:
             self._interrupted()
 
     def _interrupted(self) -> None:
-        if self._rank == self._ranks[0]:
-            _say(f"interrupted.{self._parting_words()}")
+        self._tell_interrupt()
         # The main thread cleans up if it can; poll doubles as a sleep that __exit__ can end.
         stopped = select.poll()
         stopped.register(self._stop_read, select.POLLIN)
         stopped.poll(_GRACE_S * 1000)
         os._exit(INTERRUPTED)
+
+    def _tell_interrupt(self) -> None:
+        if self._rank == self._ranks[0]:
+            _say(f"interrupted.{self._parting_words()}")
 
     def _on_death(self, dead: set[int]) -> None:
         # A signal to the whole job, or an orderly end, shows first as the exit of a faster peer.
