@@ -19,9 +19,9 @@ from flashhead_dist.model_source import ModelSource, cache_root
 from flashhead_dist.model_source.cache import make_once
 
 _VERSION = 1
-DEFAULT_MAX_TOKENS = 24_000
+DEFAULT_MAX_TOKENS = 48_000
 _MAX_CONTEXT = 512
-_OVERSAMPLING = 2.0
+_OVERSAMPLING = 1.0
 
 
 def collect_hidden_states(

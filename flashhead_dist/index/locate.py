@@ -41,9 +41,10 @@ def ensure_index(
     cache_dir: Path | None = None,
     device: torch.device | str | None = None,
     states: Callable[[], States] | None = None,
+    replace_existing: bool = False,
     progress: bool = True,
 ) -> Path:
-    """The index of `model` at its default path, built first where it is missing.
+    """The index of `model` at its default path, built first where it is missing or to be replaced.
 
     states: gives the calibration and test states; by default those of the shipped corpus (or made
         up, for a synthetic model). Concurrent callers build it once.
@@ -52,10 +53,10 @@ def ensure_index(
     """
     options = options or IndexOptions()
     out = default_index_path(model, options, cache_dir)
-    if out.exists():
+    if out.exists() and not replace_existing:
         return out
     with locked(out):
-        if not out.exists():
+        if replace_existing or not out.exists():
             calibration, test = states() if states else default_states(model, cache_dir, progress)
             build_index(
                 model,
@@ -64,6 +65,7 @@ def ensure_index(
                 test=test,
                 out=out,
                 device=device,
+                replace_existing=replace_existing,
                 progress=progress,
             )
     return out

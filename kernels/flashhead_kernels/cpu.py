@@ -125,7 +125,7 @@ def flashhead_candidates(
                 tokens, flat_pinned, pinned_ids, pinned, k, need_logsumexp, best, peak, mass,
             ),
         )  # fmt: skip
-    return _merge(best.reshape(groups, batch, k), peak, mass, k, need_logsumexp)
+    return _merge(best, peak, mass, batch, k, need_logsumexp)
 
 
 def dense_candidates(
@@ -175,25 +175,27 @@ def _scan_dense(
                 need_logsumexp, best, peak, mass,
             ),
         )  # fmt: skip
-    return _merge(best.reshape(blocks, batch, k), peak, mass, k, need_logsumexp)
+    return _merge(best, peak, mass, batch, k, need_logsumexp)
 
 
 def _merge(
     best: np.ndarray[Any, Any],
     peak: np.ndarray[Any, Any],
     mass: np.ndarray[Any, Any],
+    batch: int,
     k: int,
     need_logsumexp: bool,
 ) -> Candidates:
-    """Reduce partial results `[parts, B, ...]` over their parts, in order."""
-    parts, batch = best.shape[:2]
-    merged = np.full(batch * k, EMPTY_KEY, np.int64)
-    loops.merge_keys(best.reshape(-1), parts, k, merged)
-    keys = torch.from_numpy(merged).view(batch, k)
+    """Reduce flat partial results `[parts, B, ...]` over their parts, in order."""
+    merged = np.empty((batch, k), np.int64)
+    loops.merge_keys(best, merged)
+    keys = torch.from_numpy(merged)
     if not need_logsumexp:
         return Candidates(keys, None)
-    peaks = torch.from_numpy(peak).view(parts, batch).double()
-    masses = torch.from_numpy(mass).view(parts, batch).double()
+    if batch == 0:
+        return Candidates(keys, torch.empty(0))
+    peaks = torch.from_numpy(peak).view(-1, batch).double()
+    masses = torch.from_numpy(mass).view(-1, batch).double()
     return Candidates(keys, (peaks + masses.log()).logsumexp(0).float())
 
 

@@ -57,6 +57,8 @@ def scan_cluster(
     """Score one cluster's tokens into `logits` (-inf for pads) and its keys into `best`."""
     step = _LINE_BYTES // rows.itemsize
     ahead = (following - cluster) * tokens * size
+    if following >= 0:
+        prefetch(token_ids, following * tokens)
     for j in range(cluster * tokens, (cluster + 1) * tokens):
         logit = np.float32(-np.inf)
         if following >= 0:
@@ -176,11 +178,13 @@ def _closed_form_mass(
 
 
 @jit
-def merge_keys(best: Any, parts: int, k: int, merged: Any) -> None:
-    """The k greatest keys of each row of `best [parts, B, k]` into `merged [B, k]`, both flat."""
-    row = merged.shape[0]
-    for i in range(parts * row):
-        insert_key(merged, i % row // k * k, k, best[i])
+def merge_keys(best: Any, merged: Any) -> None:
+    """The k greatest keys of each row of `best [parts, B, k]`, flat, into `merged [B, k]`."""
+    batch, k = merged.shape
+    flat = merged.ravel()
+    flat[:] = _EMPTY
+    for i in range(best.shape[0]):
+        insert_key(flat, i // k % batch * k, k, best[i])
 
 
 @jit

@@ -41,7 +41,7 @@ def flat(tensor: Tensor) -> Any:
 def all_finite(hidden_states: Tensor) -> bool:
     """See `reference.all_finite`."""
     view, exponent = _EXPONENT[hidden_states.dtype]
-    return bool(_no_full_exponent(hidden_states.contiguous().view(view).view(-1).numpy(), exponent))
+    return bool(_no_full_exponent(hidden_states.contiguous().view(view).numpy(), exponent))
 
 
 def float_states(hidden_states: Tensor) -> Any:
@@ -74,12 +74,11 @@ def make_query(
 
 
 def unpack_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """See `keys.unpack_keys`."""
-    packed = keys.contiguous().view(-1).numpy()
-    bits, ids = np.empty(packed.shape, np.int32), np.empty(packed.shape, np.int64)
-    _unpack(packed, bits, ids)
-    logits = torch.from_numpy(bits.view(np.float32)).view(keys.shape)
-    return logits, torch.from_numpy(ids).view(keys.shape)
+    """See `keys.unpack_keys`; for keys `[B, k]`."""
+    packed = keys.contiguous().numpy()
+    logits, ids = np.empty(packed.shape, np.float32), np.empty(packed.shape, np.int64)
+    _unpack(packed, logits.view(np.int32), ids)
+    return torch.from_numpy(logits), torch.from_numpy(ids)
 
 
 @jit
@@ -92,8 +91,8 @@ def _widen(bits: Any, states: Any) -> None:
 def _no_full_exponent(bits: Any, exponent: int) -> Any:
     """Whether no float has all bits of its exponent set, as NaN and inf have."""
     full = 0
-    for i in range(bits.shape[0]):
-        full += (bits[i] & exponent) == exponent
+    for number in bits.ravel():
+        full += (number & exponent) == exponent
     return full == 0
 
 
@@ -112,10 +111,12 @@ def _fill_query(
 
 @jit
 def _unpack(keys: Any, bits: Any, ids: Any) -> None:
-    for i in range(keys.shape[0]):
-        ordered = np.int32(keys[i] >> 32)
-        bits[i] = ordered ^ ((ordered >> 31) & np.int32(0x7FFFFFFF))
-        ids[i] = 0xFFFFFFFF - (keys[i] & 0xFFFFFFFF)
-        if keys[i] == _EMPTY:
-            bits[i] = _MINUS_INFINITY_BITS
-            ids[i] = -1
+    for b in range(keys.shape[0]):
+        for i in range(keys.shape[1]):
+            key = keys[b, i]
+            ordered = np.int32(key >> 32)
+            bits[b, i] = ordered ^ ((ordered >> 31) & np.int32(0x7FFFFFFF))
+            ids[b, i] = 0xFFFFFFFF - (key & 0xFFFFFFFF)
+            if key == _EMPTY:
+                bits[b, i] = _MINUS_INFINITY_BITS
+                ids[b, i] = -1
