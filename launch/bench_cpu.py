@@ -43,8 +43,9 @@ from flashhead_dist.heads.dense import DenseLocalMax
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.index import IndexShard
-from flashhead_dist.measure.threads import compute_threads
 from flashhead_dist.measure.watch import INTERRUPTED
+from flashhead_kernels.cpu_memory import empty_on_large_pages
+from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 
 _PUBLISHED_CLUSTER_SIZE = 16
@@ -95,7 +96,9 @@ def published_scheme(shard: IndexShard, num_probes: int) -> Step:
     rows = shard.rows.transpose(0, 1).reshape(-1, shard.rows.shape[-1])
     ids = shard.token_ids.transpose(0, 1).reshape(-1)
     usable = len(ids) - len(ids) % _PUBLISHED_CLUSTER_SIZE
-    clusters = rows[:usable].view(-1, _PUBLISHED_CLUSTER_SIZE, rows.shape[-1])
+    shape = (usable // _PUBLISHED_CLUSTER_SIZE, _PUBLISHED_CLUSTER_SIZE, rows.shape[-1])
+    clusters = empty_on_large_pages(shape, rows.dtype)
+    clusters.view(usable, -1).copy_(rows[:usable])
     token_ids = ids[:usable].view(-1, _PUBLISHED_CLUSTER_SIZE)
     centroids = torch.nn.functional.normalize(clusters.float().mean(1), dim=1).to(rows.dtype)
     flat = clusters.view(len(clusters), -1)

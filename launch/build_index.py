@@ -48,9 +48,9 @@ from flashhead_dist.index import (
 from flashhead_dist.index.build import build_index
 from flashhead_dist.index.locate import States, default_index_path, default_states
 from flashhead_dist.index.options import CENTROID_BITS, CentroidKind, Method
-from flashhead_dist.measure.threads import compute_threads
 from flashhead_dist.measure.watch import INTERRUPTED
 from flashhead_dist.model_source import ModelSource, open_model
+from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 
 _DEFAULTS = IndexOptions()
@@ -126,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="G",
         help="probing groups, the most ranks that can share the index (default: %(default)s)",
     )
-    how.add_argument("--num-probes", type=int, metavar="P", help="default: one row in 40")
+    how.add_argument(
+        "--num-probes", type=int, metavar="P", help="default: one candidate in 32 rows"
+    )
     how.add_argument("--alpha", type=float, metavar="A", help="default: calibrated")
     how.add_argument(
         "--metric-exponent", type=float, default=_DEFAULTS.metric_exponent, metavar="E",
@@ -244,11 +246,12 @@ def _print_description(path: Path, manifest: IndexManifest, *, intact: bool) -> 
         "fidelity": _fidelity(manifest),
         "stored": f"{manifest.data_bytes / 1e6:.1f} MB, built in {manifest.build_seconds:.0f} s"
         + ("; every group is intact" if intact else ""),
-        "hash": manifest.index_hash,
     }
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+    # Whole on a line of its own, for whoever copies it.
+    console.print(f"index hash {manifest.index_hash}", soft_wrap=True, highlight=False)
 
 
 def _fidelity(manifest: IndexManifest) -> str:

@@ -44,10 +44,10 @@ from flashhead_dist.measure.records import RECORDS_NAME, RecordWriter
 from flashhead_dist.measure.run_folder import make_run_folder, write_environment
 from flashhead_dist.measure.setup import Setup, decide_setup
 from flashhead_dist.measure.sweep import Sweep
-from flashhead_dist.measure.threads import compute_threads
 from flashhead_dist.model_source import ModelSource
 from flashhead_dist.report.present import print_report, report_console, write_report
 from flashhead_dist.report.progress import SweepProgress
+from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 from ranks import Ranks, World, refuse_together, run_ranks
 from scale_arguments import DTYPES, parse_arguments

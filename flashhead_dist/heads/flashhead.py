@@ -45,7 +45,7 @@ class IndexHead(Head):
                 f"{manifest.num_clusters} clusters: choose a number in that range"
             )
         if not isfinite(alpha):
-            raise UserError(f"alpha {alpha} is not finite: 0.02 is usual, 0 leaves spread out")
+            raise UserError(f"alpha {alpha} is not finite: 1 is usual, 0 leaves spread out")
         self.shard = shard
         self.num_groups = manifest.num_groups
         self.num_probes = num_probes

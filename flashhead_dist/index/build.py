@@ -22,6 +22,7 @@ from flashhead_dist.index.options import HeadIndexError, IndexOptions
 from flashhead_dist.index.progress import Report, progress_bars
 from flashhead_dist.index.store import check_target, save_index
 from flashhead_dist.model_source import ModelSource
+from flashhead_kernels.cpu_threads import compute_threads
 
 _READ_ROWS = 1 << 14
 _VERSIONED = ("flashhead-dist", "torch", "numpy", "safetensors")
@@ -47,25 +48,29 @@ def build_index(
     device: a GPU where there is one, if None.
 
     Raises:
-        HeadIndexError: options that do not fit the model, weights that are not finite, or an `out`
-            that exists or cannot be written.
+        HeadIndexError: options that do not fit the model, a device that is not there, weights that
+            are not finite, or an `out` that exists or cannot be written.
     """
     options.check(model.vocab_size, model.hidden_size)
     check_target(out, replace=replace_existing)
     started = time.monotonic()
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with progress_bars(progress) as report:
+    device = _device(device)
+    threads = torch.get_num_threads()
+    # Sums over several threads are added in another order, and a tree turns on the last bit. Only
+    # the dense head, whose answers are exact, uses more: clusters are then the same on any machine
+    # with this kind of processor.
+    with progress_bars(progress) as report, compute_threads(1):
         weights = _read_weights(model, report).to(device)
         moment = None
         if calibration is not None and len(calibration):
             moment = second_moment(calibration.states.to(device))
         slots, rounds = cluster_tokens(weights, options, moment=moment, report=report)
         tensors = lay_out(weights, slots, options.pinned_token_ids, options, moment)
-        choice = choose(weights, tensors, options, calibration, report)
+        choice = choose(weights, tensors, options, calibration, threads, report)
         if choice.pinned_token_ids != options.pinned_token_ids:
             slots = _without(slots, choice.pinned_token_ids)
             tensors = lay_out(weights, slots, choice.pinned_token_ids, options, moment)
-        fidelity = measure_fidelity(weights, tensors, options, choice.alpha, test, report)
+        fidelity = measure_fidelity(weights, tensors, options, choice.alpha, test, threads, report)
         mean_cosine = cohesion(weights, slots)
         build_seconds = round(time.monotonic() - started, 1)
 
@@ -100,6 +105,15 @@ def build_index(
             )
 
         return save_index(out, tensors, describe, replace=replace_existing)
+
+
+def _device(named: torch.device | str | None) -> torch.device:
+    if named is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(named)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise HeadIndexError("this torch sees no CUDA device; use --device cpu.")
+    return device
 
 
 def _read_weights(model: ModelSource, report: Report) -> Tensor:

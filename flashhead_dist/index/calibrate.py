@@ -14,10 +14,13 @@ from torch import Tensor
 
 from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index.layout import IndexTensors
+from flashhead_kernels.cpu import dense_candidates, unpack_keys
+from flashhead_kernels.matmul_shortlist import matmul_is_faster
 from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.reference import centroid_dots
 
 _CHUNK_STATES = 2048
+_BATCH_STATES = 256
 _CHUNK_TOKENS = 32768
 
 Advance = Callable[[float], None]
@@ -45,7 +48,14 @@ def dense_argmax(weights: Tensor, states: Tensor, advance: Advance = lambda shar
     weights: `[V, D]`, any floating dtype.
     advance: called with the share of the work just done.
     """
-    hidden = states.to(weights.device).float()
+    hidden = states.to(weights.device)
+    if weights.device.type == "cpu" and matmul_is_faster(hidden[:_BATCH_STATES], weights):
+        tokens = []
+        for batch in torch.split(hidden, _BATCH_STATES):
+            tokens.append(unpack_keys(dense_candidates(batch, weights, 0).keys)[1][:, 0])
+            advance(len(batch) / len(hidden))
+        return torch.cat(tokens)
+    hidden = hidden.float()
     best = torch.full((len(hidden),), float("-inf"), device=weights.device)
     token = torch.zeros(len(hidden), dtype=torch.int64, device=weights.device)
     for start in range(0, len(weights), _CHUNK_TOKENS):

@@ -19,6 +19,7 @@ from flashhead_dist.index.calibrate import (
 from flashhead_dist.index.layout import IndexTensors
 from flashhead_dist.index.options import ALPHAS, IndexOptions
 from flashhead_dist.index.progress import Counter, Report
+from flashhead_kernels.cpu_threads import compute_threads
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,19 @@ def choose(
     tensors: IndexTensors,
     options: IndexOptions,
     calibration: HiddenStates | None,
+    threads: int,
     report: Report,
 ) -> Choice:
     """Choose alpha, then the tokens to pin beside those of `options`.
 
-    weights: `[V, D]`. Without calibration states alpha is 0, or what the options say, and no token
-    is pinned but those.
+    weights: `[V, D]`. threads: for the dense head. Without calibration states alpha is 0, or what
+    the options say, and no token is pinned but those.
     """
     given = options.pinned_token_ids
     if calibration is None or not len(calibration):
         return Choice(options.alpha or 0.0, given)
     alphas = ALPHAS if options.alpha is None else (options.alpha,)
-    tokens, ranks = _ranks(weights, tensors, calibration, alphas, report, "Calibrating")
+    tokens, ranks = _ranks(weights, tensors, calibration, alphas, threads, report, "Calibrating")
     probes = _probes_per_group(options, weights)
     found = {
         alpha: found_within(row, probes, calibration)
@@ -73,12 +75,13 @@ def measure_fidelity(
     options: IndexOptions,
     alpha: float,
     test: HiddenStates | None,
+    threads: int,
     report: Report,
 ) -> dict[str, Any]:
     """Fidelity on the test states, for the manifest; empty without any."""
     if test is None or not len(test):
         return {}
-    _, ranks = _ranks(weights, tensors, test, (alpha,), report, "Testing")
+    _, ranks = _ranks(weights, tensors, test, (alpha,), threads, report, "Testing")
     found = found_within(ranks[0], _probes_per_group(options, weights), test)
     return {
         "num_states": len(test),
@@ -93,11 +96,13 @@ def _ranks(
     tensors: IndexTensors,
     states: HiddenStates,
     alphas: tuple[float, ...],
+    threads: int,
     report: Report,
     stage: str,
 ) -> tuple[Tensor, Tensor]:
     """Dense argmax `[N]` of the states and its `probe_ranks [alphas, N]`."""
-    tokens = dense_argmax(weights, states.states, Counter(report, f"{stage}: dense head"))
+    with compute_threads(threads):
+        tokens = dense_argmax(weights, states.states, Counter(report, f"{stage}: dense head"))
     ranks = probe_ranks(tensors, states.states, tokens, alphas, Counter(report, f"{stage}: index"))
     return tokens, ranks
 

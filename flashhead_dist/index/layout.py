@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flashhead_dist.index.compensate import quantize_for_states
+from flashhead_dist.index.metric import moment_root, score_deviations
 from flashhead_dist.index.options import IndexOptions
 from flashhead_kernels.quantize import (
     QuantizedCentroids,
@@ -61,7 +62,7 @@ def lay_out(
     token_ids = deal(slots, options.num_groups).to(torch.int32)
     shape = token_ids.shape[:2]
     centroids, spread = describe_clusters(
-        weights, token_ids.flatten(0, 1), unit_norm=options.centroid_kind == "unit_norm"
+        weights, token_ids.flatten(0, 1), moment, unit_norm=options.centroid_kind == "unit_norm"
     )
     centroids = centroids.reshape(*shape, -1)
     bits, group_size = options.centroid_bits, options.group_size
@@ -81,12 +82,14 @@ def lay_out(
 
 
 def describe_clusters(
-    weights: Tensor, token_ids: Tensor, *, unit_norm: bool = False
+    weights: Tensor, token_ids: Tensor, moment: Tensor | None = None, *, unit_norm: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Centroids `[C, D]` and spread `[C]`, both float32, of clusters `token_ids [C, S]`.
 
-    The spread is the rms distance of a cluster's rows to their plain mean, -inf where it has none.
+    The spread is that of the row which strays most from the plain mean: the rms, over hidden states
+    of norm 1 and second moment `moment`, of the difference of the two logits. -inf without rows.
     """
+    root = moment_root(moment, weights.shape[1]).to(weights.device)
     centroids = torch.zeros(len(token_ids), weights.shape[1], device=weights.device)
     spread = torch.full((len(token_ids),), float("-inf"), device=weights.device)
     for part in torch.split(torch.arange(len(token_ids)), 8192):
@@ -94,10 +97,9 @@ def describe_clusters(
         rows, real = _take(weights, ids).float(), (ids >= 0).unsqueeze(-1)
         count = real.sum(1)
         mean = rows.sum(1) / count.clamp(min=1)
-        squares = ((rows - mean.unsqueeze(1)) * real).square().sum((1, 2))
-        rms = (squares / count.squeeze(1).clamp(min=1)).sqrt()
+        strays = score_deviations((rows - mean.unsqueeze(1)) * real, root).amax(1)
         places = part.to(weights.device)
-        spread[places] = torch.where(count.squeeze(1) > 0, rms, spread[places])
+        spread[places] = torch.where(count.squeeze(1) > 0, strays, spread[places])
         if unit_norm:
             unit = torch.nn.functional.normalize(rows, dim=-1).sum(1)
             mean = torch.nn.functional.normalize(unit, dim=-1)

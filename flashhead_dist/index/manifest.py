@@ -128,7 +128,7 @@ def load_manifest(path: Path) -> IndexManifest:
         document["group_sha256"] = tuple(document["group_sha256"])
         manifest = IndexManifest(**document)
         intact = _encode(_plain(manifest)) == stored
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path) from error
     if not intact:
         raise _damaged(path)

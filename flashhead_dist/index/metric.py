@@ -9,6 +9,8 @@ are then found in the leading principal axes alone, which is cheaper and no wors
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,24 @@ def cluster_space(rows: Tensor, moment: Tensor | None, exponent: float) -> Tenso
         part = slice(start, start + _CHUNK_ROWS)
         result[part] = rows[part].float() @ projection - offset
     return result
+
+
+def score_deviations(residuals: Tensor, root: Tensor) -> Tensor:
+    """Rms, over unit-normed states h, of h . r for residuals r `[..., D]`.
+
+    root: of the states' second moment, from `moment_root`.
+    """
+    deviations: Tensor = torch.linalg.vector_norm(residuals @ root, dim=-1)
+    return deviations
+
+
+def moment_root(moment: Tensor | None, hidden_size: int) -> Tensor:
+    """Matrix float32 `[D, D]` R with R R^T = moment; states in every direction alike where None."""
+    if moment is None:
+        return torch.eye(hidden_size) / math.sqrt(hidden_size)
+    values, vectors = torch.linalg.eigh(moment)
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()).float()
+    return root
 
 
 def _metric(moment: Tensor, exponent: float) -> Tensor:

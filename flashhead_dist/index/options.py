@@ -13,9 +13,11 @@ Method = Literal["bisect", "faiss"]
 CentroidKind = Literal["mean", "unit_norm"]
 CLUSTER_SIZES = (1, 2, 4, 8, 16, 32, 64)
 CENTROID_BITS = (4, 8, 16)
-ALPHAS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1)
-PROBED_SHARE = 40
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+PROBED_SHARE = 32
 """By default one row in this many is a candidate."""
+_SEEDS = 2**31 - 1
+_MOST_GROUPS = 1 << 16
 
 
 class HeadIndexError(UserError):
@@ -45,8 +47,8 @@ class IndexOptions:
     alpha: float | None = None
     """Weight of |h| * spread in the probing score; None calibrates it."""
     num_probes: int | None = None
-    """Default number of probes, p; None takes one candidate in 40 rows."""
-    metric_exponent: float = 0.7
+    """Default number of probes, p; None takes one candidate in 32 rows."""
+    metric_exponent: float = 0.85
     """Clusters form in the metric (mean of h h^T over unit-normed calibration states)^exponent;
     0 is the plain Euclidean metric."""
     seed: int = 0
@@ -61,8 +63,17 @@ class IndexOptions:
             raise HeadIndexError(
                 f"centroid bits {self.centroid_bits} must be 4, 8 or 16; choose one."
             )
-        if self.num_groups < 1:
-            raise HeadIndexError(f"{self.num_groups} probing groups are none; give at least 1.")
+        if not 1 <= self.num_groups <= _MOST_GROUPS:
+            raise HeadIndexError(
+                f"{self.num_groups} probing groups must lie between 1 and {_MOST_GROUPS}; "
+                "128 is usual."
+            )
+        if self.group_size < 2:
+            raise HeadIndexError(
+                f"scale groups of {self.group_size} columns are too small; 64 is usual."
+            )
+        if not 0 <= self.seed < _SEEDS:
+            raise HeadIndexError(f"seed {self.seed} must lie between 0 and {_SEEDS - 1}.")
         for name, allowed in (("method", Method), ("centroid_kind", CentroidKind)):
             if getattr(self, name) not in get_args(allowed):
                 raise HeadIndexError(
@@ -75,10 +86,10 @@ class IndexOptions:
             )
         if not 0 <= self.metric_exponent <= 1:
             raise HeadIndexError(
-                f"metric exponent {self.metric_exponent} must lie between 0 and 1; 0.7 is usual."
+                f"metric exponent {self.metric_exponent} must lie between 0 and 1; 0.85 is usual."
             )
         if self.alpha is not None and not 0 <= self.alpha < 100:
-            raise HeadIndexError(f"alpha {self.alpha} must lie between 0 and 100; 0.02 is usual.")
+            raise HeadIndexError(f"alpha {self.alpha} must lie between 0 and 100; 1 is usual.")
         if len(set(self.pinned_token_ids)) != len(self.pinned_token_ids):
             raise HeadIndexError("a pinned token id is given twice; give each once.")
 

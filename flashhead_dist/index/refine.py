@@ -67,9 +67,10 @@ def refine(
             changed = chosen.flatten()
             _gather(vectors, slots, changed, clustered)
             divisions.update(changed)
-            distance -= float(gains[taken].sum(dtype=torch.float64))
+            gained = float(gains[taken].sum(dtype=torch.float64))
+            on_round(rounds + 1, gained / max(distance, 1e-30))
+            distance -= gained
             rounds += 1
-            on_round(rounds, float(gains[taken].sum()) / max(distance, 1e-30))
             is_changed = torch.zeros(num_clusters, dtype=torch.bool, device=slots.device)
             is_changed[changed] = True
             stale = torch.nonzero(is_changed[pairs].any(1)).flatten()

@@ -99,9 +99,7 @@ def save_index(
         }
         save_manifest(folder, describe(stored))
         _flush(folder)
-        if replace and out.exists():
-            out.rename(scratch / "replaced")
-        folder.rename(out)
+        _put_in_place(folder, out, scratch / "replaced")
     except Exception as error:
         if not _is_storage_error(error):
             raise
@@ -114,6 +112,19 @@ def save_index(
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
     return out
+
+
+def _put_in_place(folder: Path, out: Path, replaced: Path) -> None:
+    """Rename `folder` to `out`; an index that is there moves aside, and back where that fails."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    out.rename(replaced)
+    try:
+        folder.rename(out)
+    except BaseException:
+        replaced.rename(out)
+        raise
 
 
 def check_target(out: Path, *, replace: bool) -> None:

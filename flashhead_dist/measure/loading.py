@@ -14,7 +14,7 @@ from flashhead_dist.measure.assemble import HeadFacts
 from flashhead_dist.measure.control import Control
 from flashhead_dist.measure.memory import Peak, PeakMemory
 from flashhead_dist.measure.plan import Inputs, Plan
-from flashhead_dist.measure.threads import compute_threads
+from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_kernels.dispatch import ops_for
 
 

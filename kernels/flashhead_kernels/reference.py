@@ -42,8 +42,8 @@ def score_centroids(
 ) -> Tensor:
     """Probing score `h . centroid + alpha * |h| * spread` as float32 `[B, N, M]`.
 
-    `spread [N, M]` is the rms distance of a cluster's rows to their mean, and -inf for a cluster of
-    pads, which no row then prefers to a real one.
+    `spread [N, M]` says how far a row's logit may lie from the mean's for a hidden state of norm 1;
+    it is -inf for a cluster of pads, which no row then prefers to a real one.
     """
     norms = torch.linalg.vector_norm(hidden_states.float(), dim=-1)
     return centroid_dots(hidden_states, centroids) + _bias(norms, spread, alpha)

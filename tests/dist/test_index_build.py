@@ -175,8 +175,8 @@ def test_centroids_are_rounded_for_the_calibration_states(
     """An index of the same clusters without states would hold the plain rounding."""
     shard = load_shard(build_one(learned_pins_per_group=learned, num_probes=8))
     ids = shard.token_ids.flatten(0, 1)
-    means, spread = describe_clusters(model.read_rows(0, V), ids)
-    assert torch.equal(spread, shard.spread.flatten())
+    means, plain_spread = describe_clusters(model.read_rows(0, V), ids)
+    assert not torch.allclose(plain_spread, shard.spread.flatten(), rtol=0.05)
     plain = quantize_centroids(means, 4, 64).dequantize()
     found = shard.centroids.dequantize().flatten(0, 1)
     assert float((found - means).abs().max()) < float(means.abs().max())

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flashhead_dist.index import compensate, metric
 from flashhead_dist.index.compensate import quantize_for_states
+from flashhead_dist.index.layout import describe_clusters
 from flashhead_dist.index.metric import cluster_space, second_moment
 from flashhead_kernels.quantize import integer_limit, quantize_centroids
 
@@ -224,3 +225,29 @@ def test_centroids_that_are_not_finite_are_refused(value: float) -> None:
     centroids[2, 5] = value
     with pytest.raises(ValueError, match="finite"):
         quantize_for_states(centroids, torch.eye(64), 4, 64)
+
+
+def test_spread_is_the_rms_difference_of_logits_of_the_row_that_strays_most() -> None:
+    """Against the states themselves; the mean over rows, or Euclid, would give other numbers."""
+    rows, states = _draw(96, 12, seed=5), _anisotropic(400, 12)
+    unit = torch.nn.functional.normalize(states, dim=1)
+    ids = torch.arange(96).view(24, 4).clone()
+    ids[3, 2:] = -1
+    ids[5] = -1
+    means, spread = describe_clusters(rows, ids, second_moment(states))
+    for cluster, members in enumerate(ids):
+        real = rows[members[members >= 0]]
+        if not len(real):
+            assert float(spread[cluster]) == -torch.inf
+            continue
+        assert torch.allclose(means[cluster], real.mean(0), atol=1e-6)
+        differences = unit @ (real - real.mean(0)).T
+        expected = differences.double().square().mean(0).sqrt().max()
+        assert float(spread[cluster]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_without_states_spread_is_euclidean() -> None:
+    rows = _draw(8, 12, seed=7)
+    means, spread = describe_clusters(rows, torch.arange(8).view(2, 4))
+    strays = (rows.view(2, 4, 12) - means.unsqueeze(1)).norm(dim=2).amax(1)
+    assert torch.allclose(spread, strays / 12**0.5, rtol=1e-5)

@@ -150,7 +150,7 @@ def test_no_round_raises_the_distance(size: int) -> None:
         assert torch.equal(refined.flatten().sort().values, slots.flatten().sort().values)
         distances.append(_distance(_gathered(rows, refined)))
     for before, after, share in zip(distances[:-1], distances[1:], shares, strict=True):
-        assert before - after == pytest.approx(share * after, rel=1e-3, abs=1e-5 * before)
+        assert before - after == pytest.approx(share * before, rel=1e-3, abs=1e-5 * before)
         assert share > 0
     assert distances[-1] < 0.9 * distances[0]
 
