@@ -74,7 +74,7 @@ def _parser(description: str | None, *, speaks: bool) -> argparse.ArgumentParser
         "--cell-seconds", type=float, default=12.0, metavar="S", help="time for a cell's iterations"
     )
     how.add_argument(
-        "--max-states", type=int, default=512, metavar="N", help="for agreement; 0: leave it out"
+        "--max-states", type=int, default=1024, metavar="N", help="for agreement; 0: leave it out"
     )
     how.add_argument(
         "--threads-per-rank", type=int, default=1, metavar="N", help="the same at every tp size"

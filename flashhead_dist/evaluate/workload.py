@@ -43,7 +43,7 @@ class Request:
     dtype: torch.dtype | None = None
     index: Path | None = None
     hidden_states: Path | None = None
-    max_states: int = 512
+    max_states: int = 1024
     """Test states for agreement; 0 leaves agreement out."""
     seed: int = 0
     """Of made-up hidden states."""

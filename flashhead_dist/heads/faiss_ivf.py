@@ -18,7 +18,7 @@ from torch import Tensor
 from flashhead_dist.collectives import Steps, TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, HeadOutput, VocabShard, Want
-from flashhead_dist.heads.faiss_lists import TrainedLists, import_faiss
+from flashhead_dist.heads.faiss_lists import CHUNK_ROWS, TrainedLists, import_faiss
 from flashhead_dist.heads.merge import merge_candidates
 from flashhead_kernels.keys import pack_keys
 
@@ -141,8 +141,8 @@ def _build(faiss: Any, rows: Tensor, lists: TrainedLists, device: torch.device) 
     index.own_fields = True
     quantizer.this.disown()
     assignments = lists.assignments.numpy()
-    for first in range(0, rows.shape[0], 65536):
-        chunk = rows[first : first + 65536].float().contiguous().numpy()
+    for first in range(0, rows.shape[0], CHUNK_ROWS):
+        chunk = rows[first : first + CHUNK_ROWS].float().contiguous().numpy()
         ids = np.arange(first, first + chunk.shape[0], dtype=np.int64)
         chosen = np.ascontiguousarray(assignments[first : first + chunk.shape[0]], dtype=np.int64)
         index.add_core(

@@ -18,6 +18,8 @@ from flashhead_dist.model_source.cache import make_once
 _ITERATIONS = 10
 _POINTS_PER_LIST = 64
 _SEED = 1234
+CHUNK_ROWS = 8192
+"""Rows that are held in float32 at a time."""
 
 
 def import_faiss() -> Any:
@@ -74,9 +76,12 @@ def _train(rows: Tensor) -> TrainedLists:
         min_points_per_centroid=1,
         seed=_SEED,
     )
-    points = rows.float().contiguous().numpy()
-    kmeans.train(points)
-    _, assignments = kmeans.index.search(points, 1)
-    return TrainedLists(
-        torch.from_numpy(kmeans.centroids), torch.from_numpy(assignments[:, 0]).to(torch.int32)
-    )
+    # A float32 copy of all rows would be twice the rank's share.
+    num_points = min(len(rows), _POINTS_PER_LIST * kmeans.k)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_SEED))
+    kmeans.train(rows[order[:num_points].sort().values].float().numpy())
+    assignments = [
+        torch.from_numpy(kmeans.index.search(part.float().numpy(), 1)[1][:, 0])
+        for part in torch.split(rows, CHUNK_ROWS)
+    ]
+    return TrainedLists(torch.from_numpy(kmeans.centroids), torch.cat(assignments).to(torch.int32))

@@ -177,7 +177,7 @@ class HeadBuilder:
 
     def _faiss_cache(self) -> Path:
         shard = VocabShard.of(self.model.vocab_size, self.tp)
-        name = f"{self.model.weight_hash[:16]}_{shard.start}_{shard.stop}.safetensors"
+        name = f"{self.model.weight_hash[:16]}_{shard.start}_{shard.stop}_v2.safetensors"
         return cache_root() / "faiss" / name
 
 

@@ -18,6 +18,8 @@ class Agreement:
     overall: float
     worst: float
     worst_source: str
+    num_worst_states: int
+    """States of the worst source."""
     num_states: int
 
 
@@ -37,7 +39,10 @@ def top1_agreement(
         for source in torch.unique(source_ids)
     }
     worst_source = min(by_source, key=lambda name: (by_source[name], name))
-    return Agreement(float(same.mean()), by_source[worst_source], worst_source, same.numel())
+    num_worst = int((source_ids == list(sources).index(worst_source)).sum())
+    return Agreement(
+        float(same.mean()), by_source[worst_source], worst_source, num_worst, same.numel()
+    )
 
 
 def spread_over_sources(source_ids: Tensor, max_states: int) -> Tensor:

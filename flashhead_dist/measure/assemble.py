@@ -79,6 +79,7 @@ def assemble_record(
         top1_agreement=agreement.overall if agreement else None,
         top1_agreement_worst_source=agreement.worst if agreement else None,
         worst_source=agreement.worst_source if agreement else None,
+        num_worst_source_states=agreement.num_worst_states if agreement else None,
         num_agreement_states=agreement.num_states if agreement else 0,
         speedup_over_dense_local_max=_ratio(baseline_us, median_us),
         scaling_efficiency=_ratio(alone_us, median_us, facts.tp_size),

@@ -85,6 +85,7 @@ class Record(Provenance):
     top1_agreement: float | None
     top1_agreement_worst_source: float | None
     worst_source: str | None
+    num_worst_source_states: int | None
     num_agreement_states: int
 
     speedup_over_dense_local_max: float | None

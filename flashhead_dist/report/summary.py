@@ -41,6 +41,7 @@ _COLUMNS = (
     "top1_agreement",
     "top1_agreement_worst_source",
     "worst_source",
+    "num_worst_source_states",
     "num_agreement_states",
     "num_iterations",
     "system",

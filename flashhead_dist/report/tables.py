@@ -82,7 +82,9 @@ def head_table(records: Sequence[Record]) -> Table:
     """Memory and agreement of each head at each `tp_size`, which no batch size changes."""
     num_states = max((record.num_agreement_states for record in records), default=0)
     caption = (
-        f"top-1: share of {num_states:,} test states whose best token is the dense head's. "
+        f"top-1: share of {num_states:,} test states whose best token is the dense head's, which "
+        f"breaks ties by id in float32; dense_gather and dense_allreduce compare logits rounded to "
+        f"{records[0].dtype}, where many tie. worst source: its share, name and number of states. "
         f"over share: the largest rank's weights against those at tp 1 over the ranks. peak: most "
         f"that a rank held beyond what it had before, while it loaded the head and ran it once."
     )
@@ -202,4 +204,5 @@ def _over_share(record: Record, whole: int | None) -> str:
 def _worst(record: Record) -> str:
     if record.top1_agreement_worst_source is None:
         return UNKNOWN
-    return f"{_percent(record.top1_agreement_worst_source, 2)} ({record.worst_source})"
+    worst = _percent(record.top1_agreement_worst_source, 1)
+    return f"{worst} ({record.worst_source}, {record.num_worst_source_states})"

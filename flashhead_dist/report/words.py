@@ -120,7 +120,8 @@ def _agreement(batch: Sequence[Record]) -> list[str]:
     return [
         f"{_PRODUCT} gives the dense head's token on {overall:.2f} % of "
         f"{worst.num_agreement_states:,} test states {where}, and on {source:.2f} % in the worst "
-        f"source ({worst.worst_source})."
+        f"source ({worst.worst_source}, {worst.num_worst_source_states} states; "
+        "launch/evaluate.py takes all there are)."
     ]
 
 
