@@ -148,3 +148,12 @@ def test_files_hold_one_idea() -> None:
             if "corpus" not in path.parts:
                 lines = len(path.read_text(encoding="utf-8").splitlines())
                 assert lines < 300, f"{path.relative_to(ROOT)} has {lines} lines: split it"
+
+
+def test_no_folder_of_tests_is_passed_over(request: pytest.FixtureRequest) -> None:
+    """pytest skips a folder named `dist` in silence unless told otherwise."""
+    skipped = request.config.getini("norecursedirs")
+    folders = [path for path in (ROOT / "tests").iterdir() if path.is_dir()]
+    assert len(folders) > 3
+    for folder in folders:
+        assert not any(folder.match(pattern) for pattern in skipped), folder

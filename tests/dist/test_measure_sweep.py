@@ -148,7 +148,6 @@ def test_a_projection_is_compute_alone_plus_modelled_communication(
         assert record.communication_us is not None
         assert record.median_us == pytest.approx(record.compute_us + record.communication_us)
         assert (record.communication_us > 0) == (head != "flashhead_replicated")
-        assert record.compute_us <= record.wall_median_us * 1.5
 
 
 def test_payloads_are_what_the_design_says(
