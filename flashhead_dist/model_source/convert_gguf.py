@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from flashhead_dist.errors import UserError
 from flashhead_dist.model_source.body import load_gguf_body
 
 
@@ -27,4 +28,8 @@ def convert_gguf(path: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) 
 
 
 if __name__ == "__main__":
-    convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

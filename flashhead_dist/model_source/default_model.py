@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from flashhead_dist.errors import UserError
 from flashhead_dist.model_source.cache import make_once
 from flashhead_dist.model_source.errors import ModelSourceError
 
@@ -72,6 +73,8 @@ def _run_converter(gguf: Path, target: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if done.returncode == UserError.exit_code:
+            raise ModelSourceError(f"The default model could not be converted: {last_line}")
         raise ModelSourceError(
             f"The default model could not be converted in {target.parent.parent} "
             f"({last_line}); free 3 GB of memory and 1 GB of disk and run again."
