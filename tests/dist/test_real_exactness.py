@@ -73,6 +73,7 @@ def ranks(
     return run_ranks(_rank_greedy, max(TP_SIZES), index, states.states, timeout_s=5000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_real_ranks_give_the_ids_and_logits_of_one_rank_for_every_state(
     ranks: list[dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]],
