@@ -53,7 +53,7 @@ def _greedy(head: Head, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _rank_greedy(
-    rank: int, world_size: int, index: Path, states: torch.Tensor
+    rank: int, world_size: int, index: Path, states: torch.Tensor, name: str
 ) -> dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]:
     model = open_model()
     found = {}
@@ -61,27 +61,20 @@ def _rank_greedy(
         if tp is None:
             continue
         builder = HeadBuilder(tp=tp, model=model, index_dir=index)
-        for name in HEADS:
-            found[(name, tp_size)] = _greedy(builder.build(name), states)
+        found[(name, tp_size)] = _greedy(builder.build(name), states)
     return found
-
-
-@pytest.fixture(scope="module")
-def ranks(
-    run_ranks: Callable[..., list[Any]], index: Path, states: HiddenStates
-) -> list[dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]]:
-    return run_ranks(_rank_greedy, max(TP_SIZES), index, states.states, timeout_s=5000)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_real_ranks_give_the_ids_and_logits_of_one_rank_for_every_state(
-    ranks: list[dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]],
+    run_ranks: Callable[..., list[Any]],
     model: ModelSource,
     index: Path,
     states: HiddenStates,
     name: str,
 ) -> None:
+    ranks = run_ranks(_rank_greedy, max(TP_SIZES), index, states.states, name, timeout_s=5000)
     alone = build_head(name, tp=TensorParallel.single(), model=model, index_dir=index)
     ids, logits = _greedy(alone, states.states)
     for tp_size in TP_SIZES:
