@@ -34,25 +34,26 @@ OCTETS = 32
 """Bytes of a centroid that one step takes: 64 columns of int4, 32 of int8."""
 
 
-def _dot_u8_s8(b: ir.IRBuilder, total: Any, unsigned: Any, signed: Any) -> Any:
-    """Add to `total [8]` int32 the products of 32 unsigned and 32 signed bytes, in any lanes."""
+def add_products(b: ir.IRBuilder, total: Any, unsigned: Any, signed: Any) -> Any:
+    """Add to lane i of int32 `total [8 or 16]` the products of bytes 4 i to 4 i + 3."""
+    lanes = total.type.count
     features = llvm.get_host_cpu_features()
-    sums, octets = vec(I32, _LANES), vec(I8, OCTETS)
-    if features.get("avx512vnni") and features.get("avx512vl"):
+    sums, octets = vec(I32, lanes), vec(I8, 4 * lanes)
+    if features.get("avx512vnni") and (lanes == 16 or features.get("avx512vl")):
         # LLVM 21 gave the byte operands their own type; before, they were int32 vectors.
         operand = octets if llvm.llvm_version_info[0] >= 21 else sums
         function = cgutils.get_or_insert_function(
             b.module,
             ir.FunctionType(sums, [sums, operand, operand]),
-            "llvm.x86.avx512.vpdpbusd.256",
+            f"llvm.x86.avx512.vpdpbusd.{32 * lanes}",
         )
         return b.call(function, [total, b.bitcast(unsigned, operand), b.bitcast(signed, operand)])
-    wide = vec(I32, OCTETS)
+    wide = vec(I32, 4 * lanes)
     products = b.mul(b.zext(unsigned, wide), b.sext(signed, wide))
     undefined = ir.Constant(wide, ir.Undefined)
-    for start in range(0, OCTETS, _LANES):
-        lanes = ir.Constant(sums, list(range(start, start + _LANES)))
-        total = b.add(total, b.shuffle_vector(products, undefined, lanes))
+    for byte in range(4):
+        every_fourth = ir.Constant(sums, list(range(byte, 4 * lanes, 4)))
+        total = b.add(total, b.shuffle_vector(products, undefined, every_fourth))
     return total
 
 
@@ -85,11 +86,11 @@ class _IntegerDot:
             if self.bits == 4:
                 low = b.and_(packed, splat(I8, OCTETS, 15))
                 high = b.lshr(packed, splat(I8, OCTETS, 4))
-                partial = _dot_u8_s8(b, b.load(part), low, state)
-                b.store(_dot_u8_s8(b, partial, high, other), part)
+                partial = add_products(b, b.load(part), low, state)
+                b.store(add_products(b, partial, high, other), part)
             else:
                 byte = b.xor(packed, splat(I8, OCTETS, 128))
-                b.store(_dot_u8_s8(b, b.load(part), byte, state), part)
+                b.store(add_products(b, b.load(part), byte, state), part)
 
     def begin_group(self, group: Any) -> None:
         start = self.b.gep(self.starts, [self.b.mul(group, const(_LANES))])

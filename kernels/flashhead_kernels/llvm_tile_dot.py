@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from flashhead_kernels.llvm_integer_dot import add_products
 from flashhead_kernels.llvm_vectors import (
     F32,
     FIRST,
@@ -35,28 +35,6 @@ from flashhead_kernels.quantize import TILE
 
 _OCTETS = 4 * TILE
 _STARTS_STRIDE = 8
-
-
-def _dot_by_lane(b: ir.IRBuilder, total: Any, unsigned: Any, signed: Any) -> Any:
-    """Add to `total [16]` int32 the products of each lane's four unsigned and signed bytes."""
-    features = llvm.get_host_cpu_features()
-    sums, octets = vec(I32, TILE), vec(I8, _OCTETS)
-    if features.get("avx512vnni"):
-        # LLVM 21 gave the byte operands their own type; before, they were int32 vectors.
-        operand = octets if llvm.llvm_version_info[0] >= 21 else sums
-        function = cgutils.get_or_insert_function(
-            b.module,
-            ir.FunctionType(sums, [sums, operand, operand]),
-            "llvm.x86.avx512.vpdpbusd.512",
-        )
-        return b.call(function, [total, b.bitcast(unsigned, operand), b.bitcast(signed, operand)])
-    wide = vec(I32, _OCTETS)
-    products = b.mul(b.zext(unsigned, wide), b.sext(signed, wide))
-    undefined = ir.Constant(wide, ir.Undefined)
-    for byte in range(4):
-        lanes = ir.Constant(sums, list(range(byte, _OCTETS, 4)))
-        total = b.add(total, b.shuffle_vector(products, undefined, lanes))
-    return total
 
 
 class _TileDot:
@@ -105,13 +83,13 @@ class _TileDot:
         column = b.add(b.mul(group, group_size), b.mul(step, const(4)))
         if self.bits == 8:
             byte = b.xor(packed, splat(I8, _OCTETS, 128))
-            b.store(_dot_by_lane(b, b.load(part), byte, self.state(column)), part)
+            b.store(add_products(b, b.load(part), byte, self.state(column)), part)
             return
         low = b.and_(packed, splat(I8, _OCTETS, 15))
         high = b.lshr(packed, splat(I8, _OCTETS, 4))
-        total = _dot_by_lane(b, b.load(part), low, self.state(column))
+        total = add_products(b, b.load(part), low, self.state(column))
         second = b.add(column, b.udiv(group_size, const(2)))
-        b.store(_dot_by_lane(b, total, high, self.state(second)), part)
+        b.store(add_products(b, total, high, self.state(second)), part)
 
     def state(self, column: Any) -> Any:
         """Four bytes of the hidden state in every lane."""

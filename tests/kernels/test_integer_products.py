@@ -22,7 +22,6 @@ def features(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param.startswith("without"):
         none = SimpleNamespace(get_host_cpu_features=dict)
         monkeypatch.setattr(llvm_integer_dot, "llvm", none)
-        monkeypatch.setattr(llvm_tile_dot, "llvm", none)
 
 
 def _truth(bits: int) -> tuple[torch.Tensor, NDArray[np.float32]]:
