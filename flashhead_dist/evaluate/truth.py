@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashhead_dist.model_source import ModelSource, cache_root
-from flashhead_dist.model_source.cache import make_once
+from flashhead_dist.model_source.cache import cached_tensors
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import EMPTY_KEY, unpack_keys
 
@@ -55,20 +54,7 @@ def dense_truth(
     dtype = str(model.dtype).removeprefix("torch.")
     name = f"{model.weight_hash[:16]}_{dtype}_{digest.hexdigest()[:16]}.safetensors"
     path = cache_root(cache_dir) / "truth" / name
-    make_once(path, lambda target: _save(_compute(model, content, progress), target))
-    stored = load_file(path)
-    return DenseTruth(stored["token_ids"], stored["logits"], stored["logsumexp"])
-
-
-def _save(truth: DenseTruth, path: Path) -> None:
-    save_file(
-        {
-            "token_ids": truth.token_ids,
-            "logits": truth.logits,
-            "logsumexp": truth.logsumexp,
-        },
-        path,
-    )
+    return DenseTruth(**cached_tensors(path, lambda: vars(_compute(model, content, progress))))
 
 
 def _compute(model: ModelSource, states: Tensor, progress: bool) -> DenseTruth:

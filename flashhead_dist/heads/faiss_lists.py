@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.model_source.cache import make_once
+from flashhead_dist.model_source.cache import cached_tensors
 
 _ITERATIONS = 10
 _POINTS_PER_LIST = 64
@@ -54,19 +54,28 @@ class TrainedLists:
         """The lists of `rows [V_local, D]`, from `cache` where it exists, else trained into it."""
         if cache is None:
             return _train(rows)
-        make_once(cache, lambda path: _save(_train(rows), path))
-        stored = load_file(cache)
-        return cls(stored["centroids"], stored["assignments"])
-
-
-def _save(lists: TrainedLists, path: Path) -> None:
-    save_file({"centroids": lists.centroids, "assignments": lists.assignments}, path)
+        return cls(**cached_tensors(cache, lambda: vars(_train(rows))))
 
 
 def _train(rows: Tensor) -> TrainedLists:
     """faiss's spherical k-means on a sample, then every row to its best list by inner product."""
     faiss = import_faiss()
     faiss.omp_set_num_threads(torch.get_num_threads())
+    centroids = _centroids(faiss, rows)
+    quantizer = faiss.IndexFlatIP(rows.shape[1])
+    quantizer.add(centroids)
+    assignments = np.empty(len(rows), np.int32)
+    for first in range(0, len(rows), CHUNK_ROWS):
+        part = rows[first : first + CHUNK_ROWS].float().numpy()
+        assignments[first : first + CHUNK_ROWS] = quantizer.search(part, 1)[1][:, 0]
+    return TrainedLists(torch.from_numpy(centroids), torch.from_numpy(assignments))
+
+
+def _centroids(faiss: Any, rows: Tensor) -> np.ndarray[Any, Any]:
+    """Unit-norm float32 `[lists, D]`.
+
+    The sample goes to float32 by parts: a whole copy would be twice the rank's share.
+    """
     kmeans = faiss.Kmeans(
         rows.shape[1],
         default_num_lists(rows.shape[0]),
@@ -76,12 +85,12 @@ def _train(rows: Tensor) -> TrainedLists:
         min_points_per_centroid=1,
         seed=_SEED,
     )
-    # A float32 copy of all rows would be twice the rank's share.
     num_points = min(len(rows), _POINTS_PER_LIST * kmeans.k)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_SEED))
-    kmeans.train(rows[order[:num_points].sort().values].float().numpy())
-    assignments = [
-        torch.from_numpy(kmeans.index.search(part.float().numpy(), 1)[1][:, 0])
-        for part in torch.split(rows, CHUNK_ROWS)
-    ]
-    return TrainedLists(torch.from_numpy(kmeans.centroids), torch.cat(assignments).to(torch.int32))
+    chosen = order[:num_points].sort().values
+    sample = np.empty((num_points, rows.shape[1]), np.float32)
+    for first in range(0, num_points, CHUNK_ROWS):
+        sample[first : first + CHUNK_ROWS] = rows[chosen[first : first + CHUNK_ROWS]].float()
+    kmeans.train(sample)
+    centroids: np.ndarray[Any, Any] = kmeans.centroids
+    return centroids

@@ -99,7 +99,8 @@ class IndexOptions:
             fitting = [n for n in (32, 64, 128, 256) if hidden_size % n == 0] or [hidden_size]
             raise HeadIndexError(
                 f"scale groups of {self.group_size} columns do not divide the hidden size "
-                f"{hidden_size} evenly; try --group-size {fitting[-1]} or --centroid-bits 16."
+                f"{hidden_size} evenly; build the index with launch/build_index.py --group-size "
+                f"{fitting[-1]} or --centroid-bits 16."
             )
         for token in self.pinned_token_ids:
             if not 0 <= token < vocab_size:

@@ -31,7 +31,8 @@ class PeerWatch:
 
     On the death of a peer the lowest rank left says which, and every rank exits with 1. On SIGINT
     the lowest rank says so, the main thread gets its KeyboardInterrupt, and the process ends with
-    130 after `_GRACE_S` at the latest. SIGTERM ends it at once.
+    130 after `_GRACE_S` at the latest. SIGTERM ends it at once, in silence among several ranks:
+    torchrun sends it to the rest after one has said why.
     """
 
     def __init__(
@@ -92,6 +93,8 @@ class PeerWatch:
     def _on_signal(self) -> None:
         numbers = os.read(self._signal_read, 64)
         if signal.SIGTERM in numbers:
+            if len(self._ranks) == 1:
+                _say(f"ended by SIGTERM.{self._parting_words()}")
             os._exit(128 + signal.SIGTERM)
         if signal.SIGINT in numbers:
             self._interrupted()

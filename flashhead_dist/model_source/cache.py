@@ -15,6 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from flashhead_dist.model_source.errors import ModelSourceError
 
@@ -61,6 +63,20 @@ def make_once(target: Path, write: Callable[[Path], None]) -> Path:
         if not target.exists():
             publish(target, write)
     return target
+
+
+def cached_tensors(target: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of the safetensors file `target`, made by `compute` where it is not there yet.
+
+    Raises ModelSourceError where it cannot be written, or is there and cannot be read.
+    """
+    make_once(target, lambda temporary: save_file(compute(), temporary))
+    try:
+        return load_file(target)
+    except (SafetensorError, OSError) as error:
+        raise ModelSourceError(
+            f"The cached file {target} is damaged ({error}); delete it, and it is made again."
+        ) from error
 
 
 def publish(target: Path, write: Callable[[Path], None]) -> None:

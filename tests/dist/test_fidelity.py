@@ -92,6 +92,10 @@ def test_truth_is_kept_by_weights_and_states(
     assert torch.equal(again.logits, first.logits)
     with pytest.raises(AssertionError, match="computed again"):
         dense_truth(model, hidden.states[1:], cache_dir=tmp_path, progress=False)
+    (kept,) = tmp_path.glob("truth/*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{kept} is damaged .* delete it"):
+        dense_truth(model, hidden.states, cache_dir=tmp_path, progress=False)
 
 
 class _Rigged(Head):

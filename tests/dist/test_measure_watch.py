@@ -121,8 +121,9 @@ def test_interrupt_ends_every_rank_with_130_and_one_sentence(start: Start, how: 
 def test_terminate_ends_a_stuck_rank(start: Start) -> None:
     ranks = start(1, "stuck")
     ranks[0].terminate()
-    codes, _, took_s = ends(ranks)
+    codes, said, took_s = ends(ranks)
     assert codes == [128 + signal.SIGTERM]
+    assert "ended by SIGTERM" in said
     assert took_s < 10
 
 

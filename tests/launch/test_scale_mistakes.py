@@ -6,14 +6,8 @@ prints and how its ranks end can be seen.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,32 +16,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flashhead_dist.index import IndexOptions, build_index
 from flashhead_dist.model_source import open_model
-
-LAUNCH = Path(__file__).parents[2] / "launch"
-NUM_GROUPS = 4
-VOCAB_SIZE = 500
-Refused = Callable[..., str]
-
-
-@dataclass(frozen=True)
-class Ground:
-    """Files of a run that works, and a folder to spoil copies of them in."""
-
-    model: Path
-    index: Path
-    states: Path
-    scratch: Path
-
-    def arguments(self, *more: str, **changed: Path) -> list[str]:
-        files = {"model": self.model, "index": self.index, "hidden_states": self.states} | changed
-        named = [(f"--{name.replace('_', '-')}", str(path)) for name, path in files.items()]
-        quick = ["--heads", "flashhead", "--iters", "1", "--batch-sizes", "1"]
-        return [*quick, "--max-states", "16", *(word for pair in named for word in pair), *more]
-
-    def copy_of(self, folder: Path) -> Path:
-        return shutil.copytree(folder, self.scratch / folder.name)
+from tests.launch.ground import (
+    VOCAB_SIZE,
+    Ground,
+    Refused,
+    build_small,
+    sentence_of_two_ranks,
+    torchrun_scale,
+)
 
 
 @dataclass(frozen=True)
@@ -177,7 +154,7 @@ def fewer_tokens_than_ranks(ground: Ground) -> Mistake:
 
 def more_ranks_than_groups(ground: Ground) -> Mistake:
     model = open_model(str(ground.model))
-    index = _build(model, ground.scratch / "one_group", num_groups=1, num_probes=2)
+    index = build_small(model, ground.scratch / "one_group", num_groups=1, num_probes=2)
     return Mistake(ground.arguments(index=index), "1 probing groups", "fewer ranks")
 
 
@@ -186,72 +163,6 @@ WITH_SEVERAL_RANKS = (
     fewer_tokens_than_ranks,
     more_ranks_than_groups,
 )
-
-
-@pytest.fixture(scope="module")
-def scale() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(LAUNCH))
-        spec = importlib.util.spec_from_file_location("scale_script", LAUNCH / "scale.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-
-
-@pytest.fixture
-def refused(
-    scale: ModuleType,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Refused:
-    """Run one rank, check that it refuses in one sentence, and return that."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments: str) -> str:
-        code = scale.main(["--runs-dir", str(tmp_path / "runs"), "--skip-plots", *arguments])
-        captured = capsys.readouterr()
-        assert code == 2, captured.err
-        assert captured.out == ""
-        assert "Traceback" not in captured.err
-        said = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-        assert len(said) == 1, captured.err
-        return said[0]
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
-    """A model whose output embedding is `[500, 64]`, its index, states, and a cache of its own."""
-    scratch = tmp_path_factory.mktemp("ground")
-    model, states = scratch / "model", scratch / "states.safetensors"
-    model.mkdir()
-    random = torch.Generator().manual_seed(1)
-    rows = torch.randn(VOCAB_SIZE, 64, generator=random).to(torch.bfloat16)
-    save_file({"lm_head.weight": rows}, model / "model.safetensors")
-    config = {"model_type": "llama", "vocab_size": VOCAB_SIZE, "hidden_size": 64}
-    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    save_file({"hidden_states": torch.randn(32, 64, generator=random)}, states)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLASHHEAD_CACHE", str(scratch / "cache"))
-        index = _build(open_model(str(model)), scratch / "index", NUM_GROUPS, num_probes=8)
-        yield Ground(model, index, states, scratch)
-
-
-@pytest.fixture
-def ground(files: Ground, tmp_path: Path) -> Ground:
-    return Ground(files.model, files.index, files.states, tmp_path)
-
-
-def _build(model: object, out: Path, num_groups: int, num_probes: int) -> Path:
-    options = IndexOptions(num_groups=num_groups, num_probes=num_probes, alpha=0.0)
-    return build_index(
-        model, options, calibration=None, test=None, out=out, device="cpu", progress=False
-    )
 
 
 def test_what_the_mistakes_are_made_in_works(
@@ -311,114 +222,13 @@ def slow_first_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _torchrun(*arguments: str, python_path: Path | None = None) -> tuple[int, str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    paths = [str(python_path)] if python_path else []
-    paths += [path for path in [os.environ.get("PYTHONPATH")] if path]
-    done = subprocess.run(
-        [*command, str(LAUNCH / "scale.py"), "--skip-plots", *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout == ""
-    return done.returncode, done.stderr
-
-
-def _sentence_of_two_ranks(code: int, stderr: str) -> str:
-    """The one sentence of a job whose ranks both ended with 2, and its root cause."""
-    assert code == 1, stderr  # torchrun's own code for any rank that fails
-    said = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1, stderr
-    assert stderr.count("exitcode  : 2 ") == 2, stderr
-    assert f"traceback : {said[0]}" in stderr.partition("Root Cause")[2]
-    # torchrun's own traceback cannot be helped; one of ours would name our files.
-    ours = str(LAUNCH.parent / "flashhead_dist"), str(LAUNCH)
-    assert not any(f'File "{folder}' in stderr for folder in ours), stderr
-    return said[0]
-
-
 @pytest.mark.parametrize("make", WITH_SEVERAL_RANKS)
 def test_two_ranks_refuse_together(
     make: Callable[[Ground], Mistake], ground: Ground, slow_first_rank: Path
 ) -> None:
     mistake = make(ground)
     runs = ("--runs-dir", str(ground.scratch / "runs"))
-    code, stderr = _torchrun(*runs, *mistake.arguments, python_path=slow_first_rank)
-    sentence = _sentence_of_two_ranks(code, stderr)
+    code, stderr = torchrun_scale(*runs, *mistake.arguments, python_path=slow_first_rank)
+    sentence = sentence_of_two_ranks(code, stderr)
     assert mistake.value in sentence
     assert mistake.remedy in sentence
-
-
-@contextmanager
-def _small_disk(folder: Path, options: str) -> Iterator[Path]:
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-    )
-    if mounted.returncode:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a file system")
-
-
-@pytest.mark.root
-@needs_root
-def test_disk_full_of_records(ground: Ground) -> None:
-    with _small_disk(ground.scratch / "disk", "size=16k") as disk:
-        batch_sizes = ("--batch-sizes", "1,2,3,4,5,6,7,8")
-        code, stderr = _torchrun(*ground.arguments(*batch_sizes, "--runs-dir", str(disk)))
-        (records,) = disk.glob("*/records.jsonl")
-        lines = records.read_text().split("\n")[:-1]
-    sentence = _sentence_of_two_ranks(code, stderr)
-    assert "No space left on device" in sentence
-    assert str(records) in sentence
-    assert lines
-    assert [json.loads(line)["head"] for line in lines] == ["flashhead"] * len(lines)
-
-
-@pytest.mark.root
-@needs_root
-def test_disk_full_of_plots(
-    ground: Ground, scale: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with _small_disk(ground.scratch / "disk", "size=24k") as disk:
-        assert scale.main(ground.arguments("--runs-dir", str(disk))) == 2
-        (records,) = disk.glob("*/records.jsonl")
-        assert records.read_text().count("\n") == 1
-    captured = capsys.readouterr()
-    (said,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert "latency.png (No space left on device)" in said
-    assert "--runs-dir" in said
-
-
-@pytest.mark.root
-@needs_root
-@pytest.mark.parametrize("head", ["flashhead", "dense_local_max"])
-def test_disk_full_of_what_is_made_once(
-    ground: Ground, refused: Refused, monkeypatch: pytest.MonkeyPatch, head: str
-) -> None:
-    """The cache takes neither the index nor, where none is needed, the dense head's answers."""
-    with _small_disk(ground.scratch / "disk", "size=8k") as disk:
-        monkeypatch.setenv("FLASHHEAD_CACHE", str(disk))
-        sentence = refused("--synthetic", "500,64", "--heads", head, "--iters", "1")
-    assert str(disk) in sentence
-    assert "No space left on device" in sentence
-    assert "free some space" in sentence
-
-
-@pytest.mark.root
-@needs_root
-def test_runs_folder_on_a_read_only_disk(ground: Ground, refused: Refused) -> None:
-    with _small_disk(ground.scratch / "disk", "ro") as disk:
-        sentence = refused(*ground.arguments("--runs-dir", str(disk)))
-    assert str(disk) in sentence
-    assert "--runs-dir" in sentence
