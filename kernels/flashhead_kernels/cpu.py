@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from flashhead_kernels import cpu_loops as loops
+from flashhead_kernels import reference
 from flashhead_kernels.candidates import Candidates, check_candidate_arguments
 from flashhead_kernels.cpu_states import all_finite, flat, float_states, make_query, unpack_keys
 from flashhead_kernels.keys import EMPTY_KEY
+from flashhead_kernels.logits import PLAIN, FinalLogits, OutputBias
 from flashhead_kernels.matmul_shortlist import BLOCK, matmul_is_faster, matmul_shortlist
 from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.reference import best_keys, select_probes
@@ -106,8 +108,16 @@ def flashhead_candidates(
     *,
     k: int = 1,
     need_logsumexp: bool = False,
+    bias: OutputBias | None = None,
+    final: FinalLogits = PLAIN,
 ) -> Candidates:
-    """See `reference.flashhead_candidates`."""
+    """See `reference.flashhead_candidates`, which a bias and final logits are left to."""
+    if bias is not None or not final.is_plain:
+        return reference.flashhead_candidates(
+            hidden_states, rows, token_ids, centroids, spread, alpha, num_probes_per_group,
+            pinned_rows, pinned_token_ids, k=k, need_logsumexp=need_logsumexp, bias=bias,
+            final=final,
+        )  # fmt: skip
     groups, clusters, tokens, size = rows.shape
     check_candidate_arguments(hidden_states, size, num_probes_per_group, clusters, k)
     batch, pinned = hidden_states.shape[0], pinned_rows.shape[1]
@@ -135,12 +145,19 @@ def dense_candidates(
     *,
     k: int = 1,
     need_logsumexp: bool = False,
+    bias: Tensor | None = None,
+    final: FinalLogits = PLAIN,
 ) -> Candidates:
-    """See `reference.dense_candidates`.
+    """See `reference.dense_candidates`, which a bias and final logits are left to.
 
     A large batch goes through the matrix library first, where that is faster: its logits, rounded
     to the rows' dtype, only choose the rows that are then scored exactly.
     """
+    if bias is not None or not final.is_plain:
+        return reference.dense_candidates(
+            hidden_states, rows, first_token_id, k=k, need_logsumexp=need_logsumexp, bias=bias,
+            final=final,
+        )  # fmt: skip
     count, size = rows.shape
     check_candidate_arguments(hidden_states, size, 1, 1, k)
     whole = count - count % BLOCK

@@ -16,6 +16,7 @@ from flashhead_kernels.candidates import (
 )
 from flashhead_kernels.keys import EMPTY_KEY, pack_keys
 from flashhead_kernels.keys import unpack_keys as unpack_keys
+from flashhead_kernels.logits import PLAIN, FinalLogits, OutputBias
 from flashhead_kernels.quantize import QuantizedCentroids
 
 
@@ -112,15 +113,19 @@ def flashhead_candidates(
     *,
     k: int = 1,
     need_logsumexp: bool = False,
+    bias: OutputBias | None = None,
+    final: FinalLogits = PLAIN,
 ) -> Candidates:
     """The whole local step: score centroids, probe each group's share, score its rows, reduce.
 
     hidden_states: `[B, D]`; rows: `[N, M, S, D]`; token_ids: int32 `[N, M, S]`, -1 for a pad;
     centroids: leading shape `[N, M]`; spread: float32 `[N, M]`; pinned_rows: `[N, n, D]` and
-    pinned_token_ids: int32 `[N, n]` are always scored (n may be 0).
+    pinned_token_ids: int32 `[N, n]` are always scored (n may be 0). Keys hold final logits; noise is
+    added to candidates alone.
 
-    The log-sum-exp is closed form: exact over probed and pinned tokens, and for every unprobed
-    cluster `tokens * exp(h . mean)`, a lower bound of its mass by Jensen's inequality.
+    The log-sum-exp is closed form, of final logits without noise: exact over probed and pinned
+    tokens, and for every unprobed cluster `tokens * exp(h . mean)`, a lower bound of its mass by
+    Jensen's inequality (of a cluster whose logits are not soft-capped).
 
     Raises:
         ValueError: shapes that do not fit, or a number of probes outside 1..M.
@@ -129,19 +134,27 @@ def flashhead_candidates(
     check_candidate_arguments(hidden_states, hidden_size, num_probes_per_group, clusters, k)
     batch = hidden_states.shape[0]
     scores = score_centroids(hidden_states, centroids, spread, alpha)
+    if bias is not None:
+        scores = scores + bias.clusters
     probes = select_probes(scores, num_probes_per_group)
     first = torch.arange(groups, device=rows.device, dtype=torch.int32) * clusters
     cluster_ids = (probes + first[None, :, None]).flatten(1)
     logits = score_rows(hidden_states, rows.flatten(0, 1), cluster_ids).flatten(1)
     ids = token_ids.flatten(0, 1)[cluster_ids.long()].flatten(1)
     pinned = torch.einsum("bd,nqd->bnq", hidden_states.float(), pinned_rows.float()).flatten(1)
-    logits = torch.cat([logits, pinned], dim=1)
+    if bias is not None:
+        logits = logits + bias.rows.flatten(0, 1)[cluster_ids.long()].flatten(1)
+        pinned = pinned + bias.pinned.flatten()
+    logits = final.without_noise(torch.cat([logits, pinned], dim=1))
     ids = torch.cat([ids, pinned_token_ids.flatten().expand(batch, -1)], dim=1)
-    keys = best_keys(logits, ids, k)
+    keys = best_keys(final.with_noise(logits, ids), ids, k)
     if not need_logsumexp:
         return Candidates(keys, None)
     tokens = (token_ids >= 0).sum(-1).flatten().float()
-    unprobed = (centroid_dots(hidden_states, centroids).flatten(1) + tokens.log()).scatter(
+    means = centroid_dots(hidden_states, centroids)
+    if bias is not None:
+        means = means + bias.clusters
+    unprobed = (final.without_noise(means).flatten(1) + tokens.log()).scatter(
         1, cluster_ids.long(), float("-inf")
     )
     exact = logits.masked_fill(ids < 0, float("-inf"))
@@ -155,11 +168,22 @@ def dense_candidates(
     *,
     k: int = 1,
     need_logsumexp: bool = False,
+    bias: Tensor | None = None,
+    final: FinalLogits = PLAIN,
 ) -> Candidates:
-    """Score every one of `rows [n, D]`, which hold tokens `first_token_id ...`, and reduce."""
+    """Score every one of `rows [n, D]`, which hold tokens `first_token_id ...`, and reduce.
+
+    bias: float32 `[n]`. Keys hold final logits, the log-sum-exp those without noise.
+
+    Raises:
+        ValueError: k below 1.
+    """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     logits = hidden_states.float() @ rows.float().T
-    ids = torch.arange(rows.shape[0], device=rows.device) + first_token_id
-    keys = best_keys(logits, ids.expand(logits.shape), k)
+    if bias is not None:
+        logits = logits + bias
+    logits = final.without_noise(logits)
+    ids = (torch.arange(rows.shape[0], device=rows.device) + first_token_id).expand(logits.shape)
+    keys = best_keys(final.with_noise(logits, ids), ids, k)
     return Candidates(keys, logits.logsumexp(1) if need_logsumexp else None)

@@ -1,0 +1,63 @@
+"""The head's operations on CUDA: Triton kernels, and torch for what no step of decoding needs.
+
+Functions have the names and signatures of `reference`. Under TRITON_INTERPRET=1 they run on CPU
+tensors. A kernel that does not compile raises Triton's error: nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flashhead_kernels import reference
+from flashhead_kernels.candidates import Candidates, check_candidate_arguments
+from flashhead_kernels.logits import PLAIN, FinalLogits, OutputBias
+from flashhead_kernels.quantize import QuantizedCentroids
+from flashhead_kernels.triton_launch import MAX_BEST, HeadInputs, launch_head
+
+all_finite = reference.all_finite
+centroid_dots = reference.centroid_dots
+score_centroids = reference.score_centroids
+select_probes = reference.select_probes
+score_rows = reference.score_rows
+probed_candidates = reference.probed_candidates
+best_keys = reference.best_keys
+unpack_keys = reference.unpack_keys
+
+def flashhead_candidates(
+    hidden_states: Tensor,
+    rows: Tensor,
+    token_ids: Tensor,
+    centroids: QuantizedCentroids,
+    spread: Tensor,
+    alpha: float,
+    num_probes_per_group: int,
+    pinned_rows: Tensor,
+    pinned_token_ids: Tensor,
+    *,
+    k: int = 1,
+    need_logsumexp: bool = False,
+    bias: OutputBias | None = None,
+    final: FinalLogits = PLAIN,
+    launches: int | None = None,
+) -> Candidates:
+    """See `reference.flashhead_candidates`.
+
+    launches: 1 or 2; where None, one where it can serve the shape.
+
+    Raises:
+        ValueError: as the reference does; one launch for a shape that it cannot serve.
+    """
+    groups, clusters, tokens, size = rows.shape
+    check_candidate_arguments(hidden_states, size, num_probes_per_group, clusters, k)
+    batch = hidden_states.shape[0]
+    if k > MAX_BEST or batch == 0 or groups == 0:
+        return reference.flashhead_candidates(
+            hidden_states, rows, token_ids, centroids, spread, alpha, num_probes_per_group,
+            pinned_rows, pinned_token_ids, k=k, need_logsumexp=need_logsumexp, bias=bias,
+            final=final,
+        )  # fmt: skip
+    inputs = HeadInputs(
+        hidden_states.contiguous(), rows, token_ids, centroids, spread, pinned_rows,
+        pinned_token_ids, alpha, num_probes_per_group, bias, final,
+    )  # fmt: skip
+    return launch_head(inputs, k, need_logsumexp, launches)

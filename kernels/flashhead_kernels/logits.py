@@ -1,0 +1,113 @@
+"""What becomes of a logit before tokens are compared: bias, soft-capping, temperature, noise.
+
+    final = softcap * tanh((h . row + bias) / softcap) / temperature  [+ Gumbel noise]
+
+Soft-capping is Gemma 2's (arXiv 2408.00118, section 2). The greatest final logit with Gumbel noise
+is a sample from the softmax of those without (Gumbel-max, Maddison et al., arXiv 1411.0030). The
+noise is counter-based, keyed by (seed, position, token id), so that it does not depend on which rank
+or program scores a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_PHILOX_ROUNDS = 10
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class GumbelNoise:
+    """seed: int; positions: int32 `[B]`, the place of each row's token in its text."""
+
+    seed: int
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class OutputBias:
+    """Bias of the output embedding in the layout of an index shard, float32.
+
+    rows: `[N, M, S]`, any value for a pad; clusters: `[N, M]`, the mean of a cluster's tokens, by
+    which an unscored cluster is judged; pinned: `[N, n]`.
+    """
+
+    rows: Tensor
+    clusters: Tensor
+    pinned: Tensor
+
+
+@dataclass(frozen=True)
+class FinalLogits:
+    """softcap: 0 for none; temperature: above 0; noise: None for the greatest logits.
+
+    Raises:
+        ValueError: a softcap below 0, a temperature not above 0.
+    """
+
+    softcap: float = 0.0
+    temperature: float = 1.0
+    noise: GumbelNoise | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.softcap < float("inf"):
+            raise ValueError(f"softcap must be 0 (none) or a finite number above, got {self.softcap}")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and above 0, got {self.temperature}")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether final logits are the logits."""
+        return self.softcap == 0 and self.temperature == 1 and self.noise is None
+
+    def without_noise(self, logits: Tensor) -> Tensor:
+        """Final logits of `logits` float32 `[...]`, as the softmax sees them."""
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits * (1 / self.temperature)
+
+    def with_noise(self, final: Tensor, token_ids: Tensor) -> Tensor:
+        """Add the noise of `token_ids [B, n]` to `final [B, n]`; as it is without noise."""
+        if self.noise is None:
+            return final
+        return final + gumbel(self.noise, token_ids)
+
+
+PLAIN = FinalLogits()
+
+
+def gumbel(noise: GumbelNoise, token_ids: Tensor) -> Tensor:
+    """Gumbel noise float32 `[B, n]` of `token_ids [B, n]`; a pad's is as good as any.
+
+    Philox4x32-10 (Salmon et al., 2011) with the seed as key and (token id, position, 0, 0) as
+    counter; the uniform is `(first word >> 8) + 1/2` over 2^24, never 0 nor 1.
+    """
+    ids = token_ids.to(torch.int64) & _WORD
+    positions = noise.positions.to(torch.int64).unsqueeze(1).expand(ids.shape) & _WORD
+    zeros = torch.zeros_like(ids)
+    word = _philox(noise.seed, ids, positions, zeros, zeros)
+    uniform = ((word >> 8).float() + 0.5) * (1 / 16777216)
+    return -torch.log(-torch.log(uniform))
+
+
+def _philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:
+    """The first of the four words of each counter, int64 holding 32 bits."""
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(_PHILOX_ROUNDS):
+        high0, low0 = _multiply(_PHILOX_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(_PHILOX_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _PHILOX_KEY_STEPS[0]) & _WORD, (k1 + _PHILOX_KEY_STEPS[1]) & _WORD
+    return c0
+
+
+def _multiply(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of `factor * words`, by halves since int64 has no unsigned product."""
+    low = factor * (words & 0xFFFF)
+    high = factor * (words >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -1,0 +1,198 @@
+"""Launches the FlashHead kernels on a rank's groups."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from flashhead_kernels.candidates import Candidates
+from flashhead_kernels.logits import FinalLogits, OutputBias
+from flashhead_kernels.quantize import QuantizedCentroids
+from flashhead_kernels.triton_head import candidates_kernel, dots_kernel, one_launch_kernel
+from flashhead_kernels.triton_shapes import (
+    HEAD_WARPS,
+    MAX_BATCH_IN_ONE_LAUNCH,
+    CentroidShape,
+    HeadShape,
+    fits_one_launch,
+    part_block,
+    power_of_two,
+)
+from flashhead_kernels.triton_workspace import Workspace, workspace
+
+MAX_BEST = 64
+"""Keys that a kernel keeps for each row."""
+_CLUSTERS_A_BLOCK = 64
+_DOTS_WARPS = 4
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """The arguments of `reference.flashhead_candidates`, those that are data."""
+
+    hidden_states: Tensor
+    rows: Tensor
+    token_ids: Tensor
+    centroids: QuantizedCentroids
+    spread: Tensor
+    pinned_rows: Tensor
+    pinned_token_ids: Tensor
+    alpha: float
+    num_probes_per_group: int
+    bias: OutputBias | None
+    final: FinalLogits
+
+
+def uses_dp4a() -> bool:
+    """Whether kernels may use inline PTX; the interpreter knows none."""
+    return os.environ.get("TRITON_INTERPRET") != "1"
+
+
+def launch_head(
+    inputs: HeadInputs, k: int, need_logsumexp: bool, launches: int | None
+) -> Candidates:
+    """The k (at most MAX_BEST) best keys of at least one row over at least one group.
+
+    launches: 1, 2, or None for one where that can serve the shape.
+
+    Raises:
+        ValueError: one launch for a shape that it cannot serve.
+    """
+    groups, clusters, tokens, size = inputs.rows.shape
+    batch = inputs.hidden_states.shape[0]
+    head = HeadShape.of(
+        clusters, tokens, size, inputs.num_probes_per_group, inputs.pinned_rows.shape[1], k
+    )
+    centroids = None if inputs.centroids.bits == 16 else CentroidShape.of(inputs.centroids)
+    one = fits_one_launch(head, centroids, batch)
+    if launches == 1 and not one:
+        raise ValueError(
+            f"one launch cannot serve a batch of {batch} and groups of {clusters} clusters: use two"
+        )
+    launch = _Launch(inputs, head, centroids, groups, batch, need_logsumexp)
+    keys, logsumexp = launch.one() if one and launches != 2 else launch.two()
+    return Candidates(keys[:, :k], logsumexp)
+
+
+class _Launch:
+    """One call's tensors in the order and number that the kernels take them in."""
+
+    def __init__(
+        self,
+        inputs: HeadInputs,
+        head: HeadShape,
+        centroids: CentroidShape | None,
+        groups: int,
+        batch: int,
+        need_logsumexp: bool,
+    ) -> None:
+        self.inputs, self.head, self.centroids = inputs, head, centroids
+        self.groups, self.batch = groups, batch
+        self.need_logsumexp = need_logsumexp
+        hidden = inputs.hidden_states
+        self.keys = torch.empty((batch, head.best), dtype=torch.int64, device=hidden.device)
+        self.logsumexp = torch.empty(batch if need_logsumexp else 0, device=hidden.device)
+        values, scales = inputs.centroids.values, inputs.centroids.scales
+        # Words of four bytes, where rows are made of them.
+        whole = centroids is not None and centroids.width == 4
+        self.values = values.view(torch.int32) if whole else values
+        # A pointer has to be given even where nothing is read from it.
+        self.scales = values if scales is None else scales
+        self.words_a_row = 2 * centroids.groups * centroids.words if centroids else 0
+        self.scales_a_row = 2 * centroids.groups if centroids else 0
+
+    def one(self) -> tuple[Tensor, Tensor | None]:
+        rows_pad = power_of_two(self.batch)
+        space = self._workspace(programs=self.groups, rows_a_program=rows_pad, dots=0)
+        out = self._out(space, space.counters)
+        one_launch_kernel[(self.groups,)](
+            self.inputs.hidden_states, *self._rows(), self.values, self.scales, *self._tables(),
+            space.words, space.scales, *out, *self._scalars(),
+            *self._strides(rows_pad),
+            HEAD=self.head, CENTROIDS=self.centroids, BATCH=self.batch, BATCH_PAD=rows_pad,
+            **self._flags(), DP4A=uses_dp4a(), num_warps=HEAD_WARPS,
+        )  # fmt: skip
+        return self.keys, self.logsumexp if self.need_logsumexp else None
+
+    def two(self) -> tuple[Tensor, Tensor | None]:
+        clusters = self.head.clusters
+        rows = min(power_of_two(self.batch), MAX_BATCH_IN_ONE_LAUNCH)
+        block = min(self.head.clusters_pad, _CLUSTERS_A_BLOCK)
+        grid = (self.groups, triton.cdiv(clusters, block), triton.cdiv(self.batch, rows))
+        space = self._workspace(
+            programs=grid[0] * grid[1] * grid[2],
+            rows_a_program=rows,
+            dots=self.batch * self.groups * clusters,
+        )
+        dots_kernel[grid](
+            self.inputs.hidden_states, self.values, self.scales, space.words, space.scales,
+            space.dots, self.batch, *self._strides(rows),
+            HEAD=self.head, CENTROIDS=self.centroids, BLOCK_M=block, BATCH=rows,
+            DP4A=uses_dp4a(), num_warps=_DOTS_WARPS,
+        )  # fmt: skip
+        candidates_kernel[(self.groups, self.batch)](
+            self.inputs.hidden_states, *self._rows(), space.dots, *self._tables(),
+            *self._out(space, space.counters), *self._scalars(),
+            HEAD=self.head, **self._flags(), num_warps=HEAD_WARPS,
+        )  # fmt: skip
+        return self.keys, self.logsumexp if self.need_logsumexp else None
+
+    def _workspace(self, *, programs: int, rows_a_program: int, dots: int) -> Workspace:
+        return workspace(
+            self.keys.device,
+            words=programs * rows_a_program * self.words_a_row,
+            scales=programs * rows_a_program * self.scales_a_row,
+            dots=dots,
+            parts=self.batch * self.groups,
+            best=self.head.best,
+            rows=self.batch,
+        )
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        return self.inputs.rows, self.inputs.token_ids
+
+    def _tables(self) -> tuple[Tensor, ...]:
+        inputs, bias = self.inputs, self.inputs.bias
+        noise = inputs.final.noise
+        none = inputs.spread
+        return (
+            inputs.spread,
+            none if bias is None else bias.rows,
+            none if bias is None else bias.clusters,
+            inputs.pinned_rows,
+            inputs.pinned_token_ids,
+            none if bias is None else bias.pinned,
+            inputs.token_ids if noise is None else noise.positions,
+        )
+
+    def _out(self, space: Workspace, counters: Tensor) -> tuple[Tensor, ...]:
+        return space.keys, space.sums, counters, self.keys, self.logsumexp
+
+    def _scalars(self) -> tuple[float, float, float, int]:
+        final = self.inputs.final
+        seed = 0 if final.noise is None else final.noise.seed
+        return self.inputs.alpha, 1 / final.temperature, final.softcap, seed
+
+    def _strides(self, rows_a_program: int) -> tuple[int, int, int, int]:
+        """Elements of values and scales a group, and of words and scales a program."""
+        return (
+            self.values[0].numel(),
+            self.scales[0].numel(),
+            rows_a_program * self.words_a_row,
+            rows_a_program * self.scales_a_row,
+        )
+
+    def _flags(self) -> dict[str, Any]:
+        final = self.inputs.final
+        return {
+            "BIAS": self.inputs.bias is not None,
+            "SOFTCAP": final.softcap > 0,
+            "SAMPLE": final.noise is not None,
+            "LOGSUMEXP": self.need_logsumexp,
+            "PART_BLOCK": part_block(self.groups, self.head.best),
+        }

@@ -1,0 +1,129 @@
+"""What the Triton kernels share: packed keys, integer dot products, logit transforms, log-sum-exp.
+
+Everything here is elementwise, integer, or a reduction over a whole axis, so that what a kernel
+computes for one centroid or row does not depend on which other ones its program holds.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+EMPTY_KEY = tl.constexpr(-(2**63))
+_ID_MASK = tl.constexpr(0xFFFFFFFF)
+# Adding and taking away 1.5 * 2^23 rounds a float32 below 2^22 to the nearest integer, ties to even.
+_ROUNDING = tl.constexpr(12582912.0)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def pack_key(logits, token_ids):
+    """`flashhead_kernels.keys.pack_keys`, for float32 logits and int32 ids; a negative id: empty."""
+    # Adding zero turns -0.0 into 0.0: they are equal as logits and must be equal as keys.
+    bits = (logits + 0.0).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    ids = token_ids.to(tl.int64)
+    keys = (ordered.to(tl.int64) << 32) | (ids ^ _ID_MASK)
+    return tl.where(ids >= 0, keys, EMPTY_KEY)
+
+
+@triton.jit
+def key_id(keys):
+    """The int32 id of `keys`; -1 for an empty one."""
+    return tl.where(keys == EMPTY_KEY, -1, ((keys & _ID_MASK) ^ _ID_MASK).to(tl.int32))
+
+
+@triton.jit
+def _dp4a(a, b, accumulated):
+    return tl.inline_asm_elementwise(
+        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, accumulated], tl.int32, True, 1
+    )
+
+
+@triton.jit
+def dot_words(weights, hidden, BITS: tl.constexpr, WIDTH: tl.constexpr, DP4A: tl.constexpr):
+    """Sum of products of the integers packed in each pair of words, int32.
+
+    weights: int32 words of WIDTH bytes. 8 bits: signed bytes. 4 bits: the LOW halves of the bytes,
+    unsigned; the caller shifts for the high halves and takes the offset of 8 away.
+    hidden: int32 words of WIDTH signed bytes.
+    """
+    if BITS == 4:
+        weights = weights & 0x0F0F0F0F
+    if DP4A:
+        return _dp4a(weights, hidden, tl.zeros_like(weights))
+    total = tl.zeros_like(weights)
+    for i in tl.static_range(WIDTH):
+        total += ((weights << (24 - 8 * i)) >> 24) * ((hidden << (24 - 8 * i)) >> 24)
+    return total
+
+
+@triton.jit
+def round_to_int8(values, scales):
+    """`values / scales` to the nearest integer in -127..127, as int32; 0 where the scale is 0."""
+    positive = scales > 0
+    quotient = tl.div_rn(values, tl.where(positive, scales, 1.0))
+    rounded = (quotient + _ROUNDING) - _ROUNDING
+    rounded = tl.minimum(tl.maximum(rounded, -127.0), 127.0)
+    return tl.where(positive, rounded, 0.0).to(tl.int32)
+
+
+@triton.jit
+def transform(logits, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
+    """`cap * tanh(logit / cap) / T`; float32."""
+    if SOFTCAP:
+        # tanh by exp: 1 - 2 / (e^2x + 1), which ends in 1 and -1 where e^2x overflows or vanishes.
+        logits = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))
+    return logits * inverse_temperature
+
+
+@triton.jit
+def gumbel(seed, position, token_ids):
+    """Gumbel noise float32 keyed by (seed, position, token id): Philox4x32-10, its first word.
+
+    Random123 (Salmon et al., 2011). The uniform is `(word >> 8) + 1/2` over 2^24: never 0 nor 1.
+    """
+    zero = tl.zeros_like(token_ids)
+    word, _, _, _ = tl.philox(seed, token_ids, zero + position, zero, zero)
+    uniform = ((word >> 8).to(tl.float32) + 0.5) * (1.0 / 16777216.0)
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def lse_add(greatest, total, values):
+    """Take `values` (any shape, -inf for none) into the log-sum-exp `greatest + log(total)`."""
+    flat = tl.reshape(values, [values.numel])
+    new = tl.maximum(greatest, tl.max(flat, 0))
+    # All of them -inf: keep the sum at 0 without making NaN of inf - inf.
+    base = tl.where(new == float("-inf"), 0.0, new)
+    scaled = total * tl.exp(greatest - base) + tl.sum(tl.exp(flat - base), 0)
+    return new, scaled
+
+
+@triton.jit
+def best_keys(keys, COUNT: tl.constexpr):
+    """The COUNT (a power of two) greatest of `keys`, descending, filled up with empty ones; 1-D."""
+    flat = tl.reshape(keys, [keys.numel])
+    if COUNT == 1:
+        return tl.expand_dims(tl.max(flat, 0), 0)
+    elif flat.shape[0] <= COUNT:
+        filled = flat
+        for _ in tl.static_range(_doublings(flat.shape[0], COUNT)):
+            filled = merged(filled, tl.full(filled.shape, EMPTY_KEY, tl.int64))
+        return tl.sort(filled, descending=True)
+    else:
+        return tl.topk(flat, COUNT)
+
+
+@triton.constexpr_function
+def _doublings(size, count):
+    number = 0
+    while size < count:
+        size, number = size * 2, number + 1
+    return number
+
+
+@triton.jit
+def merged(a, b):
+    """Both 1-D tensors of one length in one, in no order to rely on."""
+    return tl.reshape(tl.join(a, b), [2 * a.shape[0]])

@@ -1,0 +1,203 @@
+"""From a probing group's centroid scores to its best key and log-sum-exp, and over all groups.
+
+A program ends by writing its part to memory and counting itself in; the last to arrive reduces all
+parts. Nothing has to be set before the launch, and the order of that reduction is fixed.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flashhead_kernels.triton_pieces import (
+    EMPTY_KEY,
+    best_keys,
+    gumbel,
+    key_id,
+    lse_add,
+    merged,
+    pack_key,
+    transform,
+)
+
+
+@triton.jit
+def row_logits(
+    rows_ptr, hidden_ptr, row_ids, real, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """`h . row` float32 of rows `row_ids` int64 of `rows [..., D]`; 0 where not `real`."""
+    products = tl.zeros([row_ids.shape[0], BLOCK_D], tl.float32)
+    for first in tl.range(0, D, BLOCK_D, loop_unroll_factor=5):
+        columns = first + tl.arange(0, BLOCK_D)
+        inside = columns < D
+        hidden = tl.load(hidden_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        rows = tl.load(
+            rows_ptr + row_ids[:, None] * D + columns[None, :],
+            mask=real[:, None] & inside[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        products += rows * hidden[None, :]
+    return tl.sum(products, 1)
+
+
+@triton.jit
+def take(
+    best, greatest, total, logits, ids, bias, inverse_temperature, softcap, seed, position,
+    SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr, LOGSUMEXP: tl.constexpr,
+):  # fmt: skip
+    """Take scored tokens (1-D, id -1 for none) into a program's best keys and log-sum-exp."""
+    final = transform(logits + bias, inverse_temperature, softcap, SOFTCAP)
+    if LOGSUMEXP:
+        greatest, total = lse_add(greatest, total, tl.where(ids >= 0, final, float("-inf")))
+    if SAMPLE:
+        final += gumbel(seed, position, ids)
+    keys = pack_key(final, ids)
+    count: tl.constexpr = best.shape[0]
+    if count == 1:
+        best = tl.maximum(best, best_keys(keys, 1))
+    else:
+        best = tl.topk(merged(best, best_keys(keys, count)), count)
+    return best, greatest, total
+
+
+@triton.jit
+def probe_group(
+    dots, norm, alpha, group,
+    hidden_ptr, rows_ptr, ids_ptr, spread_ptr, bias_ptr, cluster_bias_ptr,
+    pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr,
+    inverse_temperature, softcap, seed, position,
+    HEAD: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr,
+    LOGSUMEXP: tl.constexpr,
+):  # fmt: skip
+    """One row's best keys `[HEAD.best]` and log-sum-exp (greatest, total) within one group.
+
+    dots: `h . centroid` float32 `[HEAD.clusters_pad]`; hidden_ptr: the row's hidden state.
+    """
+    M: tl.constexpr = HEAD.clusters
+    S: tl.constexpr = HEAD.tokens
+    S_PAD: tl.constexpr = HEAD.tokens_pad
+    M_PAD: tl.constexpr = HEAD.clusters_pad
+    PROBES_PAD: tl.constexpr = HEAD.probes_pad
+    BLOCK: tl.constexpr = HEAD.block_probes
+    PINNED: tl.constexpr = HEAD.pinned
+    PINNED_PAD: tl.constexpr = HEAD.pinned_pad
+    BEST: tl.constexpr = HEAD.best
+    D: tl.constexpr = HEAD.hidden_size
+    BLOCK_D: tl.constexpr = HEAD.block_columns
+    slots = tl.arange(0, M_PAD)
+    real = slots < M
+    cluster = group.to(tl.int64) * M
+    spread = tl.load(spread_ptr + cluster + slots, mask=real, other=float("-inf"))
+    if BIAS:
+        dots += tl.load(cluster_bias_ptr + cluster + slots, mask=real, other=0.0)
+    # 0 * -inf is NaN: a cluster of pads stays at -inf whatever alpha is.
+    lift = tl.where(spread == float("-inf"), spread, alpha * norm * spread)
+    order = pack_key(dots + lift, tl.where(real, slots, -1))
+    top = best_keys(order, PROBES_PAD)
+    probed = key_id(top)
+    best = tl.full([BEST], EMPTY_KEY, tl.int64)
+    greatest = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    for first in tl.range(0, HEAD.probes, BLOCK):
+        rank = first + tl.arange(0, BLOCK)
+        slot = probed
+        if BLOCK < PROBES_PAD:
+            slot = tl.gather(probed, rank, 0)
+        # The slot of a rank past the last probe may be -1.
+        token = tl.arange(0, S_PAD)[None, :]
+        row = tl.reshape((cluster + slot)[:, None] * S + token, [BLOCK * S_PAD])
+        chosen = tl.reshape((rank < HEAD.probes)[:, None] & (token < S), [BLOCK * S_PAD])
+        ids = tl.load(ids_ptr + row, mask=chosen, other=-1)
+        logits = row_logits(rows_ptr, hidden_ptr, row, chosen, D, BLOCK_D)
+        bias = tl.zeros_like(logits)
+        if BIAS:
+            bias = tl.load(bias_ptr + row, mask=chosen, other=0.0)
+        best, greatest, total = take(
+            best, greatest, total, logits, ids, bias, inverse_temperature, softcap, seed, position,
+            SOFTCAP, SAMPLE, LOGSUMEXP,
+        )  # fmt: skip
+    if PINNED > 0:
+        slot = tl.arange(0, PINNED_PAD)
+        row = group.to(tl.int64) * PINNED + slot
+        ids = tl.load(pinned_ids_ptr + row, mask=slot < PINNED, other=-1)
+        logits = row_logits(pinned_rows_ptr, hidden_ptr, row, slot < PINNED, D, BLOCK_D)
+        bias = tl.zeros_like(logits)
+        if BIAS:
+            bias = tl.load(pinned_bias_ptr + row, mask=slot < PINNED, other=0.0)
+        best, greatest, total = take(
+            best, greatest, total, logits, ids, bias, inverse_temperature, softcap, seed, position,
+            SOFTCAP, SAMPLE, LOGSUMEXP,
+        )  # fmt: skip
+    if LOGSUMEXP:
+        # Keys are distinct: what is not probed lies below the last that is.
+        last = tl.min(tl.where(tl.arange(0, PROBES_PAD) < HEAD.probes, top, 2**63 - 1), 0)
+        token = tl.arange(0, S_PAD)[None, :]
+        row = (cluster + slots)[:, None] * S + token
+        ids = tl.load(ids_ptr + row, mask=real[:, None] & (token < S), other=-1)
+        count = tl.sum((ids >= 0).to(tl.float32), 1)
+        unprobed = real & (order < last) & (count > 0)
+        estimate = transform(dots, inverse_temperature, softcap, SOFTCAP)
+        estimate += tl.log(tl.where(unprobed, count, 1.0))
+        greatest, total = lse_add(greatest, total, tl.where(unprobed, estimate, float("-inf")))
+    return best, greatest, total
+
+
+@triton.jit
+def write_part(part, best, greatest, total, keys_ptr, sums_ptr, LOGSUMEXP: tl.constexpr):
+    """Part number `part`: its best keys, and its log-sum-exp as a pair."""
+    BEST: tl.constexpr = best.shape[0]
+    tl.store(keys_ptr + part * BEST + tl.arange(0, BEST), best)
+    if LOGSUMEXP:
+        tl.store(sums_ptr + 2 * part, greatest)
+        tl.store(sums_ptr + 2 * part + 1, total)
+
+
+@triton.jit
+def arrive(counter_ptr, number):
+    """Whether this program is the last of `number` to arrive; the counter is then 0 again.
+
+    What the programs stored before is visible to the last. The barrier orders the stores of the
+    other threads before the one thread's atomic.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == number - 1
+    tl.debug_barrier()
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def reduce_parts(
+    row, num_parts, keys_ptr, sums_ptr, out_keys_ptr, out_logsumexp_ptr,
+    BEST: tl.constexpr, BLOCK: tl.constexpr, LOGSUMEXP: tl.constexpr,
+):  # fmt: skip
+    """The best keys of row `row`'s parts, and their log-sum-exp, BLOCK parts at a time."""
+    best = tl.full([BEST], EMPTY_KEY, tl.int64)
+    greatest = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    place = tl.arange(0, BEST)
+    for first in tl.range(0, num_parts, BLOCK):
+        part = first + tl.arange(0, BLOCK)
+        inside = part < num_parts
+        part = row * num_parts + part
+        # Past L1, which may hold lines from before the other programs wrote them.
+        keys = tl.load(
+            keys_ptr + part[:, None] * BEST + place[None, :],
+            mask=inside[:, None], other=EMPTY_KEY, cache_modifier=".cg",
+        )  # fmt: skip
+        if BEST == 1:
+            best = tl.maximum(best, best_keys(keys, 1))
+        else:
+            best = tl.topk(merged(best, best_keys(keys, BEST)), BEST)
+        if LOGSUMEXP:
+            sums_at = sums_ptr + 2 * part
+            high = tl.load(sums_at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+            sums = tl.load(sums_at + 1, mask=inside, other=0.0, cache_modifier=".cg")
+            new = tl.maximum(greatest, tl.max(high, 0))
+            base = tl.where(new == float("-inf"), 0.0, new)
+            total = total * tl.exp(greatest - base) + tl.sum(sums * tl.exp(high - base), 0)
+            greatest = new
+    tl.store(out_keys_ptr + row * BEST + place, best)
+    if LOGSUMEXP:
+        tl.store(out_logsumexp_ptr + row, greatest + tl.log(total))

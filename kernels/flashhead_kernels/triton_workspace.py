@@ -1,0 +1,58 @@
+"""Memory that a kernel leaves its parts in, kept between launches.
+
+A launch allocates nothing after the first of its kind, and its counters are left at 0: it can be
+captured in a CUDA graph. One workspace serves one stream at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """words int32 and scales float32: hidden states of each program, see `quantize_hidden`.
+
+    dots: float32, centroid scores between two launches; keys int64 and sums float32: each
+    program's part; counters: int32, 0 between launches.
+    """
+
+    words: Tensor
+    scales: Tensor
+    dots: Tensor
+    keys: Tensor
+    sums: Tensor
+    counters: Tensor
+
+
+def workspace(
+    device: torch.device, *, words: int, scales: int, dots: int, parts: int, best: int, rows: int
+) -> Workspace:
+    """The workspace of these sizes, in elements, on `device` and its current stream."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _workspace(device, stream, words, scales, dots, parts, best, rows)
+
+
+@functools.cache
+def _workspace(
+    device: torch.device,
+    stream: int,
+    words: int,
+    scales: int,
+    dots: int,
+    parts: int,
+    best: int,
+    rows: int,
+) -> Workspace:
+    return Workspace(
+        words=torch.empty(words, dtype=torch.int32, device=device),
+        scales=torch.empty(scales, device=device),
+        dots=torch.empty(dots, device=device),
+        keys=torch.empty(parts * best, dtype=torch.int64, device=device),
+        sums=torch.empty(2 * parts, device=device),
+        counters=torch.zeros(rows, dtype=torch.int32, device=device),
+    )
