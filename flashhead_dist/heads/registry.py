@@ -21,6 +21,7 @@ from flashhead_dist.heads.flashhead_global import FlashHeadGlobal
 from flashhead_dist.index import IndexManifest, IndexShard, load_manifest, load_shard
 from flashhead_dist.model_source import ModelSource, cache_root
 from flashhead_kernels.cpu_memory import empty_on_large_pages
+from flashhead_kernels.dispatch import ops_for
 
 _INDEX_HEADS: dict[str, type[IndexHead]] = {
     head.name: head for head in (FlashHead, FlashHeadGlobal, FlashHeadReplicated)
@@ -63,7 +64,15 @@ class HeadBuilder:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """dtype: of the rows and columns; the model's where None."""
+        """dtype: of the rows and columns; the model's where None.
+
+        Raises:
+            UserError: Triton is missing where the device needs it.
+        """
+        try:
+            ops_for(device)
+        except ImportError as error:
+            raise UserError(str(error)) from error
         self.tp = tp
         self.model = model
         self.index_dir = index_dir

@@ -12,7 +12,9 @@ from flashhead_kernels import reference
 from flashhead_kernels.candidates import Candidates, check_candidate_arguments
 from flashhead_kernels.logits import PLAIN, FinalLogits, OutputBias
 from flashhead_kernels.quantize import QuantizedCentroids
-from flashhead_kernels.triton_launch import MAX_BEST, HeadInputs, launch_head
+from flashhead_kernels.triton_dense_launch import launch_dense
+from flashhead_kernels.triton_launch import HeadInputs, launch_head
+from flashhead_kernels.triton_shapes import MAX_BEST
 
 all_finite = reference.all_finite
 centroid_dots = reference.centroid_dots
@@ -22,6 +24,7 @@ score_rows = reference.score_rows
 probed_candidates = reference.probed_candidates
 best_keys = reference.best_keys
 unpack_keys = reference.unpack_keys
+
 
 def flashhead_candidates(
     hidden_states: Tensor,
@@ -47,7 +50,7 @@ def flashhead_candidates(
     Raises:
         ValueError: as the reference does; one launch for a shape that it cannot serve.
     """
-    groups, clusters, tokens, size = rows.shape
+    groups, clusters, _, size = rows.shape
     check_candidate_arguments(hidden_states, size, num_probes_per_group, clusters, k)
     batch = hidden_states.shape[0]
     if k > MAX_BEST or batch == 0 or groups == 0:
@@ -61,3 +64,25 @@ def flashhead_candidates(
         pinned_token_ids, alpha, num_probes_per_group, bias, final,
     )  # fmt: skip
     return launch_head(inputs, k, need_logsumexp, launches)
+
+
+def dense_candidates(
+    hidden_states: Tensor,
+    rows: Tensor,
+    first_token_id: int,
+    *,
+    k: int = 1,
+    need_logsumexp: bool = False,
+    bias: Tensor | None = None,
+    final: FinalLogits = PLAIN,
+) -> Candidates:
+    """See `reference.dense_candidates`."""
+    check_candidate_arguments(hidden_states, rows.shape[1], 1, 1, k)
+    if k > MAX_BEST or hidden_states.shape[0] == 0 or rows.shape[0] == 0:
+        return reference.dense_candidates(
+            hidden_states, rows, first_token_id, k=k, need_logsumexp=need_logsumexp, bias=bias,
+            final=final,
+        )  # fmt: skip
+    return launch_dense(
+        hidden_states.contiguous(), rows, first_token_id, k, need_logsumexp, bias, final
+    )

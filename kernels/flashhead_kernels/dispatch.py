@@ -8,15 +8,27 @@ from types import ModuleType
 
 import torch
 
+_MODULES = {"cpu": "cpu", "cuda": "cuda"}
+
 
 def ops_for(device: torch.device | str) -> ModuleType:
-    """Return `flashhead_kernels.cpu` for a CPU, `flashhead_kernels.reference` elsewhere.
+    """Return `flashhead_kernels.cpu` or `.cuda` for such a device, `.reference` for any other.
 
-    Both have the same functions with the same signatures.
+    All have the same functions with the same signatures.
+
+    Raises:
+        ImportError: Triton is missing where CUDA needs it.
     """
-    return _module("cpu" if torch.device(device).type == "cpu" else "reference")
+    return _module(_MODULES.get(torch.device(device).type, "reference"))
 
 
 @functools.cache
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"flashhead_kernels.{name}")
+    try:
+        return importlib.import_module(f"flashhead_kernels.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ImportError(
+            'CUDA needs Triton: pip install "flashhead-dist[gpu]", or use --device cpu'
+        ) from error

@@ -4,8 +4,8 @@
 
 Soft-capping is Gemma 2's (arXiv 2408.00118, section 2). The greatest final logit with Gumbel noise
 is a sample from the softmax of those without (Gumbel-max, Maddison et al., arXiv 1411.0030). The
-noise is counter-based, keyed by (seed, position, token id), so that it does not depend on which rank
-or program scores a token.
+noise is counter-based, keyed by (seed, position, token id), and so does not depend on who scores a
+token.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class FinalLogits:
 
     def __post_init__(self) -> None:
         if not 0 <= self.softcap < float("inf"):
-            raise ValueError(f"softcap must be 0 (none) or a finite number above, got {self.softcap}")
+            raise ValueError(
+                f"softcap must be 0 (none) or a finite number above, got {self.softcap}"
+            )
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be finite and above 0, got {self.temperature}")
 

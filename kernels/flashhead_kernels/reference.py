@@ -120,8 +120,8 @@ def flashhead_candidates(
 
     hidden_states: `[B, D]`; rows: `[N, M, S, D]`; token_ids: int32 `[N, M, S]`, -1 for a pad;
     centroids: leading shape `[N, M]`; spread: float32 `[N, M]`; pinned_rows: `[N, n, D]` and
-    pinned_token_ids: int32 `[N, n]` are always scored (n may be 0). Keys hold final logits; noise is
-    added to candidates alone.
+    pinned_token_ids: int32 `[N, n]` are always scored (n may be 0). Keys hold final logits; noise
+    is added to candidates alone.
 
     The log-sum-exp is closed form, of final logits without noise: exact over probed and pinned
     tokens, and for every unprobed cluster `tokens * exp(h . mean)`, a lower bound of its mass by

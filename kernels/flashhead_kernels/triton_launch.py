@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +19,12 @@ from flashhead_kernels.triton_shapes import (
     CentroidShape,
     HeadShape,
     fits_one_launch,
+    is_interpreted,
     part_block,
     power_of_two,
 )
 from flashhead_kernels.triton_workspace import Workspace, workspace
 
-MAX_BEST = 64
-"""Keys that a kernel keeps for each row."""
 _CLUSTERS_A_BLOCK = 64
 _DOTS_WARPS = 4
 
@@ -46,11 +44,6 @@ class HeadInputs:
     num_probes_per_group: int
     bias: OutputBias | None
     final: FinalLogits
-
-
-def uses_dp4a() -> bool:
-    """Whether kernels may use inline PTX; the interpreter knows none."""
-    return os.environ.get("TRITON_INTERPRET") != "1"
 
 
 def launch_head(
@@ -115,7 +108,7 @@ class _Launch:
             space.words, space.scales, *out, *self._scalars(),
             *self._strides(rows_pad),
             HEAD=self.head, CENTROIDS=self.centroids, BATCH=self.batch, BATCH_PAD=rows_pad,
-            **self._flags(), DP4A=uses_dp4a(), num_warps=HEAD_WARPS,
+            **self._flags(), DP4A=not is_interpreted(), num_warps=HEAD_WARPS,
         )  # fmt: skip
         return self.keys, self.logsumexp if self.need_logsumexp else None
 
@@ -133,7 +126,7 @@ class _Launch:
             self.inputs.hidden_states, self.values, self.scales, space.words, space.scales,
             space.dots, self.batch, *self._strides(rows),
             HEAD=self.head, CENTROIDS=self.centroids, BLOCK_M=block, BATCH=rows,
-            DP4A=uses_dp4a(), num_warps=_DOTS_WARPS,
+            DP4A=not is_interpreted(), num_warps=_DOTS_WARPS,
         )  # fmt: skip
         candidates_kernel[(self.groups, self.batch)](
             self.inputs.hidden_states, *self._rows(), space.dots, *self._tables(),

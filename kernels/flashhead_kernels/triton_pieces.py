@@ -11,14 +11,13 @@ import triton.language as tl
 
 EMPTY_KEY = tl.constexpr(-(2**63))
 _ID_MASK = tl.constexpr(0xFFFFFFFF)
-# Adding and taking away 1.5 * 2^23 rounds a float32 below 2^22 to the nearest integer, ties to even.
+# Adding 1.5 * 2^23 and taking it away rounds a float32 below 2^22 to an integer, ties to even.
 _ROUNDING = tl.constexpr(12582912.0)
-_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def pack_key(logits, token_ids):
-    """`flashhead_kernels.keys.pack_keys`, for float32 logits and int32 ids; a negative id: empty."""
+    """`keys.pack_keys` of float32 logits and int32 ids; a negative id gives an empty key."""
     # Adding zero turns -0.0 into 0.0: they are equal as logits and must be equal as keys.
     bits = (logits + 0.0).to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -50,11 +49,12 @@ def dot_words(weights, hidden, BITS: tl.constexpr, WIDTH: tl.constexpr, DP4A: tl
     """
     if BITS == 4:
         weights = weights & 0x0F0F0F0F
-    if DP4A:
-        return _dp4a(weights, hidden, tl.zeros_like(weights))
     total = tl.zeros_like(weights)
-    for i in tl.static_range(WIDTH):
-        total += ((weights << (24 - 8 * i)) >> 24) * ((hidden << (24 - 8 * i)) >> 24)
+    if DP4A and WIDTH == 4:
+        total = _dp4a(weights, hidden, total)
+    else:
+        for i in tl.static_range(WIDTH):
+            total += ((weights << (24 - 8 * i)) >> 24) * ((hidden << (24 - 8 * i)) >> 24)
     return total
 
 
@@ -104,15 +104,17 @@ def lse_add(greatest, total, values):
 def best_keys(keys, COUNT: tl.constexpr):
     """The COUNT (a power of two) greatest of `keys`, descending, filled up with empty ones; 1-D."""
     flat = tl.reshape(keys, [keys.numel])
+    size: tl.constexpr = flat.shape[0]
     if COUNT == 1:
-        return tl.expand_dims(tl.max(flat, 0), 0)
-    elif flat.shape[0] <= COUNT:
-        filled = flat
-        for _ in tl.static_range(_doublings(flat.shape[0], COUNT)):
-            filled = merged(filled, tl.full(filled.shape, EMPTY_KEY, tl.int64))
-        return tl.sort(filled, descending=True)
+        best = tl.expand_dims(tl.max(flat, 0), 0)
+    elif size <= COUNT:
+        best = flat
+        for _ in tl.static_range(_doublings(size, COUNT)):
+            best = merged(best, tl.full(best.shape, EMPTY_KEY, tl.int64))
+        best = tl.sort(best, descending=True)
     else:
-        return tl.topk(flat, COUNT)
+        best = tl.topk(flat, COUNT)
+    return best
 
 
 @triton.constexpr_function

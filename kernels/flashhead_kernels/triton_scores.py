@@ -83,7 +83,7 @@ def integer_dots(
     # Word j of a row lies at j * tile: rows of one tile are interleaved.
     row = (slots // tile) * (tile * words * groups) + slots % tile
     scale_row = (slots // tile) * (tile * groups) + slots % tile
-    for first in tl.range(0, groups, chunk, loop_unroll_factor=CENTROIDS.unroll):
+    for first in tl.range(0, groups, chunk, loop_unroll_factor=4 if BATCH == 1 else 1):
         group = first + tl.arange(0, chunk)
         word = tl.arange(0, words_pad)
         place = group[:, None] * words + word[None, :]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from flashhead_kernels.quantize import QuantizedCentroids
 
 MAX_BATCH_IN_ONE_LAUNCH = 8
+MAX_BEST = 64
+"""Keys that a kernel keeps for each row."""
 HEAD_WARPS = 16
 """Warps of every program that scores rows or norms: their float sums depend on it."""
 _WORDS_A_THREAD = 32
 _ROWS_A_BLOCK = 64
 _COLUMNS_A_BLOCK = 128
-_UNROLL = 4
 _KEYS_A_BLOCK = 1024
 
 
@@ -26,8 +28,8 @@ class CentroidShape:
     """How a rank's integer centroids lie in memory, for a kernel; `words` of `width` bytes.
 
     groups: scale groups of a row, `group_size` columns and `words` words each; `*_pad` are the
-    powers of two at or above. chunk: scale groups a loop step; at most two, whose sum does not depend
-    on an order. tile: rows interleaved (see `tile_centroids`), 1 for none.
+    powers of two at or above. chunk: scale groups a loop step; at most two, whose sum has no
+    order. tile: rows interleaved (see `tile_centroids`), 1 for none.
     """
 
     bits: int
@@ -39,7 +41,6 @@ class CentroidShape:
     width: int
     tile: int
     chunk: int
-    unroll: int
 
     @classmethod
     def of(cls, centroids: QuantizedCentroids) -> CentroidShape:
@@ -56,7 +57,6 @@ class CentroidShape:
             width=width,
             tile=centroids.tile,
             chunk=2 if groups % 2 == 0 else 1,
-            unroll=_UNROLL,
         )
 
 
@@ -115,3 +115,8 @@ def fits_one_launch(shape: HeadShape, centroids: CentroidShape | None, batch: in
 def part_block(parts: int, best: int) -> int:
     """Parts that the last program reduces at a time: some 1,024 keys."""
     return min(power_of_two(parts), max(1, _KEYS_A_BLOCK // best))
+
+
+def is_interpreted() -> bool:
+    """Whether Triton interprets its kernels on CPU tensors; inline PTX is then unknown."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
 
 import pytest
 import torch
-from torch import Tensor
 
-from flashhead_kernels import cpu, reference
+from flashhead_kernels import cpu, dispatch, reference
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import EMPTY_KEY, pack_keys, unpack_keys
-from flashhead_kernels.quantize import QuantizedCentroids, quantize_centroids, tile_centroids
+from tests.kernels.shards import make_shard, random_states
 
 BOTH = pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
 # (groups, clusters, tokens, hidden size, bits, scale group, pinned, rows' dtype)
@@ -33,56 +32,10 @@ SHAPES = [
 ]
 
 
-@dataclass
-class Shard:
-    rows: Tensor
-    token_ids: Tensor
-    centroids: QuantizedCentroids
-    spread: Tensor
-    pinned_rows: Tensor
-    pinned_ids: Tensor
-
-    def candidates(self, ops, states: Tensor, probes: int, **options):  # type: ignore[no-untyped-def]
-        return ops.flashhead_candidates(
-            states, self.rows, self.token_ids, self.centroids, self.spread, 0.05, probes,
-            self.pinned_rows, self.pinned_ids, **options,
-        )  # fmt: skip
-
-    def every_logit(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        rows = torch.cat([self.rows.flatten(0, 2), self.pinned_rows.flatten(0, 1)]).double()
-        ids = torch.cat([self.token_ids.flatten(), self.pinned_ids.flatten()])
-        real = ids >= 0
-        return states.double() @ rows[real].T, ids[real]
-
-
-def make_shard(shape, seed: int = 0) -> Shard:  # type: ignore[no-untyped-def]
-    groups, clusters, tokens, size, bits, group_size, pinned, dtype = shape
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(groups, clusters, tokens, size, generator=generator).to(dtype)
-    count = groups * clusters * tokens
-    token_ids = torch.randperm(count, generator=generator).view(groups, clusters, tokens).int()
-    mean = rows.float().mean(2)
-    spread = (rows.float() - mean.unsqueeze(2)).square().sum(-1).mean(-1).sqrt()
-    if count > 1:
-        token_ids[0, 0, 0] = -1
-        token_ids[-1, -1] = -1
-        rows[-1, -1] = 100
-        spread[-1, -1] = -torch.inf
-    pinned_rows = torch.randn(groups, pinned, size, generator=generator).to(dtype)
-    pinned_ids = torch.arange(groups * pinned).view(groups, pinned).int() + count
-    centroids = tile_centroids(quantize_centroids(mean, bits, group_size))
-    return Shard(rows, token_ids, centroids, spread, pinned_rows, pinned_ids)
-
-
-def random_states(batch: int, size: int) -> Tensor:
-    generator = torch.Generator().manual_seed(batch)
-    return torch.randn(batch, size, generator=generator).to(torch.bfloat16)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("batch", [0, 1, 3, 5])
 def test_cpu_agrees_with_reference(shape, batch: int) -> None:  # type: ignore[no-untyped-def]
-    shard = make_shard(shape)
+    shard = make_shard(*shape)
     states = random_states(batch, shape[3])
     for k in (1, 4):
         for probes in {1, (shape[1] + 1) // 2}:
@@ -101,7 +54,7 @@ def test_cpu_agrees_with_reference(shape, batch: int) -> None:  # type: ignore[n
 @BOTH
 @pytest.mark.parametrize("shape", SHAPES)
 def test_probing_everything_is_the_dense_head(ops, shape) -> None:  # type: ignore[no-untyped-def]
-    shard = make_shard(shape)
+    shard = make_shard(*shape)
     states = random_states(3, shape[3])
     logits, ids = shard.every_logit(states)
     # The cluster of pads is probed too; its huge rows must not win nor weigh.
@@ -118,7 +71,7 @@ def test_probing_everything_is_the_dense_head(ops, shape) -> None:  # type: igno
 @BOTH
 def test_closed_form_of_unprobed_clusters(ops) -> None:  # type: ignore[no-untyped-def]
     """With clusters of one row, in 16 bits, the mean is the row: the closed form is exact."""
-    shard = make_shard((2, 16, 1, 64, 16, 64, 0, torch.bfloat16))
+    shard = make_shard(2, 16, 1, 64, 16, 64, 0, torch.bfloat16)
     states = random_states(4, 64)
     truth = shard.every_logit(states)[0].logsumexp(1).float()
     found = shard.candidates(ops, states, 2, need_logsumexp=True).logsumexp
@@ -129,7 +82,7 @@ def test_closed_form_of_unprobed_clusters(ops) -> None:  # type: ignore[no-untyp
 
 @BOTH
 def test_fewer_tokens_than_k_leaves_empty_keys(ops) -> None:  # type: ignore[no-untyped-def]
-    shard = make_shard((1, 2, 2, 64, 4, 64, 0, torch.bfloat16))
+    shard = make_shard(1, 2, 2, 64, 4, 64, 0, torch.bfloat16)
     keys = shard.candidates(ops, random_states(2, 64), 2, k=5).keys
     assert keys.shape == (2, 5)
     assert bool((keys[:, 1:] == EMPTY_KEY).all()), "one real token: one pad of four, a pad cluster"
@@ -138,7 +91,7 @@ def test_fewer_tokens_than_k_leaves_empty_keys(ops) -> None:  # type: ignore[no-
 
 @BOTH
 def test_equal_logits_go_to_the_smallest_id(ops) -> None:  # type: ignore[no-untyped-def]
-    shard = make_shard((4, 8, 4, 64, 4, 64, 0, torch.bfloat16))
+    shard = make_shard(4, 8, 4, 64, 4, 64, 0, torch.bfloat16)
     shard.rows[:] = shard.rows[0, 0, 0]
     keys = shard.candidates(ops, random_states(3, 64), 8, k=3).keys
     smallest = sorted(int(i) for i in shard.token_ids.flatten() if i >= 0)[:3]
@@ -221,7 +174,7 @@ def test_a_row_scores_the_same_bits_wherever_it_stands() -> None:
 
 
 def test_threads_do_not_change_a_bit() -> None:
-    shard = make_shard((5, 40, 4, 128, 4, 64, 2, torch.bfloat16))
+    shard = make_shard(5, 40, 4, 128, 4, 64, 2, torch.bfloat16)
     states = random_states(3, 128)
     rows = torch.randn(20000, 128).to(torch.bfloat16)
     before = torch.get_num_threads()
@@ -252,7 +205,7 @@ def test_probed_candidates_and_missing_clusters(ops) -> None:  # type: ignore[no
 
 
 def test_wrong_arguments_are_named() -> None:
-    shard = make_shard(SHAPES[0])
+    shard = make_shard(*SHAPES[0])
     for ops in (cpu, reference):
         with pytest.raises(ValueError, match=r"do not fit \[B, 64\]"):
             shard.candidates(ops, random_states(2, 32), 2)
@@ -262,7 +215,15 @@ def test_wrong_arguments_are_named() -> None:
             shard.candidates(ops, random_states(2, 64), 2, k=0)
 
 
-def test_devices_choose_their_operations() -> None:
+def test_devices_choose_their_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops_for("cpu") is cpu
-    assert ops_for("cuda") is reference
-    assert set(cpu.__all__) <= set(dir(reference)), "the twins must have the same names"
+    assert ops_for("meta") is reference
+    assert ops_for("cuda").__name__ == "flashhead_kernels.cuda"
+    for ops in (cpu, ops_for("cuda")):
+        assert set(cpu.__all__) <= set(dir(ops)) & set(dir(reference)), "twins have the same names"
+    dispatch._module.cache_clear()
+    monkeypatch.delitem(sys.modules, "flashhead_kernels.cuda")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ImportError, match=r'pip install "flashhead-dist\[gpu\]"'):
+        ops_for("cuda")
+    dispatch._module.cache_clear()

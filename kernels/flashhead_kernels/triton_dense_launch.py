@@ -1,0 +1,71 @@
+"""Launches the dense kernel on a rank's rows."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from flashhead_kernels.candidates import Candidates
+from flashhead_kernels.logits import FinalLogits
+from flashhead_kernels.triton_dense import dense_kernel
+from flashhead_kernels.triton_shapes import MAX_BEST, is_interpreted, part_block, power_of_two
+from flashhead_kernels.triton_workspace import workspace
+
+_MAX_BATCH_OF_PRODUCTS = 4
+"""Rows up to which products on CUDA cores keep up with memory; above, tensor cores."""
+_MAX_BATCH_OF_MATMUL = 64
+_PROGRAMS_A_PROCESSOR = 4
+_INTERPRETED_PROGRAMS = 3
+
+
+def launch_dense(
+    hidden_states: Tensor,
+    rows: Tensor,
+    first_token_id: int,
+    k: int,
+    need_logsumexp: bool,
+    bias: Tensor | None,
+    final: FinalLogits,
+) -> Candidates:
+    """See `reference.dense_candidates`; one row and hidden state at least, k up to MAX_BEST."""
+    batch, size = hidden_states.shape
+    count, best = rows.shape[0], power_of_two(k)
+    assert k <= MAX_BEST
+    matmul = batch > _MAX_BATCH_OF_PRODUCTS
+    batch_pad = min(max(16, power_of_two(batch)), _MAX_BATCH_OF_MATMUL) if matmul else batch
+    batch_block = min(batch, batch_pad)
+    tokens = max(64, best) if matmul else max(32, best)
+    programs = min(_programs(rows.device), triton.cdiv(count, tokens))
+    grid = (programs, triton.cdiv(batch, batch_block))
+    device = hidden_states.device
+    space = workspace(
+        device, words=0, scales=0, dots=0, parts=batch * programs, best=best, rows=grid[1]
+    )
+    keys = torch.empty((batch, best), dtype=torch.int64, device=device)
+    logsumexp = torch.empty(batch if need_logsumexp else 0, device=device)
+    noise = final.noise
+    dense_kernel[grid](
+        hidden_states, rows, rows if bias is None else bias,
+        space.counters if noise is None else noise.positions,
+        space.keys, space.sums, space.counters, keys, logsumexp,
+        count, first_token_id, batch, 1 / final.temperature, final.softcap,
+        0 if noise is None else noise.seed,
+        D=size, BLOCK_D=64 if matmul else min(128, power_of_two(size)), BLOCK_V=tokens,
+        BATCH=batch_block, BATCH_PAD=power_of_two(batch_pad), BEST=best, MATMUL=matmul,
+        BIAS=bias is not None, SOFTCAP=final.softcap > 0, SAMPLE=noise is not None,
+        LOGSUMEXP=need_logsumexp, PART_BLOCK=part_block(programs, best), UPCAST=is_interpreted(),
+        num_warps=4,
+    )  # fmt: skip
+    return Candidates(keys[:, :k], logsumexp if need_logsumexp else None)
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    """Programs that fill the device at once."""
+    if device.type != "cuda":
+        return _INTERPRETED_PROGRAMS
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return int(processors) * _PROGRAMS_A_PROCESSOR

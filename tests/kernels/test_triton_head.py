@@ -1,0 +1,244 @@
+"""The FlashHead kernels under Triton's interpreter against their twin and a float64 truth.
+
+On a machine with CUDA the same tests run on the card.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from flashhead_kernels import reference, triton_launch, triton_reduce
+from flashhead_kernels.candidates import Candidates
+from flashhead_kernels.dispatch import ops_for
+from flashhead_kernels.keys import EMPTY_KEY, unpack_keys
+from flashhead_kernels.logits import FinalLogits, GumbelNoise, OutputBias
+from flashhead_kernels.triton_pieces import EMPTY_KEY as TRITON_EMPTY_KEY
+from flashhead_kernels.triton_pieces import pack_key
+from flashhead_kernels.triton_shapes import CentroidShape
+from tests.kernels.shards import Shard, make_shard, random_states
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+cuda: ModuleType = ops_for("cuda")
+LAUNCHES = pytest.mark.parametrize("launches", [1, 2])
+# (groups, clusters, tokens, hidden size, bits, scale group, pinned, rows' dtype)
+SHAPES = [
+    (3, 7, 4, 64, 4, 64, 0, torch.bfloat16),
+    (4, 9, 2, 96, 4, 32, 3, torch.float32),
+    (2, 6, 1, 48, 4, 12, 1, torch.float16),  # rows not of whole words
+    (3, 5, 1, 48, 8, 16, 1, torch.float16),
+    (2, 9, 8, 200, 8, 40, 2, torch.bfloat16),  # D, words and groups not powers of two
+    (2, 9, 8, 640, 16, 640, 2, torch.bfloat16),
+    (1, 1, 1, 64, 4, 64, 0, torch.bfloat16),
+    (2, 32, 4, 640, 4, 64, 1, torch.bfloat16),  # in tiles of sixteen, as the default index
+    (3, 16, 2, 96, 4, 32, 0, torch.float32),
+    (2, 16, 3, 128, 8, 64, 1, torch.bfloat16),
+]
+NOISE = GumbelNoise(
+    (7 << 40) + 5, torch.tensor([0, 1, 2**31 - 1, 9, 4, 4, 5, 6], dtype=torch.int32)
+)
+FINALS = [
+    FinalLogits(softcap=30.0),
+    FinalLogits(temperature=0.5, noise=NOISE),
+    FinalLogits(softcap=5.0, temperature=1.7, noise=NOISE),
+]
+
+
+def on_device(shard: Shard) -> Shard:
+    moved = {name: value.to(DEVICE) for name, value in vars(shard).items()}
+    return Shard(**moved)
+
+
+def final_on_device(final: FinalLogits, batch: int) -> FinalLogits:
+    if final.noise is None:
+        return final
+    positions = final.noise.positions[:batch].to(DEVICE)
+    return replace(final, noise=replace(final.noise, positions=positions))
+
+
+def agree(found: Candidates, expected: Candidates) -> None:
+    """The same tokens, and logits within float32 sums in another order."""
+    logits, ids = unpack_keys(found.keys)
+    wanted, wanted_ids = unpack_keys(expected.keys)
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-4)
+    assert torch.equal(ids, wanted_ids)
+    if expected.logsumexp is not None:
+        torch.testing.assert_close(found.logsumexp, expected.logsumexp, rtol=1e-5, atol=1e-4)
+
+
+def compare(shape: tuple[Any, ...], batch: int, probes: int, **options: Any) -> None:
+    shard = on_device(make_shard(*shape))
+    states = random_states(batch, shape[3]).to(DEVICE)
+    launches = options.pop("launches")
+    found = shard.candidates(cuda, states, probes, launches=launches, **options)
+    agree(found, shard.candidates(reference, states, probes, **options))
+
+
+@LAUNCHES
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_kernels_agree_with_their_twin(shape: tuple[Any, ...], batch: int, launches: int) -> None:
+    compare(shape, batch, (shape[1] + 1) // 2, k=1, need_logsumexp=True, launches=launches)
+
+
+@LAUNCHES
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4]])
+@pytest.mark.parametrize(("probes", "k"), [(1, 1), (1, 5), (5, 4), (9, 64)])
+def test_probes_and_best(shape: tuple[Any, ...], probes: int, k: int, launches: int) -> None:
+    compare(shape, 2, probes, k=k, need_logsumexp=True, launches=launches)
+
+
+@LAUNCHES
+@pytest.mark.parametrize("final", FINALS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_final_logits(final: FinalLogits, biased: bool, launches: int) -> None:
+    shape = SHAPES[1]
+    generator = torch.Generator().manual_seed(3)
+    bias = None
+    if biased:
+        rows = 3 * torch.randn(*shape[:3], generator=generator)
+        pinned = torch.randn(shape[0], shape[6], generator=generator)
+        bias = OutputBias(rows.to(DEVICE), rows.mean(-1).to(DEVICE), pinned.to(DEVICE))
+    compare(shape, 3, 4, k=2, need_logsumexp=True, launches=launches, bias=bias,
+            final=final_on_device(final, 3))  # fmt: skip
+
+
+def test_noise_draws_from_the_softmax() -> None:
+    """Over many positions the tokens come as often as the softmax says; so the noise is right."""
+    rows = torch.tensor([[1.0], [2.0], [0.0], [-1.0]]).to(DEVICE)
+    states = torch.full((400, 1), 0.7, device=DEVICE)
+    noise = GumbelNoise(11, torch.arange(400, dtype=torch.int32, device=DEVICE))
+    found = cuda.dense_candidates(states, rows, 0, final=FinalLogits(noise=noise))
+    counts = torch.bincount(unpack_keys(found.keys)[1].flatten().cpu(), minlength=4)
+    expected = 400 * torch.softmax(0.7 * rows[:, 0].cpu(), 0)
+    assert ((counts - expected).square() / expected).sum() < 16.3, "chi-squared, 3 degrees, 0.1 %"
+
+
+@LAUNCHES
+def test_probing_everything_is_the_dense_head(launches: int) -> None:
+    """The cluster of pads is probed too; its huge rows must not win nor weigh."""
+    for shape in (SHAPES[0], SHAPES[5], SHAPES[9]):
+        shard = make_shard(*shape)
+        states = random_states(3, shape[3])
+        logits, ids = shard.every_logit(states)
+        found = on_device(shard).candidates(
+            cuda, states.to(DEVICE), shape[1], k=2, need_logsumexp=True, launches=launches
+        )
+        top = logits.topk(2, dim=1)
+        got, got_ids = unpack_keys(found.keys.cpu())
+        assert torch.equal(got_ids, ids[top.indices].long())
+        torch.testing.assert_close(got.double(), top.values, rtol=1e-5, atol=1e-4)
+        truth = logits.logsumexp(1).float()
+        assert found.logsumexp is not None
+        torch.testing.assert_close(found.logsumexp.cpu(), truth, rtol=1e-5, atol=1e-4)
+
+
+def tied_shard() -> Shard:
+    """All rows and so all scores alike; tokens in falling order, so the last one wins."""
+    shard = make_shard(2, 16, 4, 64, 4, 64, 1, torch.bfloat16)
+    tokens = torch.arange(129, 1, -1).int().view(2, 16, 4).contiguous()
+    ones = torch.ones_like
+    return replace(
+        shard,
+        rows=ones(shard.rows),
+        token_ids=tokens,
+        centroids=replace(shard.centroids, values=torch.full_like(shard.centroids.values, 0x99),
+                          scales=ones(shard.centroids.scales)),
+        spread=ones(shard.spread),
+        pinned_rows=ones(shard.pinned_rows),
+        pinned_ids=torch.tensor([[500], [400]]).int(),
+    )  # fmt: skip
+
+
+@LAUNCHES
+@pytest.mark.parametrize("value", [1.0, 0.0, -0.0, -1.0])
+def test_ties_go_to_lower_slots_and_smaller_ids(value: float, launches: int) -> None:
+    shard = on_device(tied_shard())
+    states = torch.full((1, 64), value, device=DEVICE)
+    found = shard.candidates(cuda, states, 3, k=4, need_logsumexp=True, launches=launches)
+    # Slots 0 to 2 of each group are probed: ids 129..118 and 65..54.
+    assert unpack_keys(found.keys)[1].tolist() == [[54, 55, 56, 57]]
+    agree(found, shard.candidates(reference, states, 3, k=4, need_logsumexp=True))
+
+
+@LAUNCHES
+def test_extreme_logits(launches: int) -> None:
+    shard = on_device(make_shard(2, 16, 4, 64, 4, 64, 1, torch.bfloat16))
+    states = (random_states(2, 64).float() * 1e30).to(DEVICE)
+    for final in (FinalLogits(), FinalLogits(softcap=30.0), FinalLogits(temperature=1e-6)):
+        options = {"k": 1, "need_logsumexp": True, "final": final}
+        found = shard.candidates(cuda, states, 5, launches=launches, **options)
+        expected = shard.candidates(reference, states, 5, **options)
+        logits, _ = unpack_keys(found.keys)
+        wanted, _ = unpack_keys(expected.keys)
+        torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(found.logsumexp, expected.logsumexp, rtol=1e-5, atol=1e-4)
+
+
+@LAUNCHES
+def test_nothing_to_choose_gives_empty_keys(launches: int) -> None:
+    shard = make_shard(2, 16, 4, 64, 4, 64, 0, torch.bfloat16)
+    pads = on_device(replace(shard, token_ids=torch.full_like(shard.token_ids, -1)))
+    states = random_states(1, 64).to(DEVICE)
+    found = pads.candidates(cuda, states, 2, k=2, need_logsumexp=True, launches=launches)
+    assert found.keys.tolist() == [[EMPTY_KEY, EMPTY_KEY]]
+    assert found.logsumexp is not None
+    assert found.logsumexp.tolist() == [float("-inf")]
+    assert TRITON_EMPTY_KEY.value == EMPTY_KEY
+
+
+def test_an_empty_batch_and_many_best() -> None:
+    shard = on_device(make_shard(*SHAPES[0]))
+    none = shard.candidates(cuda, random_states(0, 64).to(DEVICE), 2, need_logsumexp=True)
+    assert none.keys.shape == (0, 1)
+    compare(SHAPES[0], 2, 7, k=70, launches=None)
+
+
+def test_large_batches_take_two_launches() -> None:
+    compare(SHAPES[7], 11, 4, k=1, need_logsumexp=True, launches=None)
+    with pytest.raises(ValueError, match="one launch cannot serve a batch of 11"):
+        compare(SHAPES[7], 11, 4, k=1, launches=1)
+
+
+def test_launches_repeat_bit_for_bit() -> None:
+    """The counters are left as they were found, and both ways give the same bits."""
+    shard = on_device(make_shard(*SHAPES[7]))
+    states = random_states(3, 640).to(DEVICE)
+    first = shard.candidates(cuda, states, 4, need_logsumexp=True, launches=1)
+    for launches in (1, 2, 1, 2):
+        again = shard.candidates(cuda, states, 4, need_logsumexp=True, launches=launches)
+        assert torch.equal(again.keys, first.keys)
+
+
+@triton.jit
+def without_complement(logits, token_ids):  # type: ignore[no-untyped-def]
+    """What pack_key would be if it forgot the complement of the id."""
+    keys = pack_key(logits, token_ids)
+    return tl.where(token_ids >= 0, keys ^ 0xFFFFFFFF, keys)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter alone looks functions up by name")
+def test_these_tests_see_keys_packed_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_reduce, "pack_key", without_complement)
+    with pytest.raises(AssertionError):
+        test_ties_go_to_lower_slots_and_smaller_ids(1.0, 1)
+
+
+def test_these_tests_see_a_scale_group_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One word less a group: the int4 edge between two scale groups is off by one."""
+    real = CentroidShape.of
+
+    def short(centroids: Any) -> CentroidShape:
+        shape = real(centroids)
+        return replace(shape, words=shape.words - 1)
+
+    compare(SHAPES[7], 1, 4, k=4, need_logsumexp=True, launches=1)
+    monkeypatch.setattr(triton_launch.CentroidShape, "of", short)
+    with pytest.raises(AssertionError):
+        compare(SHAPES[7], 1, 4, k=4, need_logsumexp=True, launches=1)
