@@ -22,8 +22,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashhead_dist.errors import UserError
+from flashhead_kernels.exchange_choice import (
+    AUTO,
+    ExchangeChoice,
+    ExchangeFailedError,
+    ExchangeMethod,
+    ExchangeUnavailableError,
+    choose_exchange,
+)
 
 T = TypeVar("T")
+_NO_CHOICE = "nothing is sent: one rank, or emulated ranks"
 
 
 class Operation(StrEnum):
@@ -77,6 +86,8 @@ class TensorParallel:
     payload_bytes: sum of `payload_bytes` over the exchanges since `reset`.
     sent_bytes: sum of `ring_sent_bytes`.
     num_collectives: exchanges since `reset`.
+    exchange_method, exchange_reason: what carries the maximum of packed keys ("symmetric", "nccl",
+        "gloo" or "none"), and why, in one sentence; the same on every rank.
 
     Without a group and with `tp_size` > 1 it is a place only, for emulation: it can account for
     nothing and refuses to run.
@@ -89,6 +100,7 @@ class TensorParallel:
         tp_size: int = 1,
         group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
+        choice: ExchangeChoice | None = None,
     ) -> None:
         if not 0 <= tp_rank < tp_size:
             raise ValueError(f"tp_rank {tp_rank} does not lie in 0..{tp_size - 1}")
@@ -96,6 +108,10 @@ class TensorParallel:
         self.tp_size = tp_size
         self.group = group
         self.device = torch.device(device)
+        choice = choice or ExchangeChoice(ExchangeMethod.NONE, _NO_CHOICE)
+        self.exchange_method = choice.method.value
+        self.exchange_reason = choice.reason
+        self._symmetric = choice.symmetric
         self.reset()
 
     @classmethod
@@ -105,14 +121,25 @@ class TensorParallel:
 
     @classmethod
     def from_group(
-        cls, group: dist.ProcessGroup, device: torch.device | str = "cpu"
+        cls, group: dist.ProcessGroup, device: torch.device | str = "cpu", exchange: str = AUTO
     ) -> TensorParallel:
-        """This process's place in an open process group."""
+        """This process's place in an open process group; every rank of it calls this.
+
+        exchange: how packed keys are exchanged, one of `flashhead_kernels.exchange_choice.METHODS`.
+
+        Raises:
+            UserError: the ranks cannot have that exchange, or its kernel fails on this device.
+        """
+        try:
+            choice = choose_exchange(group, device, exchange)
+        except (ExchangeUnavailableError, ExchangeFailedError) as error:
+            raise UserError(str(error)) from error
         return cls(
             tp_rank=dist.get_rank(group),
             tp_size=dist.get_world_size(group),
             group=group,
             device=device,
+            choice=choice,
         )
 
     def reset(self) -> None:
@@ -188,6 +215,9 @@ class TensorParallel:
         if operation is Operation.GATHER:
             return _all_gather(tensor.contiguous(), self.tp_size, self.group)
         result = tensor.contiguous()
+        symmetric = self._symmetric if operation is Operation.MAX else None
+        if symmetric is not None and symmetric.accepts(result):
+            return symmetric.all_reduce_max(result)
         reduction = dist.ReduceOp.MAX if operation is Operation.MAX else dist.ReduceOp.SUM
         dist.all_reduce(result, op=reduction, group=self.group)
         return result
@@ -211,14 +241,16 @@ def split_tensor_parallel(
     *,
     device: torch.device | str = "cpu",
     timeout: timedelta | None = None,
+    exchange: str = AUTO,
 ) -> dict[int, TensorParallel | None]:
     """Places of this process in groups of the first 1, 2, ... ranks of the world.
 
     Every rank of the world calls it with the same `tp_sizes`. The value is None where this rank
     takes no part. Without an open process group the world is this process.
+    `exchange`: see `TensorParallel.from_group`.
 
     Raises:
-        UserError: a size outside 1..world size.
+        UserError: a size outside 1..world size, or an exchange that is not to be had.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -233,7 +265,8 @@ def split_tensor_parallel(
             places[1] = TensorParallel.single(device) if rank == 0 else None
             continue
         group = dist.new_group(list(range(tp_size)), timeout=timeout)
-        places[tp_size] = TensorParallel.from_group(group, device) if rank < tp_size else None
+        mine = rank < tp_size
+        places[tp_size] = TensorParallel.from_group(group, device, exchange) if mine else None
     return places
 
 

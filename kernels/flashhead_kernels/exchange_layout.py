@@ -31,5 +31,5 @@ def padded(size: int) -> int:
 
 
 def merged_keys(rank_keys: Tensor) -> Tensor:
-    """What every rank of an exchange is left with: the maximum over P of `rank_keys [P, *shape]`."""
+    """What an exchange leaves every rank with: the maximum over P of `rank_keys [P, *shape]`."""
     return rank_keys.amax(dim=0)
