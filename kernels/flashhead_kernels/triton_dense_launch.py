@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -11,7 +12,7 @@ from torch import Tensor
 from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.logits import FinalLogits
 from flashhead_kernels.triton_dense import dense_kernel
-from flashhead_kernels.triton_shapes import MAX_BEST, is_interpreted, part_block, power_of_two
+from flashhead_kernels.triton_shapes import is_interpreted, part_block, power_of_two
 from flashhead_kernels.triton_workspace import workspace
 
 _MAX_BATCH_OF_PRODUCTS = 4
@@ -33,13 +34,9 @@ def launch_dense(
     """See `reference.dense_candidates`; one row and hidden state at least, k up to MAX_BEST."""
     batch, size = hidden_states.shape
     count, best = rows.shape[0], power_of_two(k)
-    assert k <= MAX_BEST
-    matmul = batch > _MAX_BATCH_OF_PRODUCTS
-    batch_pad = min(max(16, power_of_two(batch)), _MAX_BATCH_OF_MATMUL) if matmul else batch
-    batch_block = min(batch, batch_pad)
-    tokens = max(64, best) if matmul else max(32, best)
-    programs = min(_programs(rows.device), triton.cdiv(count, tokens))
-    grid = (programs, triton.cdiv(batch, batch_block))
+    blocks = dense_blocks(batch, size, best)
+    programs = min(_programs(rows.device), triton.cdiv(count, blocks["BLOCK_V"]))
+    grid = (programs, triton.cdiv(batch, blocks["BATCH"]))
     device = hidden_states.device
     space = workspace(
         device, words=0, scales=0, dots=0, parts=batch * programs, best=best, rows=grid[1]
@@ -53,13 +50,27 @@ def launch_dense(
         space.keys, space.sums, space.counters, keys, logsumexp,
         count, first_token_id, batch, 1 / final.temperature, final.softcap,
         0 if noise is None else noise.seed,
-        D=size, BLOCK_D=64 if matmul else min(128, power_of_two(size)), BLOCK_V=tokens,
-        BATCH=batch_block, BATCH_PAD=power_of_two(batch_pad), BEST=best, MATMUL=matmul,
+        **blocks,
         BIAS=bias is not None, SOFTCAP=final.softcap > 0, SAMPLE=noise is not None,
         LOGSUMEXP=need_logsumexp, PART_BLOCK=part_block(programs, best), UPCAST=is_interpreted(),
         num_warps=4,
     )  # fmt: skip
     return Candidates(keys[:, :k], logsumexp if need_logsumexp else None)
+
+
+def dense_blocks(batch: int, hidden_size: int, best: int) -> dict[str, Any]:
+    """The kernel's constants for `batch` rows and `best` (a power of two) keys kept."""
+    matmul = batch > _MAX_BATCH_OF_PRODUCTS
+    rows_pad = min(max(16, power_of_two(batch)), _MAX_BATCH_OF_MATMUL)
+    return {
+        "D": hidden_size,
+        "BLOCK_D": 64 if matmul else min(128, power_of_two(hidden_size)),
+        "BLOCK_V": max(64 if matmul else 32, best),
+        "BATCH": min(batch, rows_pad) if matmul else batch,
+        "BATCH_PAD": rows_pad if matmul else power_of_two(batch),
+        "BEST": best,
+        "MATMUL": matmul,
+    }
 
 
 @functools.cache
