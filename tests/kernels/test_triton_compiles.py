@@ -1,4 +1,4 @@
-"""The kernels compile for an H200 without one, within its registers, with the instructions meant."""
+"""The kernels compile for an H200 without one, spill nothing, and use the instructions meant."""
 
 from __future__ import annotations
 
