@@ -1,6 +1,7 @@
 """Compiles the exchange kernel for sm_90, which needs no GPU: `exchange_compiled.py P CAPACITY`.
 
-Prints JSON: `ptx`, and `usage`, the line of cuobjdump on registers, stack, shared and local memory.
+Prints JSON: `ptx`; `usage`, the line of cuobjdump on registers, stack, shared and local memory; and
+`specialised`, arguments whose values would compile another kernel.
 """
 
 from __future__ import annotations
@@ -40,7 +41,14 @@ def main(tp_size: int, capacity: int) -> None:
         command = [str(tool), "--dump-resource-usage", binary.name]
         dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = next(line for line in dump.splitlines() if "REG:" in line)
-    print(json.dumps({"ptx": compiled.asm["ptx"], "usage": usage.strip()}))
+    specialised = [
+        parameter.name
+        for parameter in exchange_kernel.params
+        if not parameter.is_constexpr
+        and not (parameter.do_not_specialize and parameter.do_not_specialize_on_alignment)
+    ]
+    answer = {"ptx": compiled.asm["ptx"], "usage": usage.strip(), "specialised": specialised}
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -92,6 +92,9 @@ def test_compiled_order_is_store_barrier_release_acquire_barrier_load(tp_size: i
     assert (usage["STACK"], usage["LOCAL"]) == ("0", "0")
     assert int(usage["REG"]) <= 64
 
+    # Another batch or address must not compile a kernel while a graph is captured.
+    assert result["specialised"] == []
+
     lines = _instructions(result["ptx"])
     barriers = _places(lines, r"\bbar\.sync|\bbarrier\.sync")
     stores = _places(lines, r"\bst\.global")
