@@ -1,0 +1,198 @@
+"""One cell of `bench.py`: every way, checked and then timed, interleaved, over rotated weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench_shapes import Shape, make_shard, rotation_count
+from bench_timing import Clock, Run, copy_gb_per_s, gb_per_s, keep_results
+from bench_ways import FLASHHEAD, Copy, Published, Way, make_ways, read_bytes
+
+_LEAST_STEPS = 8
+"""A run holds this many steps or more, so that what starts a graph is a small part of each."""
+_WARM_UP_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A way in a cell. Times are of one step; `synthetic` weights are random values.
+
+    timing: what timed it, and whether its launches are part. num_copies: of the weights, taken in
+    turn. read_bytes: that a step must read, each once. share_of_copy: of the copy bandwidth.
+    times_flashhead: its median over that of `flashhead` in the same cell.
+    """
+
+    device: str
+    model: str
+    synthetic: bool
+    vocab_size: int
+    hidden_size: int
+    tp_size: int
+    batch_size: int
+    way: str
+    timing: str
+    median_us: float
+    p10_us: float
+    p90_us: float
+    num_iterations: int
+    steps_per_iteration: int
+    num_copies: int
+    read_bytes: float
+    gb_per_s: float
+    copy_gb_per_s: float
+    share_of_copy: float
+    times_flashhead: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cells share. notes: filled with what could not be measured, and why."""
+
+    device_name: str
+    clock: Clock
+    ops: ModuleType
+    iterations: int
+    seed: int
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    way: Way
+    run: Run
+    results: list[Tensor]
+    timing: str
+
+
+def measure_shard(
+    bench: Bench,
+    shape: Shape,
+    tp_size: int,
+    batch_sizes: Sequence[int],
+    on_cell: Callable[[], None],
+) -> Iterator[Measurement]:
+    """Measure one rank of `tp_size` at each batch size.
+
+    Raises:
+        WrongResultError: a way gave a wrong token.
+    """
+    copy_bandwidth = copy_gb_per_s(bench.clock)
+    copies = _make_copies(bench, shape, tp_size)
+    for batch_size in batch_sizes:
+        states = _make_states(bench, shape, len(copies), batch_size)
+        prepared = [
+            ready
+            for way in make_ways(bench.ops, graphs=bench.clock.graphs)
+            if (ready := _prepare(bench, way, copies, states)) is not None
+        ]
+        _check(prepared, copies, states)
+        num_steps = _num_steps(len(copies))
+        times = _time(bench, prepared, num_steps)
+        flashhead_us = float(np.median(times[FLASHHEAD]))
+        for ready in prepared:
+            p10, median, p90 = (
+                float(q) for q in np.percentile(times[ready.way.name], (10, 50, 90))
+            )
+            num_bytes = read_bytes(ready.way.name, copies[0], states)
+            rate = gb_per_s(num_bytes, median)
+            yield Measurement(
+                device=bench.device_name,
+                model=shape.name,
+                synthetic=True,
+                vocab_size=shape.vocab_size,
+                hidden_size=shape.hidden_size,
+                tp_size=tp_size,
+                batch_size=batch_size,
+                way=ready.way.name,
+                timing=ready.timing,
+                median_us=median,
+                p10_us=p10,
+                p90_us=p90,
+                num_iterations=bench.iterations,
+                steps_per_iteration=num_steps,
+                num_copies=len(copies),
+                read_bytes=num_bytes,
+                gb_per_s=rate,
+                copy_gb_per_s=copy_bandwidth,
+                share_of_copy=rate / copy_bandwidth,
+                times_flashhead=median / flashhead_us,
+            )
+        on_cell()
+
+
+def _make_copies(bench: Bench, shape: Shape, tp_size: int) -> list[Copy]:
+    """As many copies as the way that reads least needs, at batch 1."""
+    shard = make_shard(shape, tp_size, bench.clock.device, bench.seed)
+    probed = shard.spread.shape[0] * shard.probes_per_group
+    least = min(shard.flashhead_bytes(probed, 1), shard.dense_bytes(1))
+    count = rotation_count(least, bench.clock.cache_bytes)
+    shards = [shard, *(shard.clone() for _ in range(count - 1))]
+    return [Copy(one, Published.over(one)) for one in shards]
+
+
+def _make_states(bench: Bench, shape: Shape, count: int, batch_size: int) -> Tensor:
+    """Random hidden states `[count, B, D]`, others for each copy."""
+    device = bench.clock.device
+    generator = torch.Generator(device).manual_seed(bench.seed + 1)
+    size = (count, batch_size, shape.hidden_size)
+    return torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16)
+
+
+def _num_steps(num_copies: int) -> int:
+    return num_copies * -(-_LEAST_STEPS // num_copies)
+
+
+def _prepare(bench: Bench, way: Way, copies: Sequence[Copy], states: Tensor) -> _Prepared | None:
+    """The way's steps over all copies in turn; None where torch cannot capture one not required."""
+    clock, count = bench.clock, len(copies)
+    steps = [
+        partial(way.step, copies[i % count], states[i % count]) for i in range(_num_steps(count))
+    ]
+    if not (way.graph and clock.graphs):
+        timing = f"{clock.label}, launches included" if clock.graphs else clock.label
+        return _Prepared(way, *keep_results(steps), timing)
+    try:
+        return _Prepared(way, *clock.capture(steps), f"{clock.label}, graph replay")
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if way.required:
+            raise
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        note = f"{way.name} is left out where a CUDA graph cannot hold it: {first_line}"
+        if note not in bench.notes:
+            bench.notes.append(note)
+        return None
+
+
+def _check(prepared: Sequence[_Prepared], copies: Sequence[Copy], states: Tensor) -> None:
+    """Run each way as it is timed, and check the steps on the first and on the last copy."""
+    for ready in prepared:
+        ready.run()
+        if states.device.type == "cuda":
+            torch.cuda.synchronize(states.device)
+        for place in (0, len(copies) - 1):
+            ready.way.check(copies[place], states[place], ready.results[place])
+
+
+def _time(bench: Bench, prepared: Sequence[_Prepared], num_steps: int) -> dict[str, list[float]]:
+    """Microseconds a step by way; in every round each way runs once, in an order that rotates."""
+    times: dict[str, list[float]] = {ready.way.name: [] for ready in prepared}
+    for iteration in range(-_WARM_UP_ROUNDS, bench.iterations):
+        first = iteration % len(prepared)
+        for ready in (*prepared[first:], *prepared[:first]):
+            elapsed = bench.clock.time_us(ready.run, launches=not ready.way.graph)
+            if iteration >= 0:
+                times[ready.way.name].append(elapsed / num_steps)
+    return times

@@ -1,0 +1,208 @@
+"""The ways to a greedy token that `bench.py` times, each over copies of one rank's weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from bench_shapes import ALPHA, Shard
+from flashhead_kernels import reference
+
+FLASHHEAD = "flashhead"
+TWO_LAUNCHES = "flashhead_two_launches"
+DENSE_FUSED = "dense_fused"
+DENSE_TORCH = "dense_torch"
+PUBLISHED_EAGER = "published_eager"
+PUBLISHED_GRAPH = "published_graph"
+
+_PUBLISHED_CLUSTER_SIZE = 16
+_PUBLISHED_SHARE = 16
+_BFLOAT16_TIE = 2.0**-7
+"""Two logits nearer than this share of the greatest may change places when rounded to bfloat16."""
+_FLOAT32_TIE = 1e-4
+_STATES_CHECKED = 4
+
+
+class WrongResultError(Exception):
+    """A way gave another token than its definition: its time means nothing."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """FlashHead as published (arXiv 2603.14591), in torch's operations, over a dense head's rows.
+
+    C = V/16 clusters of 16 tokens, here neighbouring rows; p = C/16 probes; unit-norm centroids in
+    the rows' dtype. clusters `[C, 16, D]`; centroids `[C, D]`.
+    """
+
+    clusters: Tensor
+    centroids: Tensor
+    num_probes: int
+
+    @classmethod
+    def over(cls, shard: Shard) -> Published:
+        rows = shard.dense_rows
+        num_clusters = len(rows) // _PUBLISHED_CLUSTER_SIZE
+        clusters = rows[: num_clusters * _PUBLISHED_CLUSTER_SIZE].view(
+            num_clusters, _PUBLISHED_CLUSTER_SIZE, -1
+        )
+        means = clusters.mean(1, dtype=torch.float32)
+        centroids = torch.nn.functional.normalize(means, dim=1).to(rows.dtype)
+        return cls(clusters, centroids, -(-num_clusters // _PUBLISHED_SHARE))
+
+    def probes(self, states: Tensor) -> Tensor:
+        """Clusters int64 `[B, p]` that `states [B, D]` probe, in no order."""
+        scores = torch.nn.functional.linear(states, self.centroids)
+        return scores.topk(self.num_probes, dim=1, sorted=False).indices
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Token ids `[B]`."""
+        batch, size = states.shape
+        probes = self.probes(states)
+        flat = self.clusters.view(len(self.clusters), -1)
+        chosen = flat.index_select(0, probes.flatten()).view(batch, -1, size)
+        logits = torch.bmm(chosen, states.unsqueeze(2)).squeeze(2)
+        best = logits.argmax(1)
+        cluster = probes.gather(1, (best // _PUBLISHED_CLUSTER_SIZE).unsqueeze(1)).squeeze(1)
+        return cluster * _PUBLISHED_CLUSTER_SIZE + best % _PUBLISHED_CLUSTER_SIZE
+
+    def read_bytes(self, states: Tensor) -> float:
+        """Bytes that a step must read, each once; the mean over batches `states [K, B, D]`."""
+        distinct = sum(len(torch.unique(self.probes(batch))) for batch in states) / len(states)
+        per_cluster = self.clusters[0].nbytes
+        return self.centroids.nbytes + states[0].nbytes + distinct * per_cluster
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One of several copies of the weights."""
+
+    shard: Shard
+    published: Published
+
+
+@dataclass(frozen=True)
+class Way:
+    """step: `(copy, states [B, D])` to what `check` reads: keys `[B, 1]` or token ids `[B]`.
+
+    graph: its steps are captured in a CUDA graph; else launches are part of its time.
+    check: raises WrongResultError; takes the copy, the states and what the step gave.
+    required: a failure to capture it ends the run.
+    """
+
+    name: str
+    step: Callable[[Copy, Tensor], Tensor]
+    check: Callable[[Copy, Tensor, Tensor], None]
+    graph: bool = True
+    required: bool = True
+
+
+def make_ways(ops: ModuleType, *, graphs: bool) -> list[Way]:
+    """All ways that a device allows; `graphs`: it has CUDA graphs."""
+
+    def fused(copy: Copy, states: Tensor, **options: int) -> Tensor:
+        shard = copy.shard
+        found: Tensor = ops.flashhead_candidates(
+            states, shard.rows, shard.token_ids, shard.centroids, shard.spread, ALPHA,
+            shard.probes_per_group, shard.pinned_rows, shard.pinned_token_ids, **options,
+        ).keys  # fmt: skip
+        return found
+
+    def dense_fused(copy: Copy, states: Tensor) -> Tensor:
+        found: Tensor = ops.dense_candidates(states, copy.shard.dense_rows, 0).keys
+        return found
+
+    ways = [
+        Way(FLASHHEAD, fused, _check_flashhead),
+        Way(DENSE_FUSED, dense_fused, _check_dense_fused),
+        Way(DENSE_TORCH, _dense_torch, _check_dense_torch),
+        Way(PUBLISHED_EAGER, _published, _check_published, graph=False),
+    ]
+    if graphs:
+        ways.append(Way(PUBLISHED_GRAPH, _published, _check_published, required=False))
+    if "launches" in inspect.signature(ops.flashhead_candidates).parameters:
+        two = Way(TWO_LAUNCHES, lambda copy, s: fused(copy, s, launches=2), _check_flashhead)
+        ways.insert(1, two)
+    return ways
+
+
+def read_bytes(name: str, copy: Copy, states: Tensor) -> float:
+    """Bytes that one step of the way must read, the mean over batches `states [K, B, D]`."""
+    batch_size = states.shape[1]
+    if name in (FLASHHEAD, TWO_LAUNCHES):
+        clusters = copy.shard.count_clusters_read(states)
+        return copy.shard.flashhead_bytes(clusters, batch_size)
+    if name in (PUBLISHED_EAGER, PUBLISHED_GRAPH):
+        return copy.published.read_bytes(states)
+    return copy.shard.dense_bytes(batch_size)
+
+
+def _dense_torch(copy: Copy, states: Tensor) -> Tensor:
+    return torch.nn.functional.linear(states, copy.shard.dense_rows).max(1).indices
+
+
+def _published(copy: Copy, states: Tensor) -> Tensor:
+    return copy.published(states)
+
+
+def _check_flashhead(copy: Copy, states: Tensor, keys: Tensor) -> None:
+    shard = copy.shard
+    expected = reference.flashhead_candidates(
+        states, shard.rows, shard.token_ids, shard.centroids, shard.spread, ALPHA,
+        shard.probes_per_group, shard.pinned_rows, shard.pinned_token_ids,
+    )  # fmt: skip
+    _same_keys(FLASHHEAD, keys, expected.keys)
+
+
+def _check_dense_fused(copy: Copy, states: Tensor, keys: Tensor) -> None:
+    some = states[:_STATES_CHECKED]
+    expected = reference.dense_candidates(some, copy.shard.dense_rows, 0)
+    _same_keys(DENSE_FUSED, keys[: len(some)], expected.keys)
+
+
+def _same_keys(name: str, keys: Tensor, expected: Tensor) -> None:
+    """The same ids, with logits alike within the rounding of float32 sums."""
+    logits, ids = reference.unpack_keys(keys)
+    expected_logits, expected_ids = reference.unpack_keys(expected)
+    if not torch.equal(ids.long(), expected_ids.long()):
+        row = int((ids != expected_ids).flatten().nonzero()[0])
+        raise WrongResultError(
+            f"{name} gave token {int(ids.flatten()[row])} for row {row}, its reference "
+            f"{int(expected_ids.flatten()[row])}"
+        )
+    if not torch.allclose(logits, expected_logits, rtol=_FLOAT32_TIE, atol=_FLOAT32_TIE):
+        raise WrongResultError(f"{name} gave other logits than its reference")
+
+
+def _check_dense_torch(copy: Copy, states: Tensor, ids: Tensor) -> None:
+    some = states[:_STATES_CHECKED].float()
+    some_ids = ids[: len(some)]
+    logits = some @ copy.shard.dense_rows.float().T
+    _near_best(DENSE_TORCH, logits.amax(1), logits.gather(1, some_ids[:, None])[:, 0], some_ids)
+
+
+def _check_published(copy: Copy, states: Tensor, ids: Tensor) -> None:
+    """The token is the best, within bfloat16's rounding, of those in the clusters probed."""
+    published = copy.published
+    all_rows = published.clusters.flatten(0, 1)
+    probes = published.probes(states)  # of all states: another batch may round other scores
+    for row in range(min(len(states), _STATES_CHECKED)):
+        state = states[row].float()
+        best = (published.clusters[probes[row]].float() @ state).amax()
+        found = all_rows[ids[row]].float() @ state
+        _near_best("published", best.view(1), found.view(1), ids[row : row + 1])
+
+
+def _near_best(name: str, best: Tensor, found: Tensor, ids: Tensor) -> None:
+    """Refuse `ids [B]` whose logits `found [B]` are below `best [B]` by more than rounding."""
+    if bool((best - found > _BFLOAT16_TIE * best.abs()).any()):
+        row = int((best - found).argmax())
+        raise WrongResultError(
+            f"{name} gave token {int(ids[row])}, whose logit {float(found[row]):.4f} is below the "
+            f"greatest, {float(best[row]):.4f}"
+        )
