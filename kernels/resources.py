@@ -181,7 +181,7 @@ def every_kernel(models: Sequence[str], capability: int) -> Iterator[Resources]:
                 )
         for batch in (1, 8):
             dense = dense_blocks(batch, hidden_size, 1) | greedy
-            dense |= {"PART_BLOCK": 512, "UPCAST": False}
+            dense |= {"PART_BLOCK": 512, "UPCAST": False, "TABLE": False}
             what = f"{model}, batch {batch}"
             yield compile_kernel(triton_dense.dense_kernel, dense, what, 4, capability)
 

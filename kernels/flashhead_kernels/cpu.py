@@ -145,6 +145,7 @@ def dense_candidates(
     *,
     k: int = 1,
     need_logsumexp: bool = False,
+    token_ids: Tensor | None = None,
     bias: Tensor | None = None,
     final: FinalLogits = PLAIN,
 ) -> Candidates:
@@ -155,40 +156,48 @@ def dense_candidates(
     """
     if bias is not None or not final.is_plain:
         return reference.dense_candidates(
-            hidden_states, rows, first_token_id, k=k, need_logsumexp=need_logsumexp, bias=bias,
-            final=final,
+            hidden_states, rows, first_token_id, k=k, need_logsumexp=need_logsumexp,
+            token_ids=token_ids, bias=bias, final=final,
         )  # fmt: skip
     count, size = rows.shape
     check_candidate_arguments(hidden_states, size, 1, 1, k)
     whole = count - count % BLOCK
     if not need_logsumexp and matmul_is_faster(hidden_states, rows):
         blocks_of_rows = rows[:whole].view(-1, BLOCK, size)
-        cluster_ids = matmul_shortlist(hidden_states, rows[:whole], k)
+        ids = token_ids
+        if ids is None:
+            ids = torch.arange(first_token_id, first_token_id + count, dtype=torch.int32)
+        pads = None if token_ids is None else (token_ids[:whole] < 0).nonzero()[:, 0]
+        cluster_ids = matmul_shortlist(hidden_states, rows[:whole], k, pads)
         if cluster_ids is not None:
-            ids = torch.arange(first_token_id, first_token_id + whole, dtype=torch.int32)
             keys = probed_candidates(
-                hidden_states, blocks_of_rows, ids.view(-1, BLOCK), cluster_ids, k=k
+                hidden_states, blocks_of_rows, ids[:whole].view(-1, BLOCK), cluster_ids, k=k
             )
-            rest = _scan_dense(
-                hidden_states, rows[whole:], first_token_id + whole, k, need_logsumexp=False
-            )
+            rest = _scan_dense(hidden_states, rows[whole:], ids[whole:], 0, k, False)
             return Candidates(_greatest(torch.cat([keys, rest.keys], dim=1), k), None)
-    return _scan_dense(hidden_states, rows, first_token_id, k, need_logsumexp)
+    ids = hidden_states.new_empty(0, dtype=torch.int32) if token_ids is None else token_ids
+    return _scan_dense(hidden_states, rows, ids, first_token_id, k, need_logsumexp)
 
 
 def _scan_dense(
-    hidden_states: Tensor, rows: Tensor, first_token_id: int, k: int, need_logsumexp: bool
+    hidden_states: Tensor,
+    rows: Tensor,
+    token_ids: Tensor,
+    first_token_id: int,
+    k: int,
+    need_logsumexp: bool,
 ) -> Candidates:
+    """token_ids: of the rows, or empty where they count up from first_token_id."""
     count, size = rows.shape
     batch, blocks = hidden_states.shape[0], -(-count // loops.ROW_BLOCK)
     best = np.empty(blocks * batch * k, np.int64)
     peak, mass = np.empty((2, blocks * batch), np.float32)
     if batch:
-        states, flat_rows = float_states(hidden_states), flat(rows)
+        states, flat_rows, ids = float_states(hidden_states), flat(rows), flat(token_ids)
         _share(
             blocks,
             lambda first, last: loops.scan_dense(
-                first, last, flat_rows, count, states, batch, size, first_token_id, k,
+                first, last, flat_rows, count, states, batch, size, ids, first_token_id, k,
                 need_logsumexp, best, peak, mass,
             ),
         )  # fmt: skip

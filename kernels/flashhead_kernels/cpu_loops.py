@@ -190,9 +190,11 @@ def merge_keys(best: Any, merged: Any) -> None:
 @jit
 def scan_dense(
     first: int, last: int, rows: Any, count: int, states: Any, batch: int, size: int,
-    first_token: int, k: int, need_mass: bool, best: Any, peak: Any, mass: Any,
+    token_ids: Any, first_token: int, k: int, need_mass: bool, best: Any, peak: Any, mass: Any,
 ) -> None:  # fmt: skip
     """Score row blocks `first..last` of `rows [count, D]`: every row against every state.
+
+    token_ids: int32 `[count]`, -1 for a pad; empty where tokens count up from first_token.
 
     best: int64 `[blocks, B, k]`; peak, mass: float32 `[blocks, B]`. All flat.
     """
@@ -207,6 +209,11 @@ def scan_dense(
         for row in range(block * ROW_BLOCK, min((block + 1) * ROW_BLOCK, count)):
             for i in range(row * size, (row + 1) * size, step):
                 prefetch(rows, i + ahead)
+            token = first_token + row
+            if token_ids.shape[0]:
+                token = token_ids[row]
+            if token < 0:
+                continue
             whole = batch - batch % 4
             for b in range(0, whole, 4):
                 four = row_dot_4(rows, row * size, states, b * size, size)
@@ -215,7 +222,7 @@ def scan_dense(
                 logits[b] = row_dot(rows, row * size, states, b * size, size)[0]
             for b in range(batch):
                 at = block * batch + b
-                insert_key(best, at * k, k, pack_key(logits[b], first_token + row))
+                insert_key(best, at * k, k, pack_key(logits[b], token))
                 if need_mass:
                     if logits[b] > peak[at]:
                         mass[at] = mass[at] * math.exp(peak[at] - logits[b]) + np.float32(1)

@@ -73,6 +73,7 @@ def dense_candidates(
     *,
     k: int = 1,
     need_logsumexp: bool = False,
+    token_ids: Tensor | None = None,
     bias: Tensor | None = None,
     final: FinalLogits = PLAIN,
 ) -> Candidates:
@@ -80,9 +81,9 @@ def dense_candidates(
     check_candidate_arguments(hidden_states, rows.shape[1], 1, 1, k)
     if k > MAX_BEST or hidden_states.shape[0] == 0 or rows.shape[0] == 0:
         return reference.dense_candidates(
-            hidden_states, rows, first_token_id, k=k, need_logsumexp=need_logsumexp, bias=bias,
-            final=final,
+            hidden_states, rows, first_token_id, k=k, need_logsumexp=need_logsumexp,
+            token_ids=token_ids, bias=bias, final=final,
         )  # fmt: skip
     return launch_dense(
-        hidden_states.contiguous(), rows, first_token_id, k, need_logsumexp, bias, final
+        hidden_states.contiguous(), rows, first_token_id, k, need_logsumexp, token_ids, bias, final
     )

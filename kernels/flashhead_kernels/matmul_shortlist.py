@@ -32,11 +32,15 @@ def matmul_is_faster(hidden_states: Tensor, rows: Tensor) -> bool:
     )
 
 
-def matmul_shortlist(hidden_states: Tensor, rows: Tensor, k: int) -> Tensor | None:
+def matmul_shortlist(
+    hidden_states: Tensor, rows: Tensor, k: int, pads: Tensor | None = None
+) -> Tensor | None:
     """Blocks int64 `[B, n]` (-1: none) that hold the k greatest of `rows [count, D]`.
 
     Block i is rows `BLOCK * i ... BLOCK * (i + 1)`; count is a multiple of BLOCK. None where
     near-ties put more than 64 blocks on the list, or there are fewer than k blocks.
+
+    pads: int64, rows that hold no token.
 
     The margin: a float32 sum of D products in another order differs by far less than one unit of
     bfloat16's last place, and a block's greatest logit is at least that of k - 1 others; four units
@@ -45,9 +49,11 @@ def matmul_shortlist(hidden_states: Tensor, rows: Tensor, k: int) -> Tensor | No
     if rows.shape[0] // BLOCK < k:
         return None
     logits = torch.nn.functional.linear(hidden_states, rows)
+    if pads is not None and len(pads):
+        logits[:, pads] = float("-inf")
     greatest = logits.view(len(hidden_states), -1, BLOCK).amax(2).float()
     kth = greatest.topk(k, dim=1).values[:, -1:]
-    scale = greatest.abs().amax(1, keepdim=True)
+    scale = greatest.masked_fill(greatest == float("-inf"), 0).abs().amax(1, keepdim=True)
     near = greatest >= kth - scale * _RELATIVE_MARGIN[rows.dtype]
     counts = near.sum(1)
     longest = int(counts.max())

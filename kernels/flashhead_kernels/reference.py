@@ -168,12 +168,14 @@ def dense_candidates(
     *,
     k: int = 1,
     need_logsumexp: bool = False,
+    token_ids: Tensor | None = None,
     bias: Tensor | None = None,
     final: FinalLogits = PLAIN,
 ) -> Candidates:
     """Score every one of `rows [n, D]`, which hold tokens `first_token_id ...`, and reduce.
 
-    bias: float32 `[n]`. Keys hold final logits, the log-sum-exp those without noise.
+    token_ids: int32 `[n]`, -1 for a pad, where the rows hold these tokens instead. bias: float32
+    `[n]`. Keys hold final logits, the log-sum-exp those without noise.
 
     Raises:
         ValueError: k below 1.
@@ -184,6 +186,9 @@ def dense_candidates(
     if bias is not None:
         logits = logits + bias
     logits = final.without_noise(logits)
-    ids = (torch.arange(rows.shape[0], device=rows.device) + first_token_id).expand(logits.shape)
+    if token_ids is None:
+        token_ids = torch.arange(rows.shape[0], device=rows.device) + first_token_id
+    ids = token_ids.expand(logits.shape)
     keys = best_keys(final.with_noise(logits, ids), ids, k)
-    return Candidates(keys, logits.logsumexp(1) if need_logsumexp else None)
+    exact = logits.masked_fill(ids < 0, float("-inf"))
+    return Candidates(keys, exact.logsumexp(1) if need_logsumexp else None)

@@ -74,7 +74,9 @@ class SymmetricExchange:
         """
         from flashhead_kernels.triton_exchange import exchange_keys
 
-        exchange_keys(keys, keys, self._addresses, self._epoch, self.rank, self.capacity)
+        # Triton launches on the current device, whatever its tensors are on.
+        with torch.cuda.device_of(self._words):
+            exchange_keys(keys, keys, self._addresses, self._epoch, self.rank, self.capacity)
         return keys
 
     def compile(self) -> None:
@@ -82,7 +84,8 @@ class SymmetricExchange:
         from flashhead_kernels.triton_exchange import compile_exchange
 
         keys = torch.zeros(self.capacity, dtype=torch.int64, device=self._words.device)
-        compile_exchange(keys, self._addresses, self._epoch, self.rank, self.capacity)
+        with torch.cuda.device_of(self._words):
+            compile_exchange(keys, self._addresses, self._epoch, self.rank, self.capacity)
 
     def trial_problem(self) -> str | None:
         """Run a round through each buffer, all ranks together; what went wrong, or None.
@@ -180,7 +183,11 @@ def allocate_words(tp_size: int, device: torch.device, capacity: int) -> Tensor:
     import torch.distributed._symmetric_memory as symm_mem
 
     with torch.cuda.device(device):
-        words = symm_mem.empty(num_words(tp_size, capacity), dtype=torch.int64, device=device)
+        # torch keeps a pool for each device, and takes one without an index for another.
+        device = torch.device("cuda", torch.cuda.current_device())
+        words: Tensor = symm_mem.empty(
+            num_words(tp_size, capacity), dtype=torch.int64, device=device
+        )
         words.zero_()
         torch.cuda.synchronize(device)
     return words

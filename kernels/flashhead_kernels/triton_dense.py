@@ -49,17 +49,17 @@ def block_logits(
 
 @triton.jit
 def dense_kernel(
-    hidden_ptr, rows_ptr, bias_ptr, positions_ptr,
+    hidden_ptr, rows_ptr, ids_ptr, bias_ptr, positions_ptr,
     keys_ptr, sums_ptr, counters_ptr, out_keys_ptr, out_logsumexp_ptr,
     num_tokens, first_token_id, num_rows, inverse_temperature, softcap, seed,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, BEST: tl.constexpr, MATMUL: tl.constexpr,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr, LOGSUMEXP: tl.constexpr,
-    PART_BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+    TABLE: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr,
+    LOGSUMEXP: tl.constexpr, PART_BLOCK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid `[programs, blocks of B]`: a program takes every programs-th block of BLOCK_V tokens.
 
-    Parts are `[B, programs, BEST]`.
+    Parts are `[B, programs, BEST]`. TABLE: ids_ptr names the rows' tokens, -1 for a pad.
     """
     first_row = tl.program_id(1) * BATCH
     num_parts = tl.num_programs(0)
@@ -76,13 +76,17 @@ def dense_kernel(
         if BIAS:
             logits += tl.load(bias_ptr + tokens, mask=inside, other=0.0)[None, :]
         final = transform(logits, inverse_temperature, softcap, SOFTCAP)
-        if LOGSUMEXP:
-            counted = tl.where(inside[None, :], final, float("-inf"))
-            new = tl.maximum(greatest, tl.max(counted, 1))
-            scaled = tl.sum(tl.exp(counted - new[:, None]), 1)
-            total = total * tl.exp(greatest - new) + scaled
-            greatest = new
         ids = tl.where(inside, first_token_id + tokens, -1)
+        if TABLE:
+            ids = tl.load(ids_ptr + tokens, mask=inside, other=-1)
+        if LOGSUMEXP:
+            counted = tl.where((ids >= 0)[None, :], final, float("-inf"))
+            new = tl.maximum(greatest, tl.max(counted, 1))
+            # A block of pads alone: no NaN of inf - inf.
+            base = tl.where(new == float("-inf"), 0.0, new)
+            scaled = tl.sum(tl.exp(counted - base[:, None]), 1)
+            total = total * tl.exp(greatest - base) + scaled
+            greatest = new
         ids = ids[None, :] + tl.zeros([BATCH_PAD, BLOCK_V], tl.int32)
         if SAMPLE:
             position = tl.load(positions_ptr + batch, mask=real, other=0)

@@ -28,6 +28,7 @@ def launch_dense(
     first_token_id: int,
     k: int,
     need_logsumexp: bool,
+    token_ids: Tensor | None,
     bias: Tensor | None,
     final: FinalLogits,
 ) -> Candidates:
@@ -45,14 +46,16 @@ def launch_dense(
     logsumexp = torch.empty(batch if need_logsumexp else 0, device=device)
     noise = final.noise
     dense_kernel[grid](
-        hidden_states, rows, rows if bias is None else bias,
+        hidden_states, rows, space.counters if token_ids is None else token_ids,
+        rows if bias is None else bias,
         space.counters if noise is None else noise.positions,
         space.keys, space.sums, space.counters, keys, logsumexp,
         count, first_token_id, batch, 1 / final.temperature, final.softcap,
         0 if noise is None else noise.seed,
         **blocks,
-        BIAS=bias is not None, SOFTCAP=final.softcap > 0, SAMPLE=noise is not None,
-        LOGSUMEXP=need_logsumexp, PART_BLOCK=part_block(programs, best), UPCAST=is_interpreted(),
+        TABLE=token_ids is not None, BIAS=bias is not None, SOFTCAP=final.softcap > 0,
+        SAMPLE=noise is not None, LOGSUMEXP=need_logsumexp,
+        PART_BLOCK=part_block(programs, best), UPCAST=is_interpreted(),
         num_warps=4,
     )  # fmt: skip
     return Candidates(keys[:, :k], logsumexp if need_logsumexp else None)

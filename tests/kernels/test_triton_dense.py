@@ -8,9 +8,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from flashhead_kernels import reference
+from flashhead_kernels import cpu, reference
 from flashhead_kernels.dispatch import ops_for
-from flashhead_kernels.keys import unpack_keys
+from flashhead_kernels.keys import pack_keys, unpack_keys
 from flashhead_kernels.logits import PLAIN, FinalLogits, GumbelNoise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,3 +75,33 @@ def test_nothing_to_score() -> None:
     assert cuda.dense_candidates(rows, rows, 0, k=65).keys.shape == (10, 65)
     with pytest.raises(ValueError, match="k must be at least 1"):
         cuda.dense_candidates(rows, rows, 0, k=0)
+
+
+@pytest.mark.parametrize("ops", [cuda, cpu], ids=["triton", "cpu"])
+@pytest.mark.parametrize("batch", [1, 6, 9])
+@pytest.mark.parametrize("pads", [1, 150])
+def test_rows_of_tokens_in_any_order(ops: ModuleType, batch: int, pads: int) -> None:
+    """A table names the tokens; pads, here the greatest rows, neither win nor weigh."""
+    device = DEVICE if ops is cuda else "cpu"
+    generator = torch.Generator().manual_seed(pads)
+    ids = torch.randperm(700, generator=generator).int()
+    rows = torch.randn(700, 32, generator=generator).to(torch.bfloat16)
+    states = torch.randn(batch, 32, generator=generator).to(torch.bfloat16)
+    ids[:pads] = -1
+    rows[:pads] = states[0] * 9
+    rows[600] = rows[650]
+    table = ids.to(device)
+    for k, need in ((1, False), (3, True)):
+        found = ops.dense_candidates(
+            states.to(device), rows.to(device), 0, k=k, need_logsumexp=need, token_ids=table
+        )
+        real = ids >= 0
+        logits = states.float() @ rows[real].float().T
+        expected = pack_keys(logits, ids[real].expand(logits.shape)).topk(k, dim=1).values
+        wanted, wanted_ids = unpack_keys(expected)
+        got, got_ids = unpack_keys(found.keys.cpu())
+        assert torch.equal(got_ids, wanted_ids)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+        if need:
+            truth = logits.double().logsumexp(1).float()
+            torch.testing.assert_close(found.logsumexp.cpu(), truth, rtol=1e-5, atol=1e-4)
