@@ -75,7 +75,7 @@ class SymmetricExchange:
         from flashhead_kernels.triton_exchange import exchange_keys
 
         # Triton launches on the current device, whatever its tensors are on.
-        with torch.cuda.device_of(self._words):
+        with torch.cuda.device_of(self._words):  # type: ignore[no-untyped-call]
             exchange_keys(keys, keys, self._addresses, self._epoch, self.rank, self.capacity)
         return keys
 
@@ -84,7 +84,7 @@ class SymmetricExchange:
         from flashhead_kernels.triton_exchange import compile_exchange
 
         keys = torch.zeros(self.capacity, dtype=torch.int64, device=self._words.device)
-        with torch.cuda.device_of(self._words):
+        with torch.cuda.device_of(self._words):  # type: ignore[no-untyped-call]
             compile_exchange(keys, self._addresses, self._epoch, self.rank, self.capacity)
 
     def trial_problem(self) -> str | None:

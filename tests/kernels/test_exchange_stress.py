@@ -100,6 +100,19 @@ def test_parts_agree_between_ranks_and_differ_between_rounds(rounds: ModuleType)
     assert rounds.whole_replays(250) == 300
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_processes_that_share_a_gpu_are_left_with_the_right_keys() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = str(KERNELS / "stress_exchange.py")
+    done = subprocess.run(
+        [sys.executable, script, "--ranks", "2", "4", "--rounds", "300"],
+        capture_output=True, text=True, env=environment, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("all right") == 2
+
+
 def _sleep(seconds: float, code: int) -> None:
     time.sleep(seconds)
     sys.exit(code)
