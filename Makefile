@@ -5,7 +5,7 @@ RANKS ?= 8
 # One thread a rank: torchrun would set it anyway, and say so at length.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup scale test verify verify-fidelity lint bench clean
+.PHONY: help setup scale test verify verify-fidelity lint bench bench-gpu clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ verify-fidelity: setup ## The claims on the real model but sharding exactness, w
 
 bench: setup ## Time the head on one CPU thread beside dense heads and the published scheme (ARGS=...)
 	$(BIN)/python launch/bench_cpu.py $(ARGS)
+
+bench-gpu: setup ## Time the head kernels on a CUDA GPU, into docs/kernels/<GPU> (ARGS=...)
+	$(BIN)/python kernels/bench.py $(ARGS)
 
 lint: setup ## Format and check
 	$(BIN)/ruff format .

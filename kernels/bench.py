@@ -45,7 +45,7 @@ from flashhead_kernels.dispatch import ops_for
 
 _ROOT = Path(__file__).resolve().parent.parent
 _INTERRUPTED = 130
-_LEAST_WIDTH = 120
+_LEAST_WIDTH = 130
 
 
 class MistakeError(Exception):
@@ -220,10 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 document = report(bench, found, environment, folder)
             except OSError as error:
-                ended, code = (
-                    f"{folder} cannot be written ({error.strerror}): give another --out",
-                    2,
-                )
+                ended = f"{folder} cannot be written ({error.strerror}): give another --out"
+                code = 2
             else:
                 if arguments.json:
                     print(json.dumps(document))

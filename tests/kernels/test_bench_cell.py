@@ -1,0 +1,261 @@
+"""kernels/bench.py, how it measures: every way right before it is timed, and the clocks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bench_cell
+import bench_timing
+import bench_ways as ways
+import flashhead_kernels.cpu
+import flashhead_kernels.reference
+from bench_shapes import Shape, make_shard
+from flashhead_kernels.candidates import Candidates
+from flashhead_kernels.keys import pack_keys
+
+CPU = torch.device("cpu")
+SHAPE = Shape("small", 4096, 64)
+
+
+def a_bench(clock: object = None, ops: object = flashhead_kernels.cpu) -> bench_cell.Bench:
+    return bench_cell.Bench("A", clock or bench_timing.WallClock(), ops, 3, seed=0, notes=[])
+
+
+def a_copy(tp_size: int = 8) -> ways.Copy:
+    shard = make_shard(SHAPE, tp_size, CPU, seed=0)
+    return ways.Copy(shard, ways.Published.over(shard))
+
+
+def some_states(batch_size: int) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(batch_size, 64, generator=draw, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("tp_size", [1, 8])
+def test_a_cell_holds_every_way_with_figures_that_fit(tp_size: int) -> None:
+    cells: list[None] = []
+    found = list(
+        bench_cell.measure_shard(a_bench(), SHAPE, tp_size, [1, 3], lambda: cells.append(None))
+    )
+    names = [ways.FLASHHEAD, ways.DENSE_FUSED, ways.DENSE_TORCH, ways.PUBLISHED_EAGER]
+    assert [(f.batch_size, f.way) for f in found] == [(b, n) for b in (1, 3) for n in names]
+    assert len(cells) == 2
+    for one in found:
+        own = next(f for f in found if f.batch_size == one.batch_size)
+        assert 0 < one.p10_us <= one.median_us <= one.p90_us
+        assert one.gb_per_s == pytest.approx(one.read_bytes / (one.median_us * 1e-6) / 1e9)
+        assert one.share_of_copy == pytest.approx(one.gb_per_s / one.copy_gb_per_s)
+        assert one.times_flashhead == pytest.approx(one.median_us / own.median_us)
+        assert (one.num_iterations, one.num_copies, one.steps_per_iteration) == (3, 2, 8)
+        assert one.synthetic
+
+
+def test_the_triton_kernels_are_measured_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter: what the ways call on a GPU, both launches, and their checks."""
+    cuda = pytest.importorskip("flashhead_kernels.cuda")
+    monkeypatch.setattr(bench_cell, "_LEAST_STEPS", 1)
+    monkeypatch.setattr(bench_cell, "_WARM_UP_ROUNDS", 0)
+    bench = bench_cell.Bench("A", bench_timing.WallClock(), cuda, 1, seed=0, notes=[])
+    tiny = Shape("tiny", 2048, 64)
+    found = list(bench_cell.measure_shard(bench, tiny, 64, [2], lambda: None))
+    assert {ways.FLASHHEAD, ways.TWO_LAUNCHES} < {one.way for one in found}
+
+
+def wrong_by(change: str) -> SimpleNamespace:
+    """Operations whose first row's token, or logit alone, is not the reference's."""
+
+    def spoilt(found: Candidates) -> Candidates:
+        logits, ids = flashhead_kernels.reference.unpack_keys(found.keys)
+        if change == "token":
+            ids[0] += 1
+        else:
+            logits[0] += 0.1
+        return Candidates(pack_keys(logits, ids), None)
+
+    reference = flashhead_kernels.reference
+    return SimpleNamespace(
+        flashhead_candidates=lambda *given: spoilt(reference.flashhead_candidates(*given)),
+        dense_candidates=lambda *given: spoilt(reference.dense_candidates(*given)),
+    )
+
+
+@pytest.mark.parametrize("change", ["token", "logit"])
+def test_a_wrong_kernel_is_not_timed(change: str) -> None:
+    wrong = wrong_by(change)
+    with pytest.raises(ways.WrongResultError, match="flashhead gave"):
+        list(bench_cell.measure_shard(a_bench(ops=wrong), SHAPE, 8, [2], lambda: None))
+    copy, states = a_copy(), some_states(2)
+    for way in ways.make_ways(wrong, graphs=False)[:2]:
+        with pytest.raises(ways.WrongResultError, match=way.name):
+            way.check(copy, states, way.step(copy, states))
+
+
+def test_a_wrong_torch_way_is_not_timed() -> None:
+    copy, states = a_copy(), some_states(3)
+    for way in ways.make_ways(flashhead_kernels.cpu, graphs=False)[2:]:
+        ids = way.step(copy, states)
+        way.check(copy, states, ids)
+        ids[1] = (ids[1] + 100) % (len(copy.published.clusters) * 16)
+        with pytest.raises(ways.WrongResultError, match="below the greatest"):
+            way.check(copy, states, ids)
+
+
+def test_the_published_scheme_with_every_cluster_is_the_dense_argmax() -> None:
+    copy, states = a_copy(1), some_states(20)
+    published = copy.published
+    assert (len(published.clusters), published.num_probes) == (256, 16)
+    every = ways.Published(published.clusters, published.centroids, 256)
+    logits = states @ copy.shard.dense_rows.T
+    best = logits.gather(1, every(states)[:, None])[:, 0]
+    assert torch.equal(best, logits.max(1).values)
+    assert torch.allclose(published.centroids.float().norm(dim=1), torch.ones(256), atol=0.01)
+
+
+def test_bytes_of_each_way() -> None:
+    copy, states = a_copy(1), some_states(2).expand(3, -1, -1)
+    published = 256 * 64 * 2 + 2 * 64 * 2  # centroids and states
+    union = len(torch.unique(copy.published.probes(states[0])))
+    assert 16 <= union <= 32
+    assert ways.read_bytes(ways.PUBLISHED_GRAPH, copy, states) == published + union * 16 * 64 * 2
+    assert ways.read_bytes(ways.DENSE_TORCH, copy, states) == copy.shard.dense_bytes(2)
+    clusters = copy.shard.count_clusters_read(states)
+    assert ways.read_bytes(ways.TWO_LAUNCHES, copy, states) == copy.shard.flashhead_bytes(
+        clusters, 2
+    )
+
+
+class Journal:
+    """Stands in for what CudaClock asks of torch.cuda, and keeps the order of what happens."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        journal = self
+
+        class Event:
+            def __init__(self, *, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                journal.log.append("event")
+
+            def synchronize(self) -> None:
+                journal.log.append("wait")
+
+            def elapsed_time(self, stop: object) -> float:
+                return 0.25
+
+        class Graph:
+            def replay(self) -> None:
+                journal.log.append("replay")
+
+        class Stream:
+            def __init__(self, device: object = None) -> None: ...
+            def wait_stream(self, other: object) -> None: ...
+            def synchronize(self) -> None:
+                journal.log.append("stream empty")
+
+        @contextlib.contextmanager
+        def graph(graph: object, *, stream: object) -> Iterator[None]:
+            journal.stream_of_capture = stream
+            journal.log.append("capture")
+            yield
+
+        @contextlib.contextmanager
+        def on(stream: object) -> Iterator[None]:
+            journal.streams.append(stream)
+            yield
+
+        self.stream_of_capture: object = None
+        self.streams: list[object] = []
+        properties = SimpleNamespace(L2_cache_size=1000)
+        patch.setattr(bench_timing, "_SMALLEST_SCRATCH_BYTES", 64)
+        for name, value in {
+            "Event": Event, "CUDAGraph": Graph, "Stream": Stream, "graph": graph, "stream": on,
+            "current_stream": Stream, "get_device_properties": lambda device: properties,
+        }.items():  # fmt: skip
+            patch.setattr(torch.cuda, name, value)
+
+
+def test_a_graph_is_warmed_up_and_captured_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(monkeypatch)
+    clock = bench_timing.CudaClock(CPU)
+    calls: list[str] = []
+
+    def step() -> torch.Tensor:
+        journal.log.append("step")
+        calls.append("step")
+        return torch.zeros(1)
+
+    run, results = clock.capture([step, step])
+    assert journal.log == ["step", "step", "stream empty", "capture", "step", "step"]
+    assert len(results) == 2
+    # A workspace is kept for each stream: it must exist before the capture.
+    assert journal.streams == [journal.stream_of_capture]
+    run()
+    assert journal.log[-1] == "replay"
+
+
+def test_events_stand_around_the_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(monkeypatch)
+    clock = bench_timing.CudaClock(CPU)
+    assert clock.cache_bytes == 1000
+    assert clock._scratch.nbytes == 4000
+    monkeypatch.setattr(torch, "sum", lambda *given, **named: journal.log.append("evict"))
+    elapsed = clock.time_us(lambda: journal.log.append("run"), launches=False)
+    assert elapsed == pytest.approx(250)  # events speak in milliseconds
+    assert journal.log == ["evict", "event", "run", "event", "wait"]
+    journal.log.clear()
+    clock.time_us(lambda: journal.log.append("run"), launches=True)
+    assert journal.log == ["evict", "stream empty", "event", "run", "event", "wait"]
+
+
+class NoCapture(bench_timing.WallClock):
+    """A clock with graphs that cannot hold what `refused` marks by raising."""
+
+    graphs = True
+
+    def __init__(self, refused: int) -> None:
+        super().__init__()
+        self.refused, self.captured = refused, 0
+
+    def capture(
+        self, steps: list[bench_timing.Step]
+    ) -> tuple[bench_timing.Run, list[torch.Tensor]]:
+        self.captured += 1
+        if self.captured == self.refused:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return bench_timing.keep_results(steps)
+
+
+def test_only_the_published_graph_may_fail_to_be_captured() -> None:
+    clock = NoCapture(refused=4)
+    bench = a_bench(clock)
+    found = list(bench_cell.measure_shard(bench, SHAPE, 8, [1], lambda: None))
+    assert ways.PUBLISHED_GRAPH not in [one.way for one in found]
+    assert bench.notes == [
+        "published_graph is left out where a CUDA graph cannot hold it: operation not permitted "
+        "when stream is capturing"
+    ]
+    timings = {one.way: one.timing for one in found}
+    assert timings[ways.PUBLISHED_EAGER] == "wall clock, launches included"
+    assert timings[ways.FLASHHEAD] == "wall clock, graph replay"
+    with pytest.raises(RuntimeError, match="not permitted"):
+        list(bench_cell.measure_shard(a_bench(NoCapture(1)), SHAPE, 8, [1], lambda: None))
+
+
+def test_every_way_runs_once_a_round_and_none_always_first() -> None:
+    order: list[str] = []
+
+    def prepared(name: str) -> bench_cell._Prepared:
+        way = ways.Way(name, lambda *_: torch.zeros(1), lambda *_: None)
+        return bench_cell._Prepared(way, lambda: order.append(name), [], "")
+
+    times = bench_cell._time(a_bench(), [prepared(name) for name in "abc"], 4)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert rounds == ["abc", "bca", "cab"] * 2  # warm-up, then the three that are kept
+    assert {name: len(kept) for name, kept in times.items()} == {"a": 3, "b": 3, "c": 3}
