@@ -254,13 +254,15 @@ def split_tensor_parallel(
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
-    places: dict[int, TensorParallel | None] = {}
     for tp_size in tp_sizes:
         if not 1 <= tp_size <= world_size:
             raise UserError(
                 f"tp_size {tp_size} needs between 1 and {world_size} ranks, the number started: "
                 f"start more with --nproc-per-node or choose a smaller one"
             )
+    places: dict[int, TensorParallel | None] = dict.fromkeys(tp_sizes)
+    # Symmetric memory of a smaller group would bar larger ones from theirs: see `group_obstacle`.
+    for tp_size in sorted(places, reverse=True):
         if tp_size == 1:
             places[1] = TensorParallel.single(device) if rank == 0 else None
             continue

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,32 @@ from flashhead_kernels.exchange_layout import merged_keys, num_words
 SHARED_DEVICE_VARIABLE = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 _MIN_CAPABILITY = (7, 0)
 _TRIAL_LIMIT_S = 60.0
+_FAILED = -1
+
+
+@dataclass
+class _Mappings:
+    """What this process has mapped, kept to its end.
+
+    Words that were freed would be handed out again, mapped already, on one rank sooner than on
+    another, and then not all ranks would come to the rendezvous.
+    """
+
+    count: int = 0
+    kept: list[Any] = field(default_factory=list)
+
+
+_mappings = _Mappings()
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs: a machine, and a device of it."""
+    """Where a rank runs: a machine, and a device of it; and how often it has mapped memory."""
 
     host: str
     device_uuid: str
     may_share_device: bool
+    num_mappings: int = 0
 
 
 class SymmetricExchange:
@@ -137,7 +154,7 @@ def local_place(device: torch.device) -> Place:
     boot_id = Path("/proc/sys/kernel/random/boot_id")
     boot = boot_id.read_text().strip() if boot_id.exists() else ""
     shared = os.environ.get(SHARED_DEVICE_VARIABLE, "") == "1"
-    return Place(boot or socket.gethostname(), uuid, shared)
+    return Place(boot or socket.gethostname(), uuid, shared, _mappings.count)
 
 
 def group_obstacle(places: list[Place]) -> str | None:
@@ -151,6 +168,13 @@ def group_obstacle(places: list[Place]) -> str | None:
             f"{len(places)} ranks share {devices} device(s), which torch allows where "
             f"{SHARED_DEVICE_VARIABLE}=1 is set for every rank"
         )
+    mappings = {place.num_mappings for place in places}
+    if _FAILED in mappings:
+        return "an earlier mapping failed on some rank"
+    if len(mappings) > 1:
+        # The ranks of torch's rendezvous number their messages by what each has done before,
+        # in 2.11 to 2.13 whichever the group: pytorch issue 196082.
+        return "the ranks have mapped memory in different numbers of groups: open larger ones first"
     return None
 
 
@@ -201,11 +225,14 @@ def map_words(group: dist.ProcessGroup, words: Tensor) -> MappedWords:
     """
     import torch.distributed._symmetric_memory as symm_mem
 
+    number, _mappings.count = _mappings.count + 1, _FAILED
     with torch.cuda.device(words.device):
         handle = symm_mem.rendezvous(words, group.group_name)
         if handle is None or not all(handle.buffer_ptrs):
             raise RuntimeError("torch mapped no address of a peer's memory")
         allocations = list(handle.buffer_ptrs)
+    _mappings.count = number
+    _mappings.kept.append((words, handle))
     offset = words.data_ptr() - allocations[dist.get_rank(group)]
     return MappedWords(words, allocations, offset, handle)
 

@@ -16,7 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashhead_dist.collectives import Exchange, Operation, TensorParallel
+from flashhead_dist.collectives import (
+    Exchange,
+    Operation,
+    TensorParallel,
+    split_tensor_parallel,
+)
 from flashhead_dist.errors import UserError
 from flashhead_kernels import exchange_choice
 from flashhead_kernels.exchange_choice import (
@@ -260,6 +265,31 @@ def test_ranks_share_memory_on_one_machine_and_a_device_only_where_allowed() -> 
     shared = group_obstacle(places(("a", "0", True), ("a", "0", False)))
     assert shared is not None
     assert SHARED_DEVICE_VARIABLE in shared
+
+
+def test_ranks_whose_mappings_differ_would_hang_in_torch_and_are_kept_from_it() -> None:
+    def obstacle(*counts: int) -> str:
+        return str(group_obstacle([Place("a", str(r), False, n) for r, n in enumerate(counts)]))
+
+    assert obstacle(1, 1) == "None"
+    assert "open larger ones first" in obstacle(1, 1, 0)
+    assert "an earlier mapping failed" in obstacle(-1, 1)
+
+
+def _rank_order(rank: int, _: int) -> tuple[list[int], list[int]]:
+    opened: list[int] = []
+
+    def record(group: dist.ProcessGroup, *_: Any) -> None:
+        opened.append(dist.get_world_size(group))
+
+    with mock.patch.object(TensorParallel, "from_group", record):
+        places = split_tensor_parallel([2, 1, 3])
+    return opened, list(places)
+
+
+def test_larger_groups_are_opened_first_and_told_in_the_order_asked(run_ranks: Run) -> None:
+    opened = [([3, 2], [2, 1, 3])] * 2 + [([3], [2, 1, 3])]
+    assert run_ranks(_rank_order, WORLD_SIZE) == opened
 
 
 def test_a_cpu_is_an_obstacle_and_words_must_fit() -> None:
