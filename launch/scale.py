@@ -38,6 +38,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.workload import Request, Workload, prepare_workload
 from flashhead_dist.measure.cell import Effort
 from flashhead_dist.measure.control import Control
+from flashhead_dist.measure.crossover import crossover_notes
 from flashhead_dist.measure.environment import boot_id, describe_environment, make_provenance
 from flashhead_dist.measure.plan import Inputs, Plan
 from flashhead_dist.measure.records import RECORDS_NAME, RecordWriter
@@ -194,7 +195,9 @@ class _Run:
         notes: Sequence[str],
     ) -> None:
         costs = {operation.value: asdict(cost) for operation, cost in sweep.costs.items()}
-        environment = environment | {"exchange_costs": costs}
+        crossovers = {size: found.as_json() for size, found in sweep.crossovers.items()}
+        environment = environment | {"exchange_costs": costs, "crossovers": crossovers}
+        notes = [*notes, *crossover_notes(sweep.crossovers, sweep.records)]
         write_environment(folder, environment)
         plots = not self.arguments.skip_plots
         if plots and find_spec("matplotlib") is None:

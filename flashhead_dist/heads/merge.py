@@ -32,7 +32,9 @@ def merge_candidates(
     words = [keys.contiguous().view(torch.int32)]
     words += [item.float().contiguous().view(torch.int32).unsqueeze(1) for item in partials]
     gathered = yield Exchange(Operation.GATHER, torch.cat(words, dim=1))
-    all_keys = gathered[..., : 2 * k].contiguous().view(torch.int64)  # [P, B, k]
+    # A copy: of one row on one rank any slice counts as contiguous, with an odd stride.
+    halves = gathered[..., : 2 * k].clone(memory_format=torch.contiguous_format)
+    all_keys = halves.view(torch.int64)  # [P, B, k]
     merged = all_keys.transpose(0, 1).flatten(1).topk(k, dim=1).values
     floats = gathered[..., 2 * k :].contiguous().view(torch.float32).double()  # [P, B, n]
     sums = [floats[..., i].logsumexp(0).float() for i in range(len(partials))]

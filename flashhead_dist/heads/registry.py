@@ -17,6 +17,7 @@ from flashhead_dist.heads.dense import DenseAllReduce, DenseGather, DenseLocalMa
 from flashhead_dist.heads.emulated import EmulatedHead
 from flashhead_dist.heads.faiss_ivf import FaissIvf
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated, IndexHead
+from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
 from flashhead_dist.heads.flashhead_global import FlashHeadGlobal
 from flashhead_dist.index import IndexManifest, IndexShard, load_manifest, load_shard
 from flashhead_dist.model_source import ModelSource, cache_root
@@ -24,7 +25,7 @@ from flashhead_kernels.cpu_memory import empty_on_large_pages
 from flashhead_kernels.dispatch import ops_for
 
 _INDEX_HEADS: dict[str, type[IndexHead]] = {
-    head.name: head for head in (FlashHead, FlashHeadGlobal, FlashHeadReplicated)
+    head.name: head for head in (FlashHead, FlashHeadAuto, FlashHeadGlobal, FlashHeadReplicated)
 }
 HEAD_NAMES = (
     DenseGather.name,
@@ -33,6 +34,7 @@ HEAD_NAMES = (
     FlashHeadReplicated.name,
     FlashHeadGlobal.name,
     FlashHead.name,
+    FlashHeadAuto.name,
     FaissIvf.name,
 )
 _READ_ROWS = 1 << 14

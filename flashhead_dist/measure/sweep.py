@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from flashhead_dist.collectives import Operation, TensorParallel
+from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
 from flashhead_dist.measure.assemble import (
     BASELINE,
     HeadFacts,
@@ -24,6 +26,7 @@ from flashhead_dist.measure.assemble import (
 )
 from flashhead_dist.measure.cell import HeadCell, measure_cell
 from flashhead_dist.measure.control import Control
+from flashhead_dist.measure.crossover import Crossover, measure_crossover
 from flashhead_dist.measure.exchange_timing import time_exchange_costs
 from flashhead_dist.measure.loading import gather_facts, load_heads
 from flashhead_dist.measure.memory import release_memory
@@ -51,6 +54,7 @@ class Sweep:
     provenance, write: used on rank 0; `write` gets each record as soon as it is known.
     records: all records so far on rank 0, empty elsewhere.
     costs: what exchanges cost, where a projection needs it and it could be timed.
+    crossovers: by tp_size, where flashhead_auto was told to change over.
     """
 
     plan: Plan
@@ -62,6 +66,7 @@ class Sweep:
     progress: Progress
     records: list[Record] = field(default_factory=list)
     costs: dict[Operation, ExchangeCost] = field(default_factory=dict)
+    crossovers: dict[int, Crossover] = field(default_factory=dict)
 
     def run(self, places: Mapping[int, TensorParallel | None]) -> list[Record]:
         """Measure the plan; every rank calls it.
@@ -105,6 +110,17 @@ class Sweep:
         heads, peaks = load_heads(plan, inputs, place, group, states[:1])
         self.progress.stage(f"tp {tp_size}: agreement with the dense head, {len(states)} states")
         facts = gather_facts(heads, peaks, inputs, group, states)
+        auto = heads.get(FlashHeadAuto.name)
+        if isinstance(auto, FlashHeadAuto):
+            crossover = measure_crossover(
+                auto,
+                partial(batches_of, states),
+                group,
+                largest=max(plan.batch_sizes),
+                in_turn=self._oversubscribed(tp_size),
+            )
+            auto.scan_from = crossover.scan_from
+            self.crossovers[tp_size] = crossover
         # What NCCL moves over NVLink, PCIe or shared memory, no network interface sees.
         counts = tp_size > 1 and place.device.type == "cpu"
         wire = WireCounter(group, self.host) if counts else None

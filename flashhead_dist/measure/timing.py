@@ -118,29 +118,38 @@ def time_interleaved(
 
 
 def forward_step(head: Head, batches: Sequence[Tensor]) -> Step:
-    """A step of `head` on the iteration's batch `[B, D]`, the batches taken in turn.
+    """A step of `head` on the iteration's batch `[B, D]`, the batches taken in turn."""
+    tp: TensorParallel = head.tp
+    compute = compute_step(head.forward, batches)
+
+    def step(iteration: int) -> tuple[float, float]:
+        tp.reset()
+        wall_us, _ = compute(iteration)
+        return wall_us, tp.communication_s * 1e6
+
+    return step
+
+
+def compute_step(work: Callable[[Tensor], object], batches: Sequence[Tensor]) -> Step:
+    """A step of `work` on the iteration's batch; its communication is given as 0.
 
     On CUDA the wall is the time between two events around the step.
     """
-    tp: TensorParallel = head.tp
 
     def step_on_cpu(iteration: int) -> tuple[float, float]:
-        tp.reset()
         start_s = time.perf_counter()
-        head.forward(batches[iteration % len(batches)])
-        wall_us = (time.perf_counter() - start_s) * 1e6
-        return wall_us, tp.communication_s * 1e6
+        work(batches[iteration % len(batches)])
+        return (time.perf_counter() - start_s) * 1e6, 0.0
 
     def step_on_cuda(iteration: int) -> tuple[float, float]:
-        tp.reset()
         start, stop = _timing_event(), _timing_event()
         start.record()
-        head.forward(batches[iteration % len(batches)])
+        work(batches[iteration % len(batches)])
         stop.record()
         stop.synchronize()
-        return start.elapsed_time(stop) * 1e3, tp.communication_s * 1e6
+        return start.elapsed_time(stop) * 1e3, 0.0
 
-    return step_on_cuda if tp.device.type == "cuda" else step_on_cpu
+    return step_on_cuda if batches[0].device.type == "cuda" else step_on_cpu
 
 
 def _timing_event() -> torch.cuda.Event:

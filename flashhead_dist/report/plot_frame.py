@@ -23,6 +23,7 @@ _STYLES = {
     "flashhead_replicated": ("#56B4E9", "v"),
     "flashhead_global": ("#009E73", "^"),
     "flashhead": ("#0072B2", "*"),
+    "flashhead_auto": ("#8B1A1A", "h"),
     "faiss_ivf": ("#CC79A7", "X"),
 }
 _OTHER_STYLE = ("#777777", "P")

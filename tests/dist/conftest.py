@@ -37,7 +37,7 @@ def _run_ranks(
             "WORLD_SIZE": str(world_size),
             "OMP_NUM_THREADS": "1",
             "RANK_TIMEOUT_S": str(timeout_s),
-            # Gathered scores of many sizes leave glibc's heap in gaps: gigabytes in a thousand steps.
+            # Large tensors of many sizes leave the heap in gaps: docs/decisions.md.
             "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
         }
         file = function.__code__.co_filename
@@ -130,7 +130,9 @@ def tied_index(tied_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
     Equal rows end up in one cluster, so that only pinning sets ties apart over the ranks.
     """
-    options = IndexOptions(num_groups=8, num_probes=16, alpha=0.02, pinned_token_ids=(1005, 900, 612))
+    options = IndexOptions(
+        num_groups=8, num_probes=16, alpha=0.02, pinned_token_ids=(1005, 900, 612)
+    )
     return build_index(
         open_model(str(tied_model)),
         options,

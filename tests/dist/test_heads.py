@@ -12,8 +12,8 @@ import torch
 
 from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.errors import UserError
-from flashhead_dist.heads.base import Head, VocabShard, Want
 from flashhead_dist.heads import faiss_ivf
+from flashhead_dist.heads.base import Head, VocabShard, Want
 from flashhead_dist.heads.faiss_lists import TrainedLists, default_num_lists
 from flashhead_dist.heads.registry import HEAD_NAMES, HeadBuilder, build_head, emulate_head
 from flashhead_dist.index import load_manifest
@@ -255,7 +255,9 @@ def test_faiss_lists_hold_every_row_once_and_as_it_is(dtype: torch.dtype) -> Non
     assert index.ntotal == 20000
     for number in range(8):
         size = index.invlists.list_size(number)
-        ids = torch.from_numpy(faiss.rev_swig_ptr(index.invlists.get_ids(number), size).astype("int64"))
+        ids = torch.from_numpy(
+            faiss.rev_swig_ptr(index.invlists.get_ids(number), size).astype("int64")
+        )
         assert torch.equal(ids, (assignments == number).nonzero()[:, 0])
         codes = faiss.rev_swig_ptr(index.invlists.get_codes(number), size * index.code_size)
         assert codes.tobytes() == rows[ids].contiguous().view(torch.uint8).numpy().tobytes()
@@ -284,3 +286,18 @@ def test_every_token_has_its_own_logit_on_every_rank(
     assert bool(output.logits[~found].isneginf().all())
     # All three ranks contribute, each with several tokens a state.
     assert (output.token_ids[found] // 338).unique().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", [n for n in HEAD_NAMES if n != "faiss_ivf"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_one_row_on_one_rank_has_a_log_sum_exp(
+    builder: HeadBuilder, states: torch.Tensor, name: str, k: int
+) -> None:
+    """The packed words of one row may be odd in number."""
+    head = builder.build(name)
+    one = head.forward(states[:1], k=k, need_logsumexp=True)
+    two = head.forward(states[:2], k=k, need_logsumexp=True)
+    assert torch.equal(one.token_ids, two.token_ids[:1])
+    assert one.logsumexp is not None
+    assert two.logsumexp is not None
+    assert torch.allclose(one.logsumexp, two.logsumexp[:1], rtol=1e-5)

@@ -179,6 +179,7 @@ def test_argmax_over_ranks_without_packed_keys_would_break_ties_by_rank(
 
 PAYLOAD = {
     "flashhead": lambda tp_size, itemsize: 8,
+    "flashhead_auto": lambda tp_size, itemsize: 8,
     "faiss_ivf": lambda tp_size, itemsize: 8,
     "dense_local_max": lambda tp_size, itemsize: 8,
     "flashhead_replicated": lambda tp_size, itemsize: 0,

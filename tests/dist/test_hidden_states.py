@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.hidden_states import (
-    HiddenStates,
-    collect_hidden_states,
-    load_hidden_states,
-    require_hidden_size,
-    save_hidden_states,
-)
 from flashhead_dist.hidden_states import collect as collect_module
+from flashhead_dist.hidden_states import (
+    collect_hidden_states,
+    require_hidden_size,
+)
 from flashhead_dist.hidden_states.split import plan_passages, split_by_document
 from flashhead_dist.hidden_states.texts import Document, read_texts, shipped_texts
 from flashhead_dist.model_source import ModelSource, open_model

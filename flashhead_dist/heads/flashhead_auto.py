@@ -1,0 +1,76 @@
+"""FlashHead for small batches, a scan of the whole shard for large ones.
+
+Rows of a batch probe different clusters, so what retrieval reads grows with the batch while a scan
+reads the shard once. From some batch size on the scan is faster; where depends on shapes and device
+and is measured (`measure.crossover`). The scan runs over the index's own rows, so the rank holds no
+second copy, and gives the dense head's tokens.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flashhead_dist.collectives import Steps
+from flashhead_dist.heads.base import HeadOutput, Want
+from flashhead_dist.heads.flashhead import FlashHead
+from flashhead_dist.heads.merge import merge_candidates
+from flashhead_kernels.candidates import Candidates
+from flashhead_kernels.dispatch import ops_for
+
+
+class FlashHeadAuto(FlashHead):
+    """Retrieves below `scan_from` rows, scans from there on; None: always retrieves.
+
+    Every rank must hold the same `scan_from`. Both ways take the same one exchange.
+    """
+
+    name: ClassVar[str] = "flashhead_auto"
+    scan_from: int | None = None
+
+    def scans(self, batch_size: int) -> bool:
+        """Whether a batch of this size is scanned."""
+        return self.scan_from is not None and batch_size >= self.scan_from
+
+    def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
+        if not self.scans(hidden_states.shape[0]):
+            return (yield from super().steps(hidden_states, want))
+        mass = Want(want.k, want.logsumexp or want.candidate_mass)
+        found = self.scan(hidden_states, mass)
+        return (yield from merge_candidates(
+            found.keys,
+            found.logsumexp if want.logsumexp else None,
+            found.logsumexp if want.candidate_mass else None,
+        ))  # fmt: skip
+
+    def retrieve(self, hidden_states: Tensor, want: Want) -> Candidates:
+        """This rank's candidates of `hidden_states [B, D]`, by retrieval."""
+        keys, logsumexp, _ = self._find(hidden_states, want)
+        return Candidates(keys, logsumexp)
+
+    def scan(self, hidden_states: Tensor, want: Want) -> Candidates:
+        """This rank's candidates of `hidden_states [B, D]`, by scoring every token it holds."""
+        ops, shard = ops_for(hidden_states.device), self.shard
+        rows = self._rows.flatten(0, 1)
+        tables = [(rows, self._token_ids.flatten())]
+        if shard.pinned_token_ids.numel():
+            tables.append((shard.pinned_rows.flatten(0, 1), shard.pinned_token_ids.flatten()))
+        found = [
+            ops.dense_candidates(
+                hidden_states, rows, 0, k=want.k, need_logsumexp=want.logsumexp, token_ids=ids
+            )
+            for rows, ids in tables
+        ]
+        keys = torch.cat([item.keys for item in found], dim=1).topk(want.k, dim=1).values
+        if not want.logsumexp:
+            return Candidates(keys, None)
+        return Candidates(keys, torch.stack([item.logsumexp for item in found]).logsumexp(0))
+
+    def read_bytes_per_step(self, batch_size: int) -> int:
+        if not self.scans(batch_size):
+            return super().read_bytes_per_step(batch_size)
+        shard = self.shard
+        tables = (shard.rows, shard.token_ids, shard.pinned_rows, shard.pinned_token_ids)
+        return sum(table.nbytes for table in tables)
