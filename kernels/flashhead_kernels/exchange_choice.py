@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from flashhead_kernels.device_links import link_obstacle
 from flashhead_kernels.exchange_layout import DEFAULT_CAPACITY
 from flashhead_kernels.symmetric import (
+    Place,
     SymmetricExchange,
     allocate_words,
     group_obstacle,
@@ -151,7 +153,13 @@ def _open(group: dist.ProcessGroup, device: torch.device, capacity: int) -> Symm
     # Who cannot take a step says so before the others wait for it in the next.
     rank, tp_size = dist.get_rank(group), dist.get_world_size(group)
     problem = _first_problem(group, local_obstacle(device))
-    problem = problem or group_obstacle(_everyones(group, local_place(device)))
+    if problem is not None:
+        return problem
+    places: list[Place] = _everyones(group, local_place(device))
+    problem = group_obstacle(places)
+    if problem is not None:
+        return problem
+    problem = _first_problem(group, link_obstacle(device, [place.device_uuid for place in places]))
     if problem is not None:
         return problem
     words, problem = _try(lambda: allocate_words(tp_size, device, capacity))

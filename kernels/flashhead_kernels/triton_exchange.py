@@ -23,6 +23,9 @@ Why this is enough:
   as safe as a barrier after each round, and one is not (the tests show a wrong key).
 - Nothing is ever reset: signals only grow, and 63 bits of rounds do not run out.
 
+Signals are set and polled by atomics, as Triton has no acquiring load: GPUs must have native
+atomics between them (`device_links`).
+
 Rounds of one exchange must follow each other in one stream (or graph), and every rank must give the
 same number of keys. A peer that never comes leaves the others waiting, as it does in NCCL.
 

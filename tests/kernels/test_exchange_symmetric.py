@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flashhead_kernels import symmetric
+from flashhead_kernels import device_links, symmetric
 from flashhead_kernels.exchange_layout import num_words
 from flashhead_kernels.symmetric import (
     SHARED_DEVICE_VARIABLE,
@@ -76,6 +76,40 @@ def test_a_failed_mapping_bars_the_process_from_more(
         _map(monkeypatch, handle)
     place = local_place(torch.device("cpu"))
     assert "earlier mapping failed" in str(symmetric.group_obstacle([place, place]))
+
+
+class _Driver:
+    """Devices 0 and 1 have native atomics between them, 2 has none with either."""
+
+    def cuDeviceGet(self, handle: Any, ordinal: int) -> int:  # noqa: N802
+        handle._obj.value = 100 + ordinal
+        return 0
+
+    def cuDeviceGetP2PAttribute(self, value: Any, attribute: int, a: Any, b: Any) -> int:  # noqa: N802
+        assert attribute == 3
+        value._obj.value = int({a.value, b.value} == {100, 101})
+        return 0
+
+
+def test_peers_need_native_atomics_and_to_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_links.ctypes, "CDLL", lambda _: _Driver())
+    monkeypatch.setattr(device_links, "visible_ordinals", lambda: {"a": 0, "b": 1, "c": 2})
+    device = torch.device("cuda", 0)
+    assert device_links.link_obstacle(device, ["a", "b", "a"]) is None
+    assert "GPU 0 and GPU 2 have no native atomics" in str(
+        device_links.link_obstacle(device, ["a", "b", "c"])
+    )
+    assert "hidden" in str(device_links.link_obstacle(device, ["a", "d"]))
+
+
+def test_ranks_on_one_gpu_need_no_driver_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: str) -> None:
+        raise OSError
+
+    monkeypatch.setattr(device_links.ctypes, "CDLL", missing)
+    monkeypatch.setattr(device_links, "visible_ordinals", lambda: {"a": 0, "b": 1})
+    assert device_links.link_obstacle(torch.device("cuda", 0), ["a", "a"]) is None
+    assert device_links.link_obstacle(torch.device("cuda", 0), ["a", "b"]) is not None
 
 
 def test_a_wrong_first_round_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
