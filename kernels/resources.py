@@ -37,6 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flashhead_kernels import triton_dense, triton_head
+from flashhead_kernels.quantize import TILE
 from flashhead_kernels.triton_dense_launch import dense_blocks
 from flashhead_kernels.triton_shapes import (
     HEAD_WARPS,
@@ -135,7 +136,6 @@ def _usage(cubin: bytes) -> dict[str, int]:
 def head_shapes(vocab_size: int, hidden_size: int, k: int = 1) -> tuple[HeadShape, CentroidShape]:
     """Shapes of the default index of such a model."""
     clusters = -(-vocab_size // (_TOKENS * _GROUPS))
-    clusters = -(-clusters // 16) * 16
     probes = -(-vocab_size // (32 * _TOKENS * _GROUPS))
     groups = hidden_size // _SCALE_GROUP
     words = _SCALE_GROUP // 8
@@ -147,7 +147,7 @@ def head_shapes(vocab_size: int, hidden_size: int, k: int = 1) -> tuple[HeadShap
         words=words,
         words_pad=power_of_two(words),
         width=4,
-        tile=16,
+        tile=TILE if clusters % TILE == 0 else 1,
         chunk=2 if groups % 2 == 0 else 1,
     )
 

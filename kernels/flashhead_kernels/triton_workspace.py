@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_known: set[tuple[object, ...]] = set()
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -32,9 +34,21 @@ class Workspace:
 def workspace(
     device: torch.device, *, words: int, scales: int, dots: int, parts: int, best: int, rows: int
 ) -> Workspace:
-    """The workspace of these sizes, in elements, on `device` and its current stream."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _workspace(device, stream, words, scales, dots, parts, best, rows)
+    """The workspace of these sizes, in elements, on `device` and its current stream.
+
+    Raises:
+        RuntimeError: the stream is captured and has no such workspace yet.
+    """
+    sizes = (words, scales, dots, parts, best, rows)
+    if device.type != "cuda":
+        return _workspace(device, 0, *sizes)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    key = (device, stream, *sizes)
+    if key not in _known and torch.cuda.is_current_stream_capturing():
+        # The counters' zeros would be set by this graph alone, and its pool would own the memory.
+        raise RuntimeError("run the head once on this stream before capturing it in a graph")
+    _known.add(key)
+    return _workspace(*key)
 
 
 @functools.cache
