@@ -23,7 +23,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from flashhead_dist.collectives import split_tensor_parallel
+from flashhead_dist.collectives import TensorParallel, split_tensor_parallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.workload import Request, Workload, prepare_workload
 from flashhead_dist.measure.cell import Effort
@@ -115,10 +115,14 @@ class _Run:
             )
             stack.enter_context(compute_threads(setup.threads_per_rank))
             sizes = setup.group_sizes(plan.tp_sizes, self.world.size)
-            sweep.run(split_tensor_parallel(sizes, device=setup.device))
+            places = split_tensor_parallel(sizes, device=setup.device)
+            sweep.run(places)
         with control.phase():
             if control.is_first:
-                environment |= {"hidden_states": workload.origin}
+                environment |= {
+                    "hidden_states": workload.origin,
+                    "key_exchange": _key_exchange(places),
+                }
                 self._report(sweep, folder, environment, setup.notes)
 
     def _decide(self) -> Setup:
@@ -216,6 +220,15 @@ class _Run:
                 "records": [asdict(record) for record in sweep.records],
             }
             print(json.dumps(document, allow_nan=False), flush=True)
+
+
+def _key_exchange(places: Mapping[int, TensorParallel | None]) -> dict[int, dict[str, str]]:
+    """What carries packed keys at each `tp_size`, and why."""
+    return {
+        size: {"method": str(place.exchange_method), "reason": place.exchange_reason}
+        for size, place in places.items()
+        if place is not None
+    }
 
 
 def _inputs(model: ModelSource, workload: Workload) -> Inputs:

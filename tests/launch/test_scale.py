@@ -103,7 +103,7 @@ def finished(torchrun: Starter) -> Job:
     job = torchrun(
         3,
         *SYNTHETIC,
-        *("--heads", "dense_gather,dense_local_max,flashhead", "--tp-sizes", "1,3"),
+        *("--heads", "dense_gather,dense_local_max,flashhead,flashhead_auto", "--tp-sizes", "1,3"),
         *("--batch-sizes", "1,2", "--iters", "3", "--cell-seconds", "1", "--max-states", "64"),
         "--json",
     )
@@ -119,7 +119,7 @@ def document(finished: Job) -> dict[str, Any]:
 
 def test_last_line_is_one_document_with_every_cell(document: dict[str, Any]) -> None:
     records = document["records"]
-    assert len(records) == 3 * 2 * 2
+    assert len(records) == 4 * 2 * 2
     for record in records:
         assert set(REQUIRED) <= record.keys()
         assert record["synthetic"] is True
@@ -127,7 +127,7 @@ def test_last_line_is_one_document_with_every_cell(document: dict[str, Any]) -> 
     gather = [r for r in records if r["head"] == "dense_gather" and r["tp_size"] == 3]
     assert {record["payload_bytes_per_row"] for record in gather} == {6000.0}
     cells = {(r["head"], r["tp_size"], r["batch_size"]) for r in records}
-    assert len(cells) == 12
+    assert len(cells) == 16
 
 
 def test_run_folder_is_complete_and_agrees_with_the_document(
@@ -142,9 +142,16 @@ def test_run_folder_is_complete_and_agrees_with_the_document(
         "records"
     ]
     with (folder / "summary.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 12
+        assert len(list(csv.DictReader(file))) == 16
     environment = json.loads((folder / "environment.json").read_text())
     assert environment == document["environment"]
+    exchange = {size: how["method"] for size, how in environment["key_exchange"].items()}
+    assert exchange["1"] == "none"
+    assert exchange["3"] == "gloo"
+    assert all(how["reason"] for how in environment["key_exchange"].values())
+    assert set(environment["crossovers"]) == {"1", "3"}
+    assert all("1" in found["times_us"] for found in environment["crossovers"].values())
+    assert sum(note.startswith("flashhead_auto") for note in document["notes"]) == 3
     assert folder.name.endswith(f"_{environment['machine']['host_class']}_{environment['commit']}")
 
 
