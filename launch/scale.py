@@ -201,7 +201,7 @@ class _Run:
         costs = {operation.value: asdict(cost) for operation, cost in sweep.costs.items()}
         crossovers = {size: found.as_json() for size, found in sweep.crossovers.items()}
         environment = environment | {"exchange_costs": costs, "crossovers": crossovers}
-        notes = [*notes, *crossover_notes(sweep.crossovers, sweep.records)]
+        notes = [*notes, *sweep.notes, *crossover_notes(sweep.crossovers, sweep.records)]
         write_environment(folder, environment)
         plots = not self.arguments.skip_plots
         if plots and find_spec("matplotlib") is None:

@@ -82,6 +82,8 @@ class Head(ABC):
     has_logsumexp: ClassVar[bool] = True
     scores_everything: ClassVar[bool] = False
     """Every token is a candidate, so there is no candidate mass to ask for."""
+    capturable: ClassVar[bool] = True
+    """A greedy step on CUDA never waits for the host, so a CUDA graph can hold it."""
 
     def __init__(self, tp: TensorParallel, vocab_size: int, hidden_size: int) -> None:
         self.tp = tp

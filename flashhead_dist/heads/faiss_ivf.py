@@ -28,6 +28,7 @@ class FaissIvf(Head):
 
     name: ClassVar[str] = "faiss_ivf"
     has_logsumexp: ClassVar[bool] = False
+    capturable: ClassVar[bool] = False
 
     def __init__(
         self,

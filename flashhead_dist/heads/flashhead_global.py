@@ -26,6 +26,7 @@ class FlashHeadGlobal(IndexHead):
     """Probes the `num_probes` best clusters of the whole index, wherever they lie."""
 
     name: ClassVar[str] = "flashhead_global"
+    capturable: ClassVar[bool] = False
 
     def __init__(
         self, tp: TensorParallel, shard: IndexShard, *, num_probes: int, alpha: float

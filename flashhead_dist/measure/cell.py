@@ -16,6 +16,7 @@ from flashhead_dist.collectives import Operation
 from flashhead_dist.heads.base import Head
 from flashhead_dist.measure.alone import Recording, alone_step, record_step
 from flashhead_dist.measure.control import Control
+from flashhead_dist.measure.graph import can_capture, graphed_step
 from flashhead_dist.measure.projection import ExchangeCost, projected_communication_us
 from flashhead_dist.measure.timing import (
     Latency,
@@ -86,12 +87,18 @@ def measure_cell(
         name: [record_step(head, batch) for batch in batches[:num_recordings]]
         for name, head in heads.items()
     }
+    flush = cache_flusher(any_head.tp.device)
     wall = _time_together(
-        {name: forward_step(head, batches) for name, head in heads.items()},
+        {
+            name: graphed_step(head, batches, flush)
+            if can_capture(head)
+            else forward_step(head, batches)
+            for name, head in heads.items()
+        },
         control,
         effort,
         meet=any_head.tp.barrier,
-        before_step=cache_flusher(any_head.tp.device),
+        before_step=flush,
     )
     alone = _time_alone(heads, batches, recordings, control, effort) if oversubscribed else {}
     cells: dict[str, HeadCell] = {}

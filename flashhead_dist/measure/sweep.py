@@ -28,6 +28,7 @@ from flashhead_dist.measure.cell import HeadCell, measure_cell
 from flashhead_dist.measure.control import Control
 from flashhead_dist.measure.crossover import Crossover, measure_crossover
 from flashhead_dist.measure.exchange_timing import time_exchange_costs
+from flashhead_dist.measure.graph import capture_note
 from flashhead_dist.measure.loading import gather_facts, load_heads
 from flashhead_dist.measure.memory import release_memory
 from flashhead_dist.measure.plan import Inputs, Plan
@@ -55,6 +56,7 @@ class Sweep:
     records: all records so far on rank 0, empty elsewhere.
     costs: what exchanges cost, where a projection needs it and it could be timed.
     crossovers: by tp_size, where flashhead_auto was told to change over.
+    notes: what else a reader of the records should know.
     """
 
     plan: Plan
@@ -67,6 +69,7 @@ class Sweep:
     records: list[Record] = field(default_factory=list)
     costs: dict[Operation, ExchangeCost] = field(default_factory=dict)
     crossovers: dict[int, Crossover] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def run(self, places: Mapping[int, TensorParallel | None]) -> list[Record]:
         """Measure the plan; every rank calls it.
@@ -110,6 +113,9 @@ class Sweep:
         heads, peaks = load_heads(plan, inputs, place, group, states[:1])
         self.progress.stage(f"tp {tp_size}: agreement with the dense head, {len(states)} states")
         facts = gather_facts(heads, peaks, inputs, group, states)
+        note = capture_note(list(heads.values()))
+        if note is not None and note not in self.notes:
+            self.notes.append(note)
         auto = heads.get(FlashHeadAuto.name)
         if isinstance(auto, FlashHeadAuto):
             crossover = measure_crossover(

@@ -142,7 +142,7 @@ def compute_step(work: Callable[[Tensor], object], batches: Sequence[Tensor]) ->
         return (time.perf_counter() - start_s) * 1e6, 0.0
 
     def step_on_cuda(iteration: int) -> tuple[float, float]:
-        start, stop = _timing_event(), _timing_event()
+        start, stop = timing_event(), timing_event()
         start.record()
         work(batches[iteration % len(batches)])
         stop.record()
@@ -152,7 +152,8 @@ def compute_step(work: Callable[[Tensor], object], batches: Sequence[Tensor]) ->
     return step_on_cuda if batches[0].device.type == "cuda" else step_on_cpu
 
 
-def _timing_event() -> torch.cuda.Event:
+def timing_event() -> torch.cuda.Event:
+    """A CUDA event that keeps its time."""
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 

@@ -1,0 +1,94 @@
+"""A step captured in a CUDA graph: head and exchange as a decoder replays them.
+
+Nothing is launched from Python, allocated or waited for inside a replay. Events cannot split one,
+so the step's compute is captured a second time, with recorded answers in place of the exchanges,
+and what the whole step takes beyond that is communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashhead_dist.heads.base import Head
+from flashhead_dist.measure.alone import record_step, replay_step
+from flashhead_dist.measure.timing import Step, timing_event
+
+_WARM_UPS = 3
+
+
+def can_capture(head: Head) -> bool:
+    """Whether the head's step and its exchanges work without the host."""
+    if head.tp.device.type != "cuda" or not head.capturable:
+        return False
+    return head.tp.tp_size == 1 or dist.get_backend(head.tp.group) == "nccl"
+
+
+def capture_note(heads: Sequence[Head]) -> str | None:
+    """A sentence that says which heads replay a graph; None where there is no GPU."""
+    if not any(head.tp.device.type == "cuda" for head in heads):
+        return None
+    names = {way: [h.name for h in heads if can_capture(h) is way] for way in (True, False)}
+    replayed = f"Steps of {', '.join(names[True]) or 'no head'} are replayed as CUDA graphs"
+    if not names[False]:
+        return f"{replayed}."
+    return f"{replayed}; those of {', '.join(names[False])} are launched from Python."
+
+
+def graphed_step(
+    head: Head, batches: Sequence[Tensor], flush: Callable[[], None] | None = None
+) -> Step:
+    """A step of `head` on the iteration's batch `[B, D]`; every rank of the group calls it.
+
+    flush: empties the cache between the step and its compute alone.
+
+    Raises:
+        RuntimeError: the step cannot be captured.
+    """
+    whole = CapturedWork(head.forward, batches[0])
+    alone: CapturedWork | None = None
+    if head.tp.tp_size > 1:
+        recording = record_step(head, batches[0])
+        alone = CapturedWork(lambda states: replay_step(head, states, recording), batches[0])
+
+    def step(iteration: int) -> tuple[float, float]:
+        batch = batches[iteration % len(batches)]
+        wall_us = whole.replay_us(batch)
+        if alone is None:
+            return wall_us, 0.0
+        if flush is not None:
+            flush()
+        return wall_us, max(0.0, wall_us - alone.replay_us(batch))
+
+    return step
+
+
+class CapturedWork:
+    """`work(hidden_states [B, D])` in a CUDA graph, captured on a stream that it ran on before."""
+
+    def __init__(self, work: Callable[[Tensor], object], batch: Tensor) -> None:
+        self._input = batch.clone()
+        current = torch.cuda.current_stream(batch.device)
+        stream = torch.cuda.Stream(batch.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                work(self._input)
+        stream.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
+            self._output = work(self._input)
+        current.wait_stream(stream)
+
+    def replay_us(self, batch: Tensor) -> float:
+        """Replay the graph on `batch`, whose copy into place is not timed."""
+        self._input.copy_(batch)
+        start, stop = timing_event(), timing_event()
+        start.record()
+        self._graph.replay()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) * 1e3
