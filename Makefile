@@ -2,10 +2,12 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 RANKS ?= 8
+PY ?= $(BIN)/python
+GPU_ENV := PYTHONPATH=.:kernels:topology:profiles
 # One thread a rank: torchrun would set it anyway, and say so at length.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup scale test verify verify-fidelity lint bench bench-gpu clean
+.PHONY: help setup scale test verify verify-fidelity lint bench bench-gpu check-gpu clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +43,15 @@ bench: setup ## Time the head on one CPU thread beside dense heads and the publi
 
 bench-gpu: setup ## Time the head kernels on a CUDA GPU, into docs/kernels/<GPU> (ARGS=...)
 	$(BIN)/python kernels/bench.py $(ARGS)
+
+check-gpu: ## All that only a GPU can show (ARGS=...); PY=python3 where no .venv can be made
+	$(GPU_ENV) $(PY) -m pytest -m "not real" tests/kernels tests/dist/test_measure_graph.py
+	if command -v compute-sanitizer; then \
+		$(GPU_ENV) compute-sanitizer --error-exitcode 3 $(PY) -m pytest -q \
+			tests/kernels/test_triton_head.py tests/kernels/test_triton_dense.py -k "twin or order"; \
+	else echo "compute-sanitizer is not here: SKIPPED"; fi
+	$(GPU_ENV) $(PY) kernels/stress_exchange.py
+	$(GPU_ENV) $(PY) kernels/bench.py $(ARGS)
 
 lint: setup ## Format and check
 	$(BIN)/ruff format .

@@ -216,6 +216,21 @@ def test_launches_repeat_bit_for_bit() -> None:
         assert torch.equal(again.keys, first.keys)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: programs race only there")
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_thousand_repeats_are_identical(batch: int) -> None:
+    """128 programs arrive in any order; who is last must not matter, nor what the L2 holds."""
+    shard = on_device(make_shard(128, 512, 4, 640, 4, 64, 1, torch.bfloat16))
+    states = random_states(batch, 640).to(DEVICE)
+    for launches in (1, 2):
+        first = shard.candidates(cuda, states, 16, launches=launches, need_logsumexp=True)
+        for _ in range(1000):
+            again = shard.candidates(cuda, states, 16, launches=launches, need_logsumexp=True)
+            assert torch.equal(again.keys, first.keys)
+            assert torch.equal(again.logsumexp, first.logsumexp)
+
+
 @triton.jit
 def without_complement(logits, token_ids):  # type: ignore[no-untyped-def]
     """What pack_key would be if it forgot the complement of the id."""
