@@ -69,7 +69,7 @@ _LOADS = re.compile(
 )
 _KERNELS_A_MODEL = 8
 _TABLE_WIDTH = 130
-_STRIDES = ("group_values", "group_scales", "program_words", "program_scales")
+_STRIDES = ("group_values", "group_scales", "block_words", "block_scales")
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ def group_dots(
 ):  # fmt: skip
     """`h . centroid` float32 `[BATCH_PAD, slots]` of one group, for BATCH rows from first_row.
 
-    Rows past num_rows repeat the last. words_ptr, hidden_scales_ptr: this program's own
-    memory for `quantize_hidden`.
+    Rows past num_rows repeat the last. words_ptr, hidden_scales_ptr: memory for
+    `quantize_hidden`, shared by the programs of these rows: all of them write the same there.
     """
     D: tl.constexpr = HEAD.hidden_size
     if CENTROIDS is None:
@@ -53,15 +53,14 @@ def one_launch_kernel(
     words_ptr, hidden_scales_ptr, keys_ptr, sums_ptr, counter_ptr,
     out_keys_ptr, out_logsumexp_ptr,
     alpha, inverse_temperature, softcap, seed,
-    group_values, group_scales, program_words, program_scales,
+    group_values, group_scales,
     HEAD: tl.constexpr, CENTROIDS: tl.constexpr, BATCH: tl.constexpr, BATCH_PAD: tl.constexpr,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr, LOGSUMEXP: tl.constexpr,
     PART_BLOCK: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
     """Grid `[N]`. Everything from hidden states to the rank's best keys and log-sum-exp.
 
-    group_values, group_scales: elements of `values`, `scales` a group; program_words,
-    program_scales: elements of this program's own memory.
+    group_values, group_scales: elements of `values`, `scales` a group.
     """
     M_PAD: tl.constexpr = HEAD.clusters_pad
     D: tl.constexpr = HEAD.hidden_size
@@ -71,8 +70,8 @@ def one_launch_kernel(
     dots = group_dots(
         hidden_ptr, tl.zeros([], tl.int32), BATCH, values_ptr + group.to(tl.int64) * group_values,
         scales_ptr + group.to(tl.int64) * group_scales,
-        words_ptr + group * program_words, hidden_scales_ptr + group * program_scales,
-        slots, slots < HEAD.clusters, HEAD, CENTROIDS, BATCH, BATCH_PAD, DP4A,
+        words_ptr, hidden_scales_ptr, slots, slots < HEAD.clusters,
+        HEAD, CENTROIDS, BATCH, BATCH_PAD, DP4A,
     )  # fmt: skip
     batch = tl.arange(0, BATCH_PAD)[:, None]
     for b in tl.range(0, BATCH):
@@ -97,21 +96,24 @@ def one_launch_kernel(
 @triton.jit
 def dots_kernel(
     hidden_ptr, values_ptr, scales_ptr, words_ptr, hidden_scales_ptr, dots_ptr,
-    num_rows, group_values, group_scales, program_words, program_scales,
+    num_rows, group_values, group_scales, block_words, block_scales,
     HEAD: tl.constexpr, CENTROIDS: tl.constexpr, BLOCK_M: tl.constexpr, BATCH: tl.constexpr,
     DP4A: tl.constexpr,
 ):  # fmt: skip
-    """Grid `[N, blocks of M, blocks of B]`: `h . centroid` into dots float32 `[B, N, M]`."""
+    """Grid `[N, blocks of M, blocks of B]`: `h . centroid` into dots float32 `[B, N, M]`.
+
+    block_words, block_scales: elements that `quantize_hidden` keeps for a block of B.
+    """
     M: tl.constexpr = HEAD.clusters
     group, block = tl.program_id(0), tl.program_id(1)
     first_row = tl.program_id(2) * BATCH
-    num_groups, num_blocks = tl.num_programs(0), tl.num_programs(1)
-    program = (tl.program_id(2) * num_blocks + block) * num_groups + group
+    num_groups = tl.num_programs(0)
     slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dots = group_dots(
         hidden_ptr, first_row, num_rows, values_ptr + group.to(tl.int64) * group_values,
         scales_ptr + group.to(tl.int64) * group_scales,
-        words_ptr + program * program_words, hidden_scales_ptr + program * program_scales,
+        words_ptr + tl.program_id(2) * block_words,
+        hidden_scales_ptr + tl.program_id(2) * block_scales,
         slots, slots < M, HEAD, CENTROIDS, BATCH, BATCH, DP4A,
     )  # fmt: skip
     rows = first_row + tl.arange(0, BATCH)[:, None]

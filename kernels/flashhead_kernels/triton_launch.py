@@ -101,12 +101,11 @@ class _Launch:
 
     def one(self) -> tuple[Tensor, Tensor | None]:
         rows_pad = power_of_two(self.batch)
-        space = self._workspace(programs=self.groups, rows_a_program=rows_pad, dots=0)
+        space = self._workspace(rows=rows_pad, dots=0)
         out = self._out(space, space.counters)
         one_launch_kernel[(self.groups,)](
             self.inputs.hidden_states, *self._rows(), self.values, self.scales, *self._tables(),
-            space.words, space.scales, *out, *self._scalars(),
-            *self._strides(rows_pad),
+            space.words, space.scales, *out, *self._scalars(), *self._group_strides(),
             HEAD=self.head, CENTROIDS=self.centroids, BATCH=self.batch, BATCH_PAD=rows_pad,
             **self._flags(), DP4A=not is_interpreted(), num_warps=HEAD_WARPS,
         )  # fmt: skip
@@ -117,14 +116,11 @@ class _Launch:
         rows = min(power_of_two(self.batch), MAX_BATCH_IN_ONE_LAUNCH)
         block = min(self.head.clusters_pad, _CLUSTERS_A_BLOCK)
         grid = (self.groups, triton.cdiv(clusters, block), triton.cdiv(self.batch, rows))
-        space = self._workspace(
-            programs=grid[0] * grid[1] * grid[2],
-            rows_a_program=rows,
-            dots=self.batch * self.groups * clusters,
-        )
+        space = self._workspace(rows=grid[2] * rows, dots=self.batch * self.groups * clusters)
         dots_kernel[grid](
             self.inputs.hidden_states, self.values, self.scales, space.words, space.scales,
-            space.dots, self.batch, *self._strides(rows),
+            space.dots, self.batch, *self._group_strides(),
+            rows * self.words_a_row, rows * self.scales_a_row,
             HEAD=self.head, CENTROIDS=self.centroids, BLOCK_M=block, BATCH=rows,
             DP4A=not is_interpreted(), num_warps=_DOTS_WARPS,
         )  # fmt: skip
@@ -135,11 +131,11 @@ class _Launch:
         )  # fmt: skip
         return self.keys, self.logsumexp if self.need_logsumexp else None
 
-    def _workspace(self, *, programs: int, rows_a_program: int, dots: int) -> Workspace:
+    def _workspace(self, *, rows: int, dots: int) -> Workspace:
         return workspace(
             self.keys.device,
-            words=programs * rows_a_program * self.words_a_row,
-            scales=programs * rows_a_program * self.scales_a_row,
+            words=rows * self.words_a_row,
+            scales=rows * self.scales_a_row,
             dots=dots,
             parts=self.batch * self.groups,
             best=self.head.best,
@@ -171,14 +167,9 @@ class _Launch:
         seed = 0 if final.noise is None else final.noise.seed
         return self.inputs.alpha, 1 / final.temperature, final.softcap, seed
 
-    def _strides(self, rows_a_program: int) -> tuple[int, int, int, int]:
-        """Elements of values and scales a group, and of words and scales a program."""
-        return (
-            self.values[0].numel(),
-            self.scales[0].numel(),
-            rows_a_program * self.words_a_row,
-            rows_a_program * self.scales_a_row,
-        )
+    def _group_strides(self) -> tuple[int, int]:
+        """Elements of values and scales a group."""
+        return self.values[0].numel(), self.scales[0].numel()
 
     def _flags(self) -> dict[str, Any]:
         final = self.inputs.final

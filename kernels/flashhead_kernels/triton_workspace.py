@@ -17,7 +17,7 @@ _known: set[tuple[object, ...]] = set()
 
 @dataclass(frozen=True)
 class Workspace:
-    """words int32 and scales float32: hidden states of each program, see `quantize_hidden`.
+    """words int32 and scales float32: hidden states, see `quantize_hidden`.
 
     dots: float32, centroid scores between two launches; keys int64 and sums float32: each
     program's part; counters: int32, 0 between launches.
