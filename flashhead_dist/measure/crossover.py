@@ -84,13 +84,17 @@ def measure_crossover(
 
 def crossover_notes(crossovers: Mapping[int, Crossover], records: Sequence[Record]) -> list[str]:
     """Sentences for the report: where `flashhead_auto` changes over, and what it lost by it."""
-    notes = []
+    sizes: dict[str, list[int]] = {}
     for tp_size, crossover in crossovers.items():
-        largest = max(crossover.times_us)
         where = f"from batch {crossover.scan_from} on"
         if crossover.scan_from is None:
-            where = f"at no batch size up to {largest}"
-        notes.append(f"flashhead_auto scans the whole shard {where} at tp {tp_size} (measured).")
+            where = f"at no batch size up to {max(crossover.times_us)}"
+        sizes.setdefault(where, []).append(tp_size)
+    notes = [
+        f"flashhead_auto scans the whole shard {where} at tp {', '.join(map(str, tp_sizes))} "
+        "(measured)."
+        for where, tp_sizes in sizes.items()
+    ]
     cells: dict[tuple[int, int], dict[str, float]] = {}
     for record in records:
         cells.setdefault((record.tp_size, record.batch_size), {})[record.head] = record.compute_us

@@ -169,9 +169,10 @@ def test_notes_say_where_and_what_it_cost() -> None:
         record("flashhead_auto", 1, 102.0), record("flashhead", 32, 2000.0),
         record("dense_local_max", 32, 1000.0), record("flashhead_auto", 32, 1040.0),
     ]  # fmt: skip
-    found = {1: Crossover(None, {16: (1.0, 2.0)}), 2: Crossover(20, {32: (2.0, 1.0)})}
+    never = Crossover(None, {16: (1.0, 2.0)})
+    found = {1: never, 2: Crossover(20, {32: (2.0, 1.0)}), 4: never}
     notes = crossover_notes(found, records)
-    assert "at no batch size up to 16 at tp 1" in notes[0]
+    assert "at no batch size up to 16 at tp 1, 4 (measured)" in notes[0]
     assert "from batch 20 on at tp 2" in notes[1]
     assert "at worst +4.0 % longer" in notes[2]
     assert "tp 2, batch 32" in notes[2]
