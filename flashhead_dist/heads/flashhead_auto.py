@@ -53,8 +53,7 @@ class FlashHeadAuto(FlashHead):
     def scan(self, hidden_states: Tensor, want: Want) -> Candidates:
         """This rank's candidates of `hidden_states [B, D]`, by scoring every token it holds."""
         ops, shard = ops_for(hidden_states.device), self.shard
-        rows = self._rows.flatten(0, 1)
-        tables = [(rows, self._token_ids.flatten())]
+        tables = [(self._rows.flatten(0, 1), self._token_ids.flatten())]
         if shard.pinned_token_ids.numel():
             tables.append((shard.pinned_rows.flatten(0, 1), shard.pinned_token_ids.flatten()))
         found = [

@@ -17,7 +17,7 @@ from flashhead_dist.heads.base import Want
 from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
 from flashhead_dist.measure.control import Control
 from flashhead_dist.measure.records import Record
-from flashhead_dist.measure.timing import compute_step, time_interleaved
+from flashhead_dist.measure.timing import cache_flusher, compute_step, time_interleaved
 
 _ROUNDS = 7
 _RESOLUTION = 8
@@ -130,8 +130,10 @@ def _medians_us(head: FlashHeadAuto, batches: Sequence[Tensor]) -> tuple[float, 
         "retrieve": compute_step(partial(head.retrieve, want=Want()), batches),
         "scan": compute_step(partial(head.scan, want=Want()), batches),
     }
-    time_interleaved(steps, 1, meet=lambda: None)
-    times = time_interleaved(steps, _ROUNDS, meet=lambda: None)
+    # What retrieval reads may fit a GPU's cache, what a scan reads does not.
+    flush = cache_flusher(head.tp.device)
+    time_interleaved(steps, 1, meet=lambda: None, before_step=flush)
+    times = time_interleaved(steps, _ROUNDS, meet=lambda: None, before_step=flush)
     return (
         float(np.median(times["retrieve"].wall_us)),
         float(np.median(times["scan"].wall_us)),

@@ -6,13 +6,10 @@ captured in a CUDA graph. One workspace serves one stream at a time.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-_known: set[tuple[object, ...]] = set()
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,9 @@ class Workspace:
     counters: Tensor
 
 
+_kept: dict[tuple[object, ...], Workspace] = {}
+
+
 def workspace(
     device: torch.device, *, words: int, scales: int, dots: int, parts: int, best: int, rows: int
 ) -> Workspace:
@@ -39,34 +39,19 @@ def workspace(
     Raises:
         RuntimeError: the stream is captured and has no such workspace yet.
     """
-    sizes = (words, scales, dots, parts, best, rows)
-    if device.type != "cuda":
-        return _workspace(device, 0, *sizes)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    key = (device, stream, *sizes)
-    if key not in _known and torch.cuda.is_current_stream_capturing():
-        # The counters' zeros would be set by this graph alone, and its pool would own the memory.
-        raise RuntimeError("run the head once on this stream before capturing it in a graph")
-    _known.add(key)
-    return _workspace(*key)
-
-
-@functools.cache
-def _workspace(
-    device: torch.device,
-    stream: int,
-    words: int,
-    scales: int,
-    dots: int,
-    parts: int,
-    best: int,
-    rows: int,
-) -> Workspace:
-    return Workspace(
-        words=torch.empty(words, dtype=torch.int32, device=device),
-        scales=torch.empty(scales, device=device),
-        dots=torch.empty(dots, device=device),
-        keys=torch.empty(parts * best, dtype=torch.int64, device=device),
-        sums=torch.empty(2 * parts, device=device),
-        counters=torch.zeros(rows, dtype=torch.int32, device=device),
-    )
+    on_cuda = device.type == "cuda"
+    stream = torch.cuda.current_stream(device).cuda_stream if on_cuda else 0
+    key = (device, stream, words, scales, dots, parts, best, rows)
+    if key not in _kept:
+        if on_cuda and torch.cuda.is_current_stream_capturing():
+            # The counters' zeros would be set by this graph alone, whose pool would own the memory.
+            raise RuntimeError("run the head once on this stream before capturing it in a graph")
+        _kept[key] = Workspace(
+            words=torch.empty(words, dtype=torch.int32, device=device),
+            scales=torch.empty(scales, device=device),
+            dots=torch.empty(dots, device=device),
+            keys=torch.empty(parts * best, dtype=torch.int64, device=device),
+            sums=torch.empty(2 * parts, device=device),
+            counters=torch.zeros(rows, dtype=torch.int32, device=device),
+        )
+    return _kept[key]

@@ -151,7 +151,7 @@ def test_run_folder_is_complete_and_agrees_with_the_document(
     assert all(how["reason"] for how in environment["key_exchange"].values())
     assert set(environment["crossovers"]) == {"1", "3"}
     assert all("1" in found["times_us"] for found in environment["crossovers"].values())
-    assert sum(note.startswith("flashhead_auto") for note in document["notes"]) >= 2
+    assert sum(note.startswith("flashhead_auto") for note in document["notes"]) in (2, 3)
     assert folder.name.endswith(f"_{environment['machine']['host_class']}_{environment['commit']}")
 
 
@@ -203,7 +203,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(
 
 def test_memory_of_the_compiler_is_no_head_s(document: dict[str, Any]) -> None:
     for record in document["records"]:
-        assert record["peak_bytes_per_rank"] < 45e6, record["head"]
+        assert record["peak_bytes_per_rank"] < 40e6, record["head"]
 
 
 def test_interrupt_of_one_rank_is_one_sentence_and_130(torchrun: Starter, finished: Job) -> None:
