@@ -1,0 +1,130 @@
+"""Settle a token among rows of estimates: the last logits processor of a decoding loop.
+
+Where the other processors would take a token whose logit is only its cluster's estimate, the
+cluster is opened, its rows scored exactly, and the processors run again on the better row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from flashhead_dist.integrations.transformers_head import Session
+from flashhead_dist.integrations.transformers_rows import Retrieved
+
+_NEVER = float("-inf")
+
+
+class SettleTokens(LogitsProcessor):
+    """Leaves scores whose argmax, or whose draw, is a token that was scored exactly.
+
+    Greedy: the clusters of estimates that lead are opened until a scored token leads.
+    Sampling: one draw decides between the scored tokens together and each unprobed cluster; only
+    the winner's tokens are left to the draw that follows. A cluster thus wins with its estimated
+    mass, and a token within it by its exact logit.
+    Either way, where the processors leave few tokens (no more than were scored), all of these are
+    scored first.
+    """
+
+    def __init__(self, session: Session, processors: Sequence[Any], *, one_by_one: bool) -> None:
+        """one_by_one: the rows of a forward pass come singly and in order, as in assisted decoding;
+        otherwise one call takes the last position of every sequence."""
+        self._session = session
+        self._processors: Any = LogitsProcessorList(processors)
+        self._one_by_one = one_by_one
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """scores: float32 `[B, V]`, processed; without rows waiting for them, given back."""
+        found = self._session.found
+        if found is None:
+            return scores
+        work = _Settling(self._session, found, self._take(len(scores), found), scores)
+        scores = self._score_few(work, input_ids, scores)
+        if self._session.greedy:
+            return self._settle_greedy(work, input_ids, scores)
+        return self._settle_drawn(work, input_ids, scores)
+
+    def _take(self, count: int, found: Retrieved) -> Tensor:
+        """Numbers int64 `[B]` of the rows that are settled now."""
+        session, total = self._session, len(found.hidden_states)
+        if self._one_by_one:
+            rows = torch.tensor([session.next_row])
+            session.next_row += 1
+            if session.next_row == total:
+                session.found = None
+            return rows
+        session.found = None
+        length = total // count
+        return torch.arange(length - 1, total, length)
+
+    def _again(self, work: _Settling, input_ids: Tensor) -> Tensor:
+        scores: Tensor = self._processors(input_ids, work.raw.clone())
+        return scores
+
+    def _score_few(self, work: _Settling, input_ids: Tensor, scores: Tensor) -> Tensor:
+        left = torch.isfinite(scores) & ~work.scored
+        counts = left.sum(1)
+        few = (counts > 0) & (counts <= work.found.token_ids.shape[1])
+        if not bool(few.any()):
+            return scores
+        for row in few.nonzero()[:, 0].tolist():
+            work.open(row, left[row].nonzero()[:, 0])
+        return self._again(work, input_ids)
+
+    def _settle_greedy(self, work: _Settling, input_ids: Tensor, scores: Tensor) -> Tensor:
+        while True:
+            best = scores.argmax(1, keepdim=True)
+            missed = ~work.scored.gather(1, best) & torch.isfinite(scores.gather(1, best))
+            if not bool(missed.any()):
+                return scores
+            for row in missed[:, 0].nonzero()[:, 0].tolist():
+                work.open(row, best[row])
+            scores = self._again(work, input_ids)
+
+    def _settle_drawn(self, work: _Settling, input_ids: Tensor, scores: Tensor) -> Tensor:
+        drawn = torch.multinomial(scores.softmax(-1), 1)
+        missed = ~work.scored.gather(1, drawn)[:, 0]
+        settled = scores.masked_fill(~work.scored, _NEVER)
+        if not bool(missed.any()):
+            return settled
+        opened = {row: work.open(row, drawn[row]) for row in missed.nonzero()[:, 0].tolist()}
+        again = self._again(work, input_ids)
+        for row, token_ids in opened.items():
+            values = again[row, token_ids]
+            if not bool(torch.isfinite(values).any()):
+                # A threshold passed the estimate and cuts every exact logit: it had its say.
+                values = work.raw[row, token_ids] / self._session.temperature
+                values = values.masked_fill(~torch.isfinite(scores[row, token_ids]), _NEVER)
+            settled[row] = _NEVER
+            settled[row, token_ids] = values
+        return settled
+
+
+class _Settling:
+    """Rows `[B, V]` on their way: values before the processors, and which of them are exact."""
+
+    def __init__(self, session: Session, found: Retrieved, rows: Tensor, scores: Tensor) -> None:
+        assert session.rows is not None
+        self.found = found
+        self._session = session
+        self._rows = rows.tolist()
+        self.raw = session.rows[rows].to(scores.device)
+        token_ids = found.token_ids[rows]
+        scored = token_ids.new_zeros((len(rows), self.raw.shape[1] + 1), dtype=torch.bool)
+        self.scored = scored.scatter_(1, token_ids, True)[:, :-1].to(scores.device)
+
+    def open(self, row: int, token_ids: Tensor) -> Tensor:
+        """Score the clusters of `token_ids [t]`; returns all their tokens, int64 `[s]`."""
+        rows = self._session.head.logit_rows
+        places = token_ids.to(self.found.token_ids.device)
+        clusters = torch.unique(rows.cluster_of_token[places])
+        temperature = None if self._session.greedy else self._session.temperature
+        tokens, logits = rows.open_clusters(self.found, self._rows[row], clusters, temperature)
+        tokens = tokens.to(self.raw.device)
+        self.raw[row, tokens] = logits.to(self.raw.device)
+        self.scored[row, tokens] = True
+        return tokens

@@ -1,0 +1,54 @@
+"""What a model does with logits after its output head, found by asking it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashhead_dist.errors import UserError
+from flashhead_kernels.logits import FinalLogits
+
+
+@torch.no_grad()
+def measure_final_logits(model: Any, linear: nn.Linear) -> FinalLogits:
+    """Soft-capping and scale between `linear`, the model's output head, and `model(...).logits`.
+
+    One forward pass of one token, in which known values stand for the head's. The cap is the
+    config's `final_logit_softcapping` (Gemma 2); what is left must be one factor (Cohere, Granite).
+
+    Raises:
+        UserError: the head is not used once, on last hidden states, or anything else is done.
+    """
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    asked = torch.linspace(-50.0, 50.0, linear.out_features)
+    inputs: list[tuple[int, ...]] = []
+
+    def answer(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        inputs.append(tuple(given[0].shape))
+        return asked.to(output.device).expand(output.shape)
+
+    handle = linear.register_forward_hook(answer)
+    training = model.training
+    model.eval()
+    if cap is not None:
+        config.final_logit_softcapping = None
+    try:
+        token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+        said = model(input_ids=token, use_cache=False).logits.float().cpu().reshape(-1)
+    finally:
+        handle.remove()
+        model.train(training)
+        if cap is not None:
+            config.final_logit_softcapping = cap
+    factor = float(said[-1] / asked[-1]) if len(said) == len(asked) else 0.0
+    is_plain = inputs == [(1, 1, linear.in_features)] and factor > 0
+    if not is_plain or not torch.allclose(said, factor * asked, rtol=1e-2, atol=1e-4):
+        raise UserError(
+            f"{type(model).__name__} does more with its output head's logits than scale or "
+            "soft-cap them, which a retrieval head cannot follow: keep its own head"
+        )
+    near_one = abs(factor - 1) < 1e-2
+    return FinalLogits(softcap=cap or 0.0, temperature=1.0 if near_one else 1 / factor)
