@@ -45,7 +45,7 @@ def flashhead_candidates(
 ) -> Candidates:
     """See `reference.flashhead_candidates`.
 
-    launches: 1 or 2; where None, one where it can serve the shape.
+    launches: 1 or 2; where None, whichever was measured to be faster (`launch_choice`).
 
     Raises:
         ValueError: as the reference does; one launch for a shape that it cannot serve.

@@ -9,7 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
+from flashhead_kernels import launch_choice
 from flashhead_kernels.candidates import Candidates
+from flashhead_kernels.launch_choice import LaunchCase
 from flashhead_kernels.logits import FinalLogits, OutputBias
 from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.triton_head import candidates_kernel, dots_kernel, one_launch_kernel
@@ -51,7 +53,7 @@ def launch_head(
 ) -> Candidates:
     """The k (at most MAX_BEST) best keys of at least one row over at least one group.
 
-    launches: 1, 2, or None for one where that can serve the shape.
+    launches: 1, 2, or None for what `launch_choice` has measured to be faster.
 
     Raises:
         ValueError: one launch for a shape that it cannot serve.
@@ -68,7 +70,12 @@ def launch_head(
             f"one launch cannot serve a batch of {batch} and groups of {clusters} clusters: use two"
         )
     launch = _Launch(inputs, head, centroids, groups, batch, need_logsumexp)
-    keys, logsumexp = launch.one() if one and launches != 2 else launch.two()
+    if not one:
+        launches = 2
+    elif launches is None:
+        device = inputs.hidden_states.device
+        launches = launch_choice.table.choose(launch.case(), launch.one, launch.two, device)
+    keys, logsumexp = launch.one() if launches == 1 else launch.two()
     return Candidates(keys[:, :k], logsumexp)
 
 
@@ -98,6 +105,23 @@ class _Launch:
         self.scales = values if scales is None else scales
         self.words_a_row = 2 * centroids.groups * centroids.words if centroids else 0
         self.scales_a_row = 2 * centroids.groups if centroids else 0
+
+    def case(self) -> LaunchCase:
+        """What decides between `one` and `two`."""
+        inputs, final = self.inputs, self.inputs.final
+        return LaunchCase(
+            device=launch_choice.device_name(self.keys.device),
+            groups=self.groups,
+            batch=self.batch,
+            rows=str(inputs.rows.dtype),
+            hidden=str(inputs.hidden_states.dtype),
+            bias=inputs.bias is not None,
+            softcap=final.softcap > 0,
+            sample=final.noise is not None,
+            logsumexp=self.need_logsumexp,
+            head=self.head,
+            centroids=self.centroids,
+        )
 
     def one(self) -> tuple[Tensor, Tensor | None]:
         rows_pad = power_of_two(self.batch)
