@@ -4,9 +4,10 @@
     python kernels/resources.py --capability 80 --json
 
 Registers and stack of a thread (stack above 0: registers were spilled), shared memory of a program
-in bytes, integer dot products (dp4a) and 16-byte loads in its PTX. Shapes are those of the default
+in bytes; in its PTX integer dot products (dp4a), 16-byte loads and fused multiply-adds (fma: none
+where centroids are scored, so that every kernel scores them alike). Shapes are those of the default
 index of each model (4 tokens a cluster, 128 groups, int4 with a scale per 64 columns, one candidate
-in 32 rows), greedy and without log-sum-exp unless it says so.
+in 32 rows), greedy and without log-sum-exp unless it says so; the exchange's for 256 keys.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashhead_kernels import triton_dense, triton_head
+from flashhead_kernels import triton_dense, triton_exchange, triton_head
+from flashhead_kernels.exchange_layout import padded
 from flashhead_kernels.quantize import TILE
 from flashhead_kernels.triton_dense_launch import dense_blocks
 from flashhead_kernels.triton_shapes import (
@@ -61,13 +63,15 @@ _POINTERS = {
     "pinned_bias_ptr": "*fp32", "positions_ptr": "*i32", "words_ptr": "*i32",
     "hidden_scales_ptr": "*fp32", "dots_ptr": "*fp32", "keys_ptr": "*i64", "sums_ptr": "*fp32",
     "counter_ptr": "*i32", "counters_ptr": "*i32", "out_keys_ptr": "*i64",
-    "out_logsumexp_ptr": "*fp32",
+    "out_logsumexp_ptr": "*fp32", "out_ptr": "*i64", "addresses_ptr": "*i64", "epoch_ptr": "*i64",
 }  # fmt: skip
 _FLOATS = ("alpha", "inverse_temperature", "softcap")
 _LOADS = re.compile(
     r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)|cp\.async\.cg\.shared\.global [^;]*0x10"
 )
 _KERNELS_A_MODEL = 8
+_EXCHANGE_RANKS = (2, 4, 8)
+_EXCHANGE_KEYS = 256
 _TABLE_WIDTH = 130
 _STRIDES = ("group_values", "group_scales", "block_words", "block_scales")
 
@@ -84,6 +88,7 @@ class Resources:
     shared_bytes: int
     dp4a: int
     loads_of_16_bytes: int
+    fma: int
 
 
 def compile_kernel(
@@ -95,7 +100,8 @@ def compile_kernel(
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(names)
-        if name in _POINTERS or name in _STRIDES
+        if (name in _POINTERS or name in _STRIDES)
+        and not function.params[place].do_not_specialize_on_alignment
     }
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(
@@ -112,6 +118,7 @@ def compile_kernel(
         shared_bytes=int(compiled.metadata.shared),
         dp4a=len(re.findall(r"\bdp4a\.", ptx)),
         loads_of_16_bytes=len(_LOADS.findall(ptx)),
+        fma=len(re.findall(r"\bfma\.rn", ptx)),
     )
 
 
@@ -153,7 +160,7 @@ def head_shapes(vocab_size: int, hidden_size: int, k: int = 1) -> tuple[HeadShap
 
 
 def every_kernel(models: Sequence[str], capability: int) -> Iterator[Resources]:
-    """Compile all kernels for `models`."""
+    """Compile all head kernels for `models`, and the exchange, which knows no model."""
     greedy = {"BIAS": False, "SOFTCAP": False, "SAMPLE": False, "LOGSUMEXP": False}
     whole = {"BIAS": True, "SOFTCAP": True, "SAMPLE": True, "LOGSUMEXP": True}
     for model in models:
@@ -184,6 +191,15 @@ def every_kernel(models: Sequence[str], capability: int) -> Iterator[Resources]:
             dense |= {"PART_BLOCK": 512, "UPCAST": False, "TABLE": False}
             what = f"{model}, batch {batch}"
             yield compile_kernel(triton_dense.dense_kernel, dense, what, 4, capability)
+    for ranks in _EXCHANGE_RANKS:
+        exchange = {"TP_SIZE": ranks, "TP_PADDED": padded(ranks), "CAPACITY": _EXCHANGE_KEYS}
+        yield compile_kernel(
+            triton_exchange.exchange_kernel,
+            exchange,
+            f"{ranks} ranks",
+            triton_exchange.NUM_WARPS,
+            capability,
+        )
 
 
 def _print(found: Sequence[Resources], markdown: bool) -> None:
@@ -216,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         track(
             every_kernel(models, arguments.capability),
             "compiling",
-            total=_KERNELS_A_MODEL * len(models),
+            total=_KERNELS_A_MODEL * len(models) + len(_EXCHANGE_RANKS),
             console=Console(stderr=True),
             transient=True,
         )

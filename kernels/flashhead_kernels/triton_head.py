@@ -3,7 +3,7 @@
 One launch: a program is a probing group and serves all rows of a small batch, so that it reads each
 centroid once. Two launches: the centroids of a group are spread over programs, and a program of the
 second launch is a group and a row, so that more programs share the work. Both run the same code on
-the same blocks, and give the same bits.
+the same blocks, and with integer centroids give the same bits.
 """
 
 from __future__ import annotations

@@ -40,6 +40,22 @@ def _dp4a(a, b, accumulated):
 
 
 @triton.jit
+def rounded_product(a, b, COMPILED: tl.constexpr):
+    """`a * b` in float32, rounded before anything is added to it.
+
+    Left to itself the compiler fuses some products into the sum behind them, and which ones depends
+    on the layout that it gives a kernel. PTX never fuses a product with a rounding modifier.
+    """
+    if COMPILED:
+        product = tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
+        )
+    else:
+        product = a * b
+    return product
+
+
+@triton.jit
 def dot_words(weights, hidden, BITS: tl.constexpr, WIDTH: tl.constexpr, DP4A: tl.constexpr):
     """Sum of products of the integers packed in each pair of words, int32.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashhead_kernels.triton_pieces import dot_words, round_to_int8
+from flashhead_kernels.triton_pieces import dot_words, round_to_int8, rounded_product
 
 
 @triton.jit
@@ -70,6 +70,9 @@ def integer_dots(
 ):  # fmt: skip
     """`h . centroid` float32 `[BATCH_PAD, slots]` for clusters `slots` (int32, whole tiles).
 
+    Sums of integers are exact, floats are added in a fixed order, and no product is fused into a
+    sum: every kernel gives the same bits, however its program is laid out.
+
     values_ptr, scales_ptr: those of one probing group; words_ptr, hidden_scales_ptr: see
     `quantize_hidden`, at the first row of BATCH.
     """
@@ -112,7 +115,7 @@ def integer_dots(
                 offset = tl.load(hidden_scale + groups, mask=group < groups, other=0.0)
             factor = tl.load(hidden_scale, mask=group < groups, other=0.0)
             integer = tl.sum(products, 2).to(tl.float32) - offset[None, :]
-            part = tl.sum(integer * (scale * factor[None, :]), 1)
+            part = tl.sum(rounded_product(integer, scale * factor[None, :], DP4A), 1)
             dots += tl.where(batch == b, part[None, :], 0.0)
     return dots
 
@@ -122,7 +125,10 @@ def float_dots(
     values_ptr, hidden_ptr, first_row, num_rows, slots, real_slots,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BATCH: tl.constexpr, BATCH_PAD: tl.constexpr,
 ):  # fmt: skip
-    """`h . centroid` float32 `[BATCH_PAD, slots]` of 16-bit centroids of one probing group."""
+    """`h . centroid` float32 `[BATCH_PAD, slots]` of 16-bit centroids of one probing group.
+
+    The order of its sums over columns is the compiler's: kernels may differ in the last bit.
+    """
     batch = tl.arange(0, BATCH_PAD)[:, None]
     dots = tl.zeros([BATCH_PAD, slots.shape[0]], tl.float32)
     for first in tl.range(0, D, BLOCK_D):
