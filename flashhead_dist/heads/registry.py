@@ -19,6 +19,7 @@ from flashhead_dist.heads.faiss_ivf import FaissIvf
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated, IndexHead
 from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
 from flashhead_dist.heads.flashhead_global import FlashHeadGlobal
+from flashhead_dist.heads.kept_launches import keep_launches
 from flashhead_dist.index import IndexManifest, IndexShard, load_manifest, load_shard
 from flashhead_dist.model_source import ModelSource, cache_root
 from flashhead_kernels.cpu_memory import empty_on_large_pages
@@ -80,6 +81,8 @@ class HeadBuilder:
         self.index_dir = index_dir
         self.dtype = dtype or model.dtype
         self.device = torch.device(device)
+        if self.device.type == "cuda":
+            keep_launches()
 
     def build(
         self, name: str, *, num_probes: int | None = None, alpha: float | None = None
