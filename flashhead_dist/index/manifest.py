@@ -17,6 +17,7 @@ from flashhead_dist.index.options import HeadIndexError
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 DATA_NAME = "index.safetensors"
+_USUAL_CURVATURE = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,14 @@ class IndexManifest:
     def clusters_per_group(self) -> int:
         """M."""
         return self.num_clusters // self.num_groups
+
+    @property
+    def curvature(self) -> float:
+        """How much of `|h|^2 spread^2` is the variance of a cluster's logits around their mean.
+
+        Calibrated when the index is built; an index without it has that of the default index.
+        """
+        return float(self.calibration.get("curvature", _USUAL_CURVATURE))
 
     @property
     def index_hash(self) -> str:

@@ -4,13 +4,14 @@
 
 Soft-capping is Gemma 2's (arXiv 2408.00118, section 2). The greatest final logit with Gumbel noise
 is a sample from the softmax of those without (Gumbel-max, Maddison et al., arXiv 1411.0030). The
-noise is counter-based, keyed by (seed, position, token id), and so does not depend on who scores a
-token.
+noise is counter-based, keyed by (seed, sequence, position, token id), and so does not depend on who
+scores a token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -19,14 +20,28 @@ _PHILOX_ROUNDS = 10
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
+NEVER_ONE = 1 - 2**-24
+"""Greatest float32 below 1."""
+
+
+class Domain(IntEnum):
+    """What noise is for: the last counter word, so that no two uses share a draw."""
+
+    TOKEN = 0
+    GROUP = 1
+    CLUSTER = 2
 
 
 @dataclass(frozen=True)
 class GumbelNoise:
-    """seed: int; positions: int32 `[B]`, the place of each row's token in its text."""
+    """seed: int; positions: int32 or int64 `[B]`, the place of each row's token in its text.
+
+    sequences: the number of each row's text, as positions; None: 0 for all.
+    """
 
     seed: int
     positions: Tensor
+    sequences: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,18 +98,23 @@ class FinalLogits:
 PLAIN = FinalLogits()
 
 
-def gumbel(noise: GumbelNoise, token_ids: Tensor) -> Tensor:
+def gumbel(noise: GumbelNoise, token_ids: Tensor, domain: Domain = Domain.TOKEN) -> Tensor:
     """Gumbel noise float32 `[B, n]` of `token_ids [B, n]`; a pad's is as good as any.
 
-    Philox4x32-10 (Salmon et al., 2011) with the seed as key and (token id, position, 0, 0) as
-    counter; the uniform is `(first word >> 8) + 1/2` over 2^24, never 0 nor 1.
+    Philox4x32-10 (Salmon et al., 2011) with the seed as key and (token id, position, sequence,
+    domain) as counter. With the first word w, the noise is `-log(-log(1 - v))` for
+    `v = (2^32 - 1/2 - w) / 2^32`: v is small where the noise is great, and there float32 holds it
+    to 24 bits, so that a token of probability 1e-9 comes about as often as it should (a uniform
+    near 1 would end at 2^-24, and at infinity where it rounds to 1). Between -2.81 and 22.88.
     """
     ids = token_ids.to(torch.int64) & _WORD
     positions = noise.positions.to(torch.int64).unsqueeze(1).expand(ids.shape) & _WORD
-    zeros = torch.zeros_like(ids)
-    word = _philox(noise.seed, ids, positions, zeros, zeros)
-    uniform = ((word >> 8).float() + 0.5) * (1 / 16777216)
-    return -torch.log(-torch.log(uniform))
+    sequences = torch.zeros_like(positions)
+    if noise.sequences is not None:
+        sequences = noise.sequences.to(torch.int64).unsqueeze(1).expand(ids.shape) & _WORD
+    word = _philox(noise.seed, ids, positions, sequences, torch.full_like(ids, domain))
+    v = (((word ^ _WORD).float() + 0.5) * 2**-32).clamp(max=NEVER_ONE)
+    return -torch.log(-torch.log1p(-v))
 
 
 def _philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Tensor:

@@ -1,0 +1,233 @@
+"""The distribution that a head samples from, over the whole vocabulary, in closed form.
+
+    P(t) = exp(l_t / T) / Z                                           t scored exactly
+    P(t) = exp(m_c) / Z * exp(l_t / T) / sum over c of exp(l / T)     t in an unprobed cluster c
+    Z    = sum of exp(l_t / T) over scored tokens + sum of exp(m_c) over unprobed clusters
+
+with l_t the logit of t and m_c the estimated log mass of cluster c (`flashhead_kernels.sampling`).
+It sums to 1 by construction, whatever the estimates are. A draw is a maximum (Gumbel-max, Maddison
+et al., arXiv 1411.0030, applied level by level as in Kool et al., arXiv 1903.06059): scored tokens
+and probing groups compete with noise of their own, the group that wins draws a cluster, and the
+cluster is opened: its rows are scored, and the token drawn among them. A dense head scores every
+token, so there the same code gives the softmax.
+
+Letters: `B` rows, `R` scored tokens, `N` groups of `M` clusters of `S` tokens, `n` draws; all of
+one rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from flashhead_dist.errors import UserError
+from flashhead_dist.heads.base import Head, Want
+from flashhead_dist.heads.dense import DenseLocalMax
+from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated
+from flashhead_dist.index import IndexShard
+from flashhead_kernels import cpu_sampling, sampling
+from flashhead_kernels.dispatch import ops_for
+from flashhead_kernels.keys import pack_keys, unpack_keys
+from flashhead_kernels.logits import FinalLogits, GumbelNoise
+
+SAMPLING_HEADS = (FlashHead.name, FlashHeadReplicated.name, DenseLocalMax.name)
+_OPEN_ROWS = 1 << 15
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """One rank's part of the distribution of `hidden_states [B, D]`.
+
+    final: soft-capping and temperature. logits: final logits float32 `[B, R]` of scored tokens,
+    -inf for a pad; token_ids: int32 `[B, R]`, or `[1, R]` where all rows have the same. log_mass:
+    m_c, float32 `[B, N, M]`, -inf where scored; group_log_mass: float32 `[B, N]`. shard: where the
+    clusters' rows are; None for a dense head, which has no clusters.
+    """
+
+    hidden_states: Tensor
+    final: FinalLogits
+    logits: Tensor
+    token_ids: Tensor
+    log_mass: Tensor
+    group_log_mass: Tensor
+    shard: IndexShard | None
+
+    def log_normalizer(self) -> Tensor:
+        """This rank's part of log Z, float64 `[B]`."""
+        parts = torch.cat([self.logits, self.group_log_mass], dim=1)
+        return parts.double().logsumexp(1)
+
+    def draw(self, noise: GumbelNoise, row_of_draw: Tensor | None = None) -> Tensor:
+        """This rank's best key int64 `[n]` of every draw; the greatest over the ranks is the token.
+
+        row_of_draw: int64 `[n]`, which of the B rows each draw is from; None: one from each.
+        noise: positions (and sequences) of the n draws.
+        """
+        ops = sampling_ops(self.hidden_states.device)
+        if row_of_draw is None:
+            row_of_draw = torch.arange(len(self.logits), device=self.logits.device)
+        keys = cast(Tensor, ops.draw_candidates(self.logits, self.token_ids, row_of_draw, noise))
+        if self.shard is None:
+            return keys
+        value, cluster = ops.draw_clusters(
+            self.log_mass, self.group_log_mass, self.shard.group_ids, row_of_draw, noise
+        )
+        # Only a group that may win is opened: the candidates' best noisy logit is in their key.
+        wins = (value >= unpack_keys(keys)[0]) & (value > float("-inf"))
+        draws = wins.nonzero()[:, 0]
+        if len(draws) == 0:
+            return keys
+        logits, ids = self.open(row_of_draw[draws], cluster[draws])
+        # The tokens' own noise: unused so far, and the noise that a dense head's draw has.
+        token_noise = ops.gumbel(_rows_of(noise, draws), ids)
+        noisy = (logits + token_noise).masked_fill(ids < 0, float("-inf"))
+        tokens = ids.gather(1, noisy.argmax(1, keepdim=True))[:, 0]
+        opened = pack_keys(value[draws], tokens)
+        return keys.index_copy(0, draws, torch.maximum(keys[draws], opened))
+
+    def open(self, rows: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor]:
+        """Final logits float32 `[n, S]` and token ids int64 `[n, S]` (-1 pad) of a cluster each.
+
+        rows: int64 `[n]`, of the B; clusters: int64 `[n]`, counted through this rank's groups.
+        """
+        assert self.shard is not None
+        table = self.shard.rows.flatten(0, 1)
+        hidden = self.hidden_states[rows]
+        ops = ops_for(hidden.device)
+        logits = ops.score_rows(hidden, table, clusters.to(torch.int32).unsqueeze(1))[:, 0]
+        ids = self.shard.token_ids.flatten(0, 1)[clusters].long()
+        final = sampling_ops(hidden.device).final_logits(logits, self.final)
+        return final.masked_fill(ids < 0, float("-inf")), ids
+
+    def token_log_mass(self, token_ids: Tensor) -> Tensor:
+        """log(P(t) Z) float64 `[B]` of a token of each row; -inf where another rank holds it."""
+        if self.shard is None:
+            place = token_ids - int(self.token_ids[0, 0])
+            owned = (place >= 0) & (place < self.logits.shape[1])
+            found = self.logits.gather(1, torch.where(owned, place, 0).unsqueeze(1))[:, 0]
+            return found.double().masked_fill(~owned, float("-inf"))
+        rank, place = self.shard.token_location(token_ids)
+        owned = rank == self.shard.tp_rank
+        clusters, size = self.shard.token_ids.flatten(0, 1).shape
+        pinned = place >= clusters * size
+        result = torch.full(token_ids.shape, float("-inf"), dtype=torch.float64)
+        result = result.to(token_ids.device)
+        rows = (owned & ~pinned).nonzero()[:, 0]
+        if len(rows):
+            home = place[rows] // size
+            logits, _ = self.open(rows, home)
+            own = logits.gather(1, (place[rows] % size).unsqueeze(1))[:, 0].double()
+            mass = self.log_mass.flatten(1)[rows, home].double()
+            share = mass + own - logits.double().logsumexp(1)
+            result[rows] = torch.where(mass == float("-inf"), own, share)
+        if bool((owned & pinned).any()):
+            of_token = self.token_ids == token_ids.unsqueeze(1)
+            exact = self.logits.masked_fill(~of_token, float("-inf")).amax(1).double()
+            result = torch.where(owned & pinned, exact, result)
+        return result
+
+    def unnormalized(self, *, flat: bool = False) -> Tensor:
+        """log(P(t) Z) float32 `[B, V]` of every token this rank holds, -inf for the others.
+
+        At tp_size 1 its log-softmax is the closed form; at temperature 1 a scored token's number is
+        its logit. Reads every row: as dear as a dense head. With `flat`, clusters stay shut and
+        share their mass evenly over their tokens: cheap, right for every scored token and for every
+        cluster as a whole, but not for a token of an unprobed cluster.
+        """
+        batch = len(self.logits)
+        size = int(self.token_ids.max()) + 1
+        if self.shard is not None:
+            size = self.shard.manifest.vocab_size
+        # Pads go to a column of their own.
+        full = self.logits.new_full((batch, size + 1), float("-inf"))
+        if self.shard is not None:
+            self._fill_clusters(full, flat=flat)
+        ids = torch.where(self.token_ids < 0, size, self.token_ids.long()).expand(batch, -1)
+        full.scatter_(1, ids, self.logits)
+        return full[:, :size]
+
+    def _fill_clusters(self, full: Tensor, *, flat: bool) -> None:
+        assert self.shard is not None
+        ids = self.shard.token_ids.flatten(0, 1).long()  # [K, S]
+        pad = full.shape[1] - 1
+        columns = torch.where(ids < 0, pad, ids)
+        mass = self.log_mass.flatten(1)
+        if flat:
+            even = mass - (ids >= 0).sum(1).clamp(min=1).log()
+            full[:, columns.flatten()] = even.repeat_interleave(ids.shape[1], dim=1)
+            return
+        chunk = max(1, _OPEN_ROWS // ids.shape[1])
+        for row in range(len(full)):
+            shut = (mass[row] > float("-inf")).nonzero()[:, 0]
+            for part in torch.split(shut, chunk):
+                logits, _ = self.open(torch.full_like(part, row), part)
+                share = mass[row, part].unsqueeze(1) + logits.log_softmax(1)
+                full[row, columns[part].flatten()] = share.flatten()
+        full[:, pad] = float("-inf")
+
+
+def closed_form(
+    head: Head, hidden_states: Tensor, *, temperature: float = 1.0, softcap: float = 0.0
+) -> ClosedForm:
+    """This rank's part of the distribution that `head` samples `hidden_states [B, D]` from.
+
+    softcap: of the model's final logits; 0 for none.
+
+    Raises:
+        UserError: a head that does not sample, a temperature not above 0, states that do not fit.
+    """
+    require_sampling_head(head)
+    head.check(hidden_states, Want())
+    try:
+        final = FinalLogits(softcap=softcap, temperature=temperature)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    ops = sampling_ops(hidden_states.device)
+    if isinstance(head, DenseLocalMax):
+        scores = ops.dense_scores(hidden_states, head.weight, head.shard.start)
+        logits = ops.final_logits(scores.logits, final)
+        groups = scores.means.flatten(1)
+        return ClosedForm(
+            hidden_states, final, logits, scores.token_ids, scores.means, groups, None
+        )
+    assert isinstance(head, FlashHead)
+    shard = head.shard
+    scores = ops.local_scores(
+        hidden_states, shard.rows, shard.token_ids, shard.centroids, shard.spread, head.alpha,
+        -(-head.num_probes // head.num_groups), shard.pinned_rows, shard.pinned_token_ids,
+    )  # fmt: skip
+    mass = ops.cluster_log_mass(
+        hidden_states,
+        scores.means,
+        (shard.token_ids >= 0).sum(2),
+        shard.spread,
+        shard.manifest.curvature,
+        final,
+    )
+    logits = ops.final_logits(scores.logits, final)
+    return ClosedForm(
+        hidden_states, final, logits, scores.token_ids, mass, ops.group_log_mass(mass), shard
+    )
+
+
+def require_sampling_head(head: Head) -> None:
+    """Raise UserError unless the head's distribution has a closed form."""
+    if head.name not in SAMPLING_HEADS:
+        raise UserError(
+            f"head {head.name} does not sample: choose one of {', '.join(SAMPLING_HEADS)}, or "
+            f"temperature 0 for the best token"
+        )
+
+
+def sampling_ops(device: torch.device) -> ModuleType:
+    """`flashhead_kernels.cpu_sampling`, or plain torch on any other device."""
+    return cpu_sampling if device.type == "cpu" else sampling
+
+
+def _rows_of(noise: GumbelNoise, rows: Tensor) -> GumbelNoise:
+    sequences = None if noise.sequences is None else noise.sequences[rows]
+    return GumbelNoise(noise.seed, noise.positions[rows], sequences)

@@ -1,0 +1,261 @@
+"""Choosing tokens by chance, the same ones on every rank and at every tp_size.
+
+A draw is the greatest of logits with Gumbel noise, and the noise is counter-based (Philox), keyed
+by (seed, sequence, position, token id): who scores a token does not matter, and a dense head and a
+retrieval head that see the same hidden state draw the same token wherever the winner is among the
+tokens that retrieval scored. `heads.closed_form` says what is drawn from.
+
+What goes over the wire, a row:
+    temperature      one maximum of 8 bytes
+    + top-k          one gather of 8 k bytes a rank; exact over the scored tokens
+    + top-p          a gather of 8 n bytes a rank, n = 64 or as many as the nucleus needs, and a sum
+                     of 8 bytes; see `heads.nucleus`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from flashhead_dist.collectives import Exchange, Operation, Steps
+from flashhead_dist.errors import UserError
+from flashhead_dist.heads.base import Head, Want
+from flashhead_dist.heads.closed_form import (
+    ClosedForm,
+    closed_form,
+    require_sampling_head,
+    sampling_ops,
+)
+from flashhead_dist.heads.emulated import EmulatedHead, run_in_lock_step
+from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated
+from flashhead_dist.heads.nucleus import draw_from_nucleus, within_mass
+from flashhead_kernels.keys import unpack_keys
+from flashhead_kernels.logits import FinalLogits, GumbelNoise
+
+T = TypeVar("T")
+_WORDS = 1 << 32
+_SEEDS = 1 << 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParameters:
+    """How a token is chosen.
+
+    Top-k acts before top-p, which then cuts among the k; without top-k it cuts the whole
+    vocabulary. Both act on the distribution at `temperature`, as in transformers and vLLM.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    temperature: float = 0.0
+    """0: the best token. Otherwise logits are divided by it."""
+    top_k: int = 0
+    """Only the k best tokens; exactly k, ties going to the smaller id. 0: all."""
+    top_p: float = 1.0
+    """Only the fewest best tokens whose probabilities reach this sum. 1: all."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(
+                f"temperature {self.temperature} must be finite and not below 0: 0 takes the best "
+                f"token, 1 is the model's own distribution"
+            )
+        if self.top_k < 0:
+            raise UserError(f"top_k {self.top_k} is below 0: give a number of tokens, or 0 for all")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} must lie above 0 and not above 1; 1 cuts nothing")
+        if not 0 <= self.seed < _SEEDS:
+            raise UserError(f"seed {self.seed} must lie between 0 and 2^64 - 1")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether chance has no part."""
+        return self.temperature == 0
+
+
+def choose_tokens(
+    head: Head | EmulatedHead,
+    hidden_states: Tensor,
+    positions: Tensor,
+    sequences: Tensor,
+    parameters: SamplingParameters,
+    *,
+    softcap: float = 0.0,
+) -> Tensor:
+    """The next token int64 `[B]` of each row, the same on every rank and for every tp_size.
+
+    hidden_states: `[B, D]`. positions: int64 `[B]`, how many tokens stand before the one to be
+    drawn in its own text; sequences: int64 `[B]`, the number of that text. The two, each below
+    2^32, key the noise: a pair that comes twice draws with the same noise twice. softcap: of the
+    model's final logits, 0 for none.
+
+    Temperature 0 works for every head.
+
+    Raises:
+        UserError: a head that does not sample, more top-k tokens than the head scores, positions
+            or sequences that do not fit, and what `Head.forward` refuses.
+    """
+    return _run(
+        head,
+        lambda rank: sampling_steps(
+            rank, hidden_states, positions, sequences, parameters, softcap=softcap
+        ),
+    )
+
+
+def token_log_probs(
+    head: Head | EmulatedHead,
+    hidden_states: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """log P of `token_ids` int64 `[B]`, one for each row of `hidden_states [B, D]`: float32 `[B]`.
+
+    In closed form (see `heads.closed_form`), for any token of the vocabulary, scored or not;
+    normalised over the vocabulary. Across tp_size equal within float32 rounding. One gather of 16
+    bytes a rank and row.
+
+    Raises:
+        UserError: a head that does not sample, ids outside the vocabulary, a temperature not above
+            0, and what `Head.forward` refuses.
+    """
+    vocab_size = head.vocab_size
+    if token_ids.shape != hidden_states.shape[:1]:
+        raise UserError(
+            f"token ids of shape {tuple(token_ids.shape)} do not fit {len(hidden_states)} hidden "
+            f"states: give one for each"
+        )
+    if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size:
+        raise UserError(f"token ids must lie between 0 and {vocab_size - 1}: give others")
+    return _run(
+        head,
+        lambda rank: _log_prob_steps(rank, hidden_states, token_ids, temperature, softcap),
+    )
+
+
+def sampling_steps(
+    head: Head,
+    hidden_states: Tensor,
+    positions: Tensor,
+    sequences: Tensor,
+    parameters: SamplingParameters,
+    *,
+    softcap: float = 0.0,
+) -> Steps[Tensor]:
+    """One rank's part of `choose_tokens`, whose arguments these are."""
+    head.check(hidden_states, Want(k=max(1, parameters.top_k)))
+    noise = _noise(parameters.seed, positions, sequences, hidden_states)
+    if not parameters.is_greedy:
+        require_sampling_head(head)
+        _check_top_k(head, parameters.top_k)
+    if len(hidden_states) == 0:
+        return torch.empty(0, dtype=torch.int64, device=hidden_states.device)
+    if parameters.is_greedy:
+        output = yield from head.steps(hidden_states, Want())
+        return output.token_ids[:, 0]
+    if parameters.top_k:
+        return (yield from _top_k_steps(head, hidden_states, noise, parameters, softcap))
+    form = closed_form(head, hidden_states, temperature=parameters.temperature, softcap=softcap)
+    if parameters.top_p < 1:
+        steps = draw_from_nucleus(form, noise, parameters.top_p)
+        return (yield from steps) if _shares(head) else _alone(steps)
+    keys = form.draw(noise)
+    if _shares(head):
+        keys = (yield Exchange(Operation.MAX, keys.unsqueeze(1)))[:, 0]
+    return unpack_keys(keys)[1]
+
+
+def _top_k_steps(
+    head: Head,
+    hidden_states: Tensor,
+    noise: GumbelNoise,
+    parameters: SamplingParameters,
+    softcap: float,
+) -> Steps[Tensor]:
+    """Every rank knows the k best and draws among them: no further exchange."""
+    best = yield from head.steps(hidden_states, Want(k=parameters.top_k))
+    final = FinalLogits(softcap=softcap, temperature=parameters.temperature)
+    ops = sampling_ops(hidden_states.device)
+    logits = ops.final_logits(best.logits, final)
+    if parameters.top_p < 1:
+        kept = within_mass(logits, parameters.top_p)
+        logits = logits.masked_fill(~kept, float("-inf"))
+    noisy = logits + ops.gumbel(noise, best.token_ids)
+    chosen: Tensor = best.token_ids.gather(1, noisy.argmax(1, keepdim=True))[:, 0]
+    return chosen
+
+
+def _log_prob_steps(
+    head: Head, hidden_states: Tensor, token_ids: Tensor, temperature: float, softcap: float
+) -> Steps[Tensor]:
+    form = closed_form(head, hidden_states, temperature=temperature, softcap=softcap)
+    if len(token_ids) == 0:
+        return torch.empty(0, device=hidden_states.device)
+    parts = _parts(form, token_ids)
+    if _shares(head):
+        gathered = yield Exchange(Operation.GATHER, parts)
+        parts = gathered.logsumexp(0)
+    return (parts[:, 0] - parts[:, 1]).float()
+
+
+def _parts(form: ClosedForm, token_ids: Tensor) -> Tensor:
+    """float64 `[B, 2]`: this rank's part of log(P Z) of the tokens, and of log Z."""
+    return torch.stack([form.token_log_mass(token_ids), form.log_normalizer()], dim=1)
+
+
+def _noise(seed: int, positions: Tensor, sequences: Tensor, hidden_states: Tensor) -> GumbelNoise:
+    for name, numbers in (("positions", positions), ("sequences", sequences)):
+        if numbers.shape != hidden_states.shape[:1]:
+            raise UserError(
+                f"{name} of shape {tuple(numbers.shape)} do not fit {len(hidden_states)} hidden "
+                f"states: give one for each"
+            )
+        if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < _WORDS:
+            raise UserError(f"{name} must lie between 0 and 2^32 - 1: number them anew")
+    device = hidden_states.device
+    return GumbelNoise(seed, positions.to(device), sequences.to(device))
+
+
+def _check_top_k(head: Head, top_k: int) -> None:
+    if not isinstance(head, FlashHead):
+        return
+    per_group = -(-head.num_probes // head.num_groups)
+    manifest = head.shard.manifest
+    scored = head.num_groups * (per_group * manifest.cluster_size + manifest.num_pinned)
+    if top_k > scored:
+        raise UserError(
+            f"top_k {top_k} is more than the {scored} tokens that head {head.name} scores: give "
+            f"fewer, or more --num-probes"
+        )
+
+
+def _shares(head: Head) -> bool:
+    """Whether a rank sees only part of the vocabulary."""
+    return not isinstance(head, FlashHeadReplicated)
+
+
+def _run(head: Head | EmulatedHead, steps_of: Callable[[Head], Steps[T]]) -> T:
+    if isinstance(head, EmulatedHead):
+        return run_in_lock_step([steps_of(rank) for rank in head.ranks])[0]
+    return head.tp.run(steps_of(head))
+
+
+def _alone(steps: Steps[T]) -> T:
+    """Drive steps whose rank holds the whole vocabulary: every exchange is with itself."""
+    answer: Tensor | None = None
+    try:
+        while True:
+            exchange = next(steps) if answer is None else steps.send(answer)
+            gathers = exchange.operation is Operation.GATHER
+            answer = exchange.tensor.unsqueeze(0) if gathers else exchange.tensor
+    except StopIteration as stop:
+        result: T = stop.value
+        return result

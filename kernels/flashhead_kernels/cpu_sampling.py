@@ -1,0 +1,188 @@
+"""`sampling` on a CPU: the names and signatures, on compiled loops.
+
+Every number depends on its own row, group or token alone, bit for bit: a draw is the same whoever
+holds which groups, and however many rows and draws stand beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashhead_kernels import cpu_sampling_loops as loops
+from flashhead_kernels.cpu import _share as share
+from flashhead_kernels.cpu import score_rows
+from flashhead_kernels.cpu_states import flat, float_states, make_query
+from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise
+from flashhead_kernels.quantize import QuantizedCentroids
+from flashhead_kernels.sampling import LocalScores
+
+_HALF = 2**63
+_CHUNK = 4096
+"""Candidates that one thread takes at a time."""
+
+
+def local_scores(
+    hidden_states: Tensor,
+    rows: Tensor,
+    token_ids: Tensor,
+    centroids: QuantizedCentroids,
+    spread: Tensor,
+    alpha: float,
+    num_probes_per_group: int,
+    pinned_rows: Tensor,
+    pinned_token_ids: Tensor,
+) -> LocalScores:
+    """See `sampling.local_scores`."""
+    groups, clusters, tokens, size = rows.shape
+    batch, pinned = hidden_states.shape[0], pinned_rows.shape[1]
+    width = num_probes_per_group * tokens + pinned
+    means = np.empty(batch * groups * clusters, np.float32)
+    logits = np.empty(batch * groups * width, np.float32)
+    ids = np.empty(batch * groups * width, np.int32)
+    if batch:
+        query, values, scales, bias = make_query(hidden_states, centroids, alpha)
+        flat_rows, flat_ids, flat_spread = flat(rows), flat(token_ids), flat(spread)
+        flat_pinned, pinned_ids = flat(pinned_rows), flat(pinned_token_ids)
+        share(
+            groups,
+            lambda first, last: loops.probe_and_keep(
+                first, last, query, batch, size, values, scales, centroids.group_size,
+                centroids.tile, flat_spread, bias, clusters, num_probes_per_group, flat_rows,
+                flat_ids, tokens, flat_pinned, pinned_ids, pinned, groups, means, logits, ids,
+            ),
+        )  # fmt: skip
+    return LocalScores(
+        torch.from_numpy(logits).view(batch, -1),
+        torch.from_numpy(ids).view(batch, -1),
+        torch.from_numpy(means).view(batch, groups, clusters),
+    )
+
+
+def dense_scores(hidden_states: Tensor, rows: Tensor, first_token_id: int) -> LocalScores:
+    """See `sampling.dense_scores`."""
+    batch = len(hidden_states)
+    every = torch.arange(len(rows)).expand(batch, -1)
+    logits = score_rows(hidden_states, rows.unsqueeze(1), every).flatten(1)
+    ids = torch.arange(first_token_id, first_token_id + len(rows), dtype=torch.int32)
+    return LocalScores(logits, ids.unsqueeze(0), torch.empty(batch, 0, 0))
+
+
+def final_logits(logits: Tensor, final: FinalLogits) -> Tensor:
+    """See `sampling.final_logits`."""
+    if final.softcap == 0:
+        # One product of two floats: torch gives the same bits anywhere.
+        return logits * (1 / final.temperature)
+    out = np.empty(logits.numel(), np.float32)
+    loops.cap(flat(logits), np.float32(final.softcap), np.float32(1 / final.temperature), out)
+    return torch.from_numpy(out).view(logits.shape)
+
+
+def cluster_log_mass(
+    hidden_states: Tensor,
+    means: Tensor,
+    num_tokens: Tensor,
+    spread: Tensor,
+    curvature: float,
+    final: FinalLogits,
+) -> Tensor:
+    """See `sampling.cluster_log_mass`."""
+    batch, groups, clusters = means.shape
+    mass = np.empty(means.numel(), np.float32)
+    if means.numel() == 0:
+        return torch.empty(means.shape)
+    factor = np.empty(batch, np.float32)
+    scale = 0.5 * curvature / final.temperature**2
+    loops.squared_norms(float_states(hidden_states), scale, factor)
+    variance = flat(spread.clamp(min=0).square())
+    # By a table: torch's logarithm of an element may depend on its place in the tensor.
+    table = [math.log(count) if count else -math.inf for count in range(int(num_tokens.max()) + 1)]
+    log_tokens = flat(torch.tensor(table, dtype=torch.float32)[num_tokens])
+    flat_means = flat(means)
+    share(
+        batch * groups,
+        lambda first, last: loops.weigh_clusters(
+            first, last, flat_means, log_tokens, variance, factor, np.float32(final.softcap),
+            np.float32(1 / final.temperature), clusters, mass,
+        ),
+    )  # fmt: skip
+    return torch.from_numpy(mass).view(means.shape)
+
+
+def group_log_mass(log_mass: Tensor) -> Tensor:
+    """See `sampling.group_log_mass`."""
+    batch, groups, clusters = log_mass.shape
+    out = np.empty(batch * groups, np.float32)
+    if log_mass.numel():
+        masses = flat(log_mass)
+        share(
+            batch * groups,
+            lambda first, last: loops.sum_groups(first, last, masses, clusters, out),
+        )
+    return torch.from_numpy(out).view(batch, groups)
+
+
+def draw_candidates(
+    final: Tensor, token_ids: Tensor, row_of_draw: Tensor, noise: GumbelNoise
+) -> Tensor:
+    """See `sampling.draw_candidates`."""
+    draws, width = len(row_of_draw), final.shape[1]
+    chunks = max(1, -(-width // _CHUNK))
+    keys = np.empty(draws * chunks, np.int64)
+    logits, ids, rows = flat(final), flat(token_ids), row_of_draw.numpy()
+    shared = len(token_ids) == 1
+    seed, positions, sequences = _counters(noise)
+    share(
+        draws * chunks,
+        lambda first, last: loops.best_noisy(
+            first, last, chunks, _CHUNK, logits, width, ids, shared, rows, seed, positions,
+            sequences, keys,
+        ),
+    )  # fmt: skip
+    return torch.from_numpy(keys.reshape(draws, chunks)).amax(1)
+
+
+def draw_clusters(
+    log_mass: Tensor,
+    group_log_mass: Tensor,
+    group_ids: Tensor,
+    row_of_draw: Tensor,
+    noise: GumbelNoise,
+) -> tuple[Tensor, Tensor]:
+    """See `sampling.draw_clusters`."""
+    draws, clusters = len(row_of_draw), log_mass.shape[2]
+    values, chosen = np.full(draws, -np.inf, np.float32), np.zeros(draws, np.int64)
+    if log_mass.shape[1]:
+        masses, group_masses, rows = flat(log_mass), flat(group_log_mass), row_of_draw.numpy()
+        numbers = group_ids.to(torch.int32).numpy()
+        seed, positions, sequences = _counters(noise)
+        share(
+            draws,
+            lambda first, last: loops.best_groups(
+                first, last, masses, group_masses, numbers, clusters, rows, seed, positions,
+                sequences, values, chosen,
+            ),
+        )  # fmt: skip
+    return torch.from_numpy(values), torch.from_numpy(chosen)
+
+
+def gumbel(noise: GumbelNoise, token_ids: Tensor, domain: Domain = Domain.TOKEN) -> Tensor:
+    """See `logits.gumbel`."""
+    seed, positions, sequences = _counters(noise)
+    out = np.empty(token_ids.shape, np.float32)
+    items = token_ids.to(torch.int32).contiguous().numpy()
+    loops.noise_of(items, seed, positions, sequences, int(domain), out)
+    return torch.from_numpy(out)
+
+
+def _counters(noise: GumbelNoise) -> tuple[Any, Any, Any]:
+    """The seed as a signed 64-bit number, positions and sequences as int64 arrays."""
+    positions = noise.positions.to(torch.int64).contiguous().numpy()
+    sequences = np.zeros_like(positions)
+    if noise.sequences is not None:
+        sequences = noise.sequences.to(torch.int64).contiguous().numpy()
+    return np.int64(((noise.seed + _HALF) % (2 * _HALF)) - _HALF), positions, sequences

@@ -1,0 +1,202 @@
+"""The loops of `cpu_sampling`, compiled by numba; conventions of `cpu_loops`.
+
+Sums run in an order that the number of terms alone decides, and logarithms and exponentials are
+our own, so that a rank's share of the groups changes no bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from flashhead_kernels.cpu_loops import scan_cluster
+from flashhead_kernels.cpu_noise import add_noise, exp, log
+from flashhead_kernels.cpu_primitives import jit, pack_key, score_slots, select_slots
+
+_EMPTY = np.int64(-(2**63))
+_NONE = np.float32(-np.inf)
+
+
+@jit
+def probe_and_keep(
+    first: int, last: int, query: Any, batch: int, size: int, values: Any, scales: Any,
+    group_size: int, tile: int, spread: Any, bias: Any, clusters: int, probes: int, rows: Any,
+    token_ids: Any, tokens: int, pinned_rows: Any, pinned_ids: Any, pinned: int, groups: int,
+    means: Any, logits: Any, ids: Any,
+) -> None:  # fmt: skip
+    """Probe groups `first..last` as `cpu_loops.probe_groups` does, keeping what it scores.
+
+    means: `[B, N, M]`; logits, ids: `[B, N, probes * S + pinned]`. All flat.
+    """
+    ordered = np.empty(clusters, np.int32)
+    scores = np.empty(clusters, np.float32)
+    slots = np.empty(probes + 1, np.int64)
+    unused = np.empty(1, np.int64)
+    width = probes * tokens + pinned
+    for b in range(batch):
+        for group in range(first, last):
+            at, base = (b * groups + group) * clusters, group * clusters
+            score_slots(
+                values, base, base + clusters, scales, query, b, size, group_size, tile, means, at
+            )
+            for slot in range(clusters):
+                score = means[at + slot] + bias[b] * spread[base + slot]
+                only_pads = spread[base + slot] < 0
+                scores[slot] = spread[base + slot] if only_pads else score
+                if only_pads:
+                    means[at + slot] = _NONE
+            select_slots(scores, probes, ordered, slots)
+            for i in range(probes):
+                means[at + slots[i]] = _NONE
+                slots[i] += base
+            slots[probes] = -1
+            out = (b * groups + group) * width
+            for i in range(probes):
+                unused[0] = _EMPTY
+                scan_cluster(
+                    slots[i], slots[i + 1], rows, token_ids, tokens, query[0], b, size, 1, unused,
+                    0, logits, out + i * tokens,
+                )  # fmt: skip
+                for j in range(tokens):
+                    ids[out + i * tokens + j] = token_ids[slots[i] * tokens + j]
+            if pinned:
+                scan_cluster(
+                    group, -1, pinned_rows, pinned_ids, pinned, query[0], b, size, 1, unused, 0,
+                    logits, out + probes * tokens,
+                )  # fmt: skip
+                for j in range(pinned):
+                    ids[out + probes * tokens + j] = pinned_ids[group * pinned + j]
+
+
+@jit
+def cap(values: Any, softcap: float, inverse_temperature: float, out: Any) -> None:
+    """`FinalLogits.without_noise` of flat float32 `values`, one at a time."""
+    for i in range(values.shape[0]):
+        capped = values[i]
+        if softcap > 0:
+            capped = softcap * np.float32(math.tanh(values[i] / softcap))
+        out[i] = capped * inverse_temperature
+
+
+@jit
+def squared_norms(states: Any, scale: float, out: Any) -> None:
+    """`scale * |h|^2` of each of flat `states [B, D]` into float32 `out [B]`."""
+    size = states.shape[0] // out.shape[0]
+    for b in range(out.shape[0]):
+        squares = 0.0
+        for i in range(b * size, (b + 1) * size):
+            squares += states[i] * np.float64(states[i])
+        out[b] = np.float32(scale * squares)
+
+
+@jit
+def weigh_clusters(
+    first: int, last: int, means: Any, log_tokens: Any, variance: Any, factor: Any, softcap: float,
+    inverse_temperature: float, clusters: int, mass: Any,
+) -> None:  # fmt: skip
+    """Log masses of the clusters of `first..last` of the `B * N` groups.
+
+    log_tokens, variance: float32 `[N, M]`; factor: float32 `[B]`; mass: `[B, N, M]`. All flat.
+    """
+    groups = variance.shape[0] // clusters
+    for place in range(first, last):
+        at, base = place * clusters, place % groups * clusters
+        mean, own = means[at : at + clusters], mass[at : at + clusters]
+        spare, tokens = variance[base : base + clusters], log_tokens[base : base + clusters]
+        scale = factor[place // groups]
+        if softcap > 0:
+            for i in range(clusters):
+                t = np.float32(math.tanh(mean[i] / softcap))
+                slope = np.float32(1) - t * t
+                own[i] = softcap * t * inverse_temperature + scale * spare[i] * slope * slope
+                own[i] = own[i] + tokens[i] if mean[i] > _NONE else _NONE
+        else:
+            for i in range(clusters):
+                own[i] = mean[i] * inverse_temperature + scale * spare[i] + tokens[i]
+
+
+@jit
+def sum_groups(first: int, last: int, mass: Any, clusters: int, group_mass: Any) -> None:
+    """Log mass of `first..last` of the `B * N` groups."""
+    terms = np.empty(clusters, np.float32)
+    for place in range(first, last):
+        own = mass[place * clusters : (place + 1) * clusters]
+        greatest = _NONE
+        for i in range(clusters):
+            greatest = max(greatest, own[i])
+        if greatest == _NONE:
+            group_mass[place] = _NONE
+            continue
+        for i in range(clusters):
+            terms[i] = exp(own[i] - greatest)
+        group_mass[place] = greatest + log(_sum(terms))
+
+
+@jit
+def _sum(terms: Any) -> Any:
+    """Sum by halves, in place: vector code in a fixed order."""
+    count = terms.shape[0]
+    while count > 1:
+        half = (count + 1) // 2
+        low, high = terms[:half], terms[half:count]
+        for i in range(count - half):
+            low[i] += high[i]
+        count = half
+    return terms[0]
+
+
+@jit
+def best_noisy(
+    first: int, last: int, chunks: int, chunk: int, final: Any, width: int, token_ids: Any,
+    shared: bool, row_of: Any, seed: int, positions: Any, sequences: Any, keys: Any,
+) -> None:  # fmt: skip
+    """Keys `[n, chunks]` (flat) of pieces `first..last` of the `n * chunks` of all draws."""
+    noisy = np.empty(chunk, np.float32)
+    for piece in range(first, last):
+        draw, start = piece // chunks, piece % chunks * chunk
+        count = min(chunk, width - start)
+        row = row_of[draw]
+        ids = token_ids[start : start + count]
+        if not shared:
+            ids = token_ids[row * width + start : row * width + start + count]
+        own = noisy[:count]
+        own[:] = final[row * width + start : row * width + start + count]
+        add_noise(seed, ids, positions[draw], sequences[draw], 0, own)
+        best = _EMPTY
+        for i in range(count):
+            if ids[i] >= 0:
+                best = max(best, pack_key(own[i], ids[i]))
+        keys[piece] = best
+
+
+@jit
+def best_groups(
+    first: int, last: int, mass: Any, group_mass: Any, group_ids: Any, clusters: int, row_of: Any,
+    seed: int, positions: Any, sequences: Any, values: Any, chosen: Any,
+) -> None:  # fmt: skip
+    """`sampling.draw_clusters` of draws `first..last`; group_ids: int32 `[N]`."""
+    groups = group_ids.shape[0]
+    noisy, within = np.empty(groups, np.float32), np.empty(clusters, np.float32)
+    numbers = np.empty(clusters, np.int32)
+    for draw in range(first, last):
+        row, position, sequence = row_of[draw], positions[draw], sequences[draw]
+        noisy[:] = group_mass[row * groups : (row + 1) * groups]
+        add_noise(seed, group_ids, position, sequence, 1, noisy)
+        group = np.argmax(noisy)
+        values[draw] = noisy[group]
+        at = (row * groups + group) * clusters
+        within[:] = mass[at : at + clusters]
+        for i in range(clusters):
+            numbers[i] = group_ids[group] * clusters + i
+        add_noise(seed, numbers, position, sequence, 2, within)
+        chosen[draw] = group * clusters + np.argmax(within)
+
+
+@jit
+def noise_of(items: Any, seed: int, positions: Any, sequences: Any, domain: int, out: Any) -> None:
+    """Noise of `items [n, m]` (int32) into `out [n, m]`."""
+    for draw in range(items.shape[0]):
+        out[draw] = 0
+        add_noise(seed, items[draw], positions[draw], sequences[draw], domain, out[draw])

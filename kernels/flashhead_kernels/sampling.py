@@ -1,0 +1,153 @@
+"""What sampling needs of a rank, in plain torch: the definition for `cpu_sampling`.
+
+A rank knows the exact logits of its candidates and, of every cluster that was not probed, an
+estimate of its mass: for `n` tokens whose logits have mean m and variance s^2 around it,
+
+    log sum exp(logit / T)  ~  log n + m / T + s^2 / (2 T^2)
+
+exact where logits are normally distributed within a cluster. s^2 is taken as
+`curvature * |h|^2 * spread^2`. With soft-capping, m is capped and s shrinks by the slope there.
+
+Letters: `B` rows, `N` groups of `M` clusters of `S` tokens, `R` candidates, `n` draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashhead_kernels import reference
+from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise, gumbel
+from flashhead_kernels.quantize import QuantizedCentroids
+
+__all__ = [
+    "LocalScores",
+    "cluster_log_mass",
+    "dense_scores",
+    "draw_candidates",
+    "draw_clusters",
+    "final_logits",
+    "group_log_mass",
+    "gumbel",
+    "local_scores",
+]
+
+
+@dataclass(frozen=True)
+class LocalScores:
+    """What one rank knows of hidden states, before soft-capping and temperature.
+
+    logits: float32 `[B, R]` of its candidates, -inf for a pad; token_ids: int32 `[B, R]`, or
+    `[1, R]` where all rows have the same, -1 for a pad. means: float32 `[B, N, M]`, `h . mean` of
+    every cluster, -inf where it was probed (or holds pads only).
+    """
+
+    logits: Tensor
+    token_ids: Tensor
+    means: Tensor
+
+
+def local_scores(
+    hidden_states: Tensor,
+    rows: Tensor,
+    token_ids: Tensor,
+    centroids: QuantizedCentroids,
+    spread: Tensor,
+    alpha: float,
+    num_probes_per_group: int,
+    pinned_rows: Tensor,
+    pinned_token_ids: Tensor,
+) -> LocalScores:
+    """Probe as `reference.flashhead_candidates` does, whose arguments these are, and keep it all.
+
+    Candidates are a group's probes in ascending order, then its pinned tokens, group after group.
+    """
+    batch, (groups, clusters, tokens) = hidden_states.shape[0], token_ids.shape
+    means = reference.centroid_dots(hidden_states, centroids)
+    scores = reference.score_centroids(hidden_states, centroids, spread, alpha)
+    probes = reference.select_probes(scores, num_probes_per_group).long()
+    first = torch.arange(groups, device=rows.device)[None, :, None] * clusters
+    chosen = (probes + first).flatten(1)
+    logits = reference.score_rows(hidden_states, rows.flatten(0, 1), chosen.int())
+    ids = token_ids.flatten(0, 1)[chosen]
+    pinned = torch.einsum("bd,nqd->bnq", hidden_states.float(), pinned_rows.float())
+    shape = (batch, groups, num_probes_per_group * tokens)
+    all_ids = torch.cat([ids.view(shape), pinned_token_ids.expand(batch, -1, -1)], dim=2).flatten(1)
+    all_logits = torch.cat([logits.view(shape), pinned], dim=2).flatten(1)
+    means = means.scatter(2, probes, float("-inf")).masked_fill(spread == -torch.inf, -torch.inf)
+    return LocalScores(all_logits.masked_fill(all_ids < 0, float("-inf")), all_ids, means)
+
+
+def dense_scores(hidden_states: Tensor, rows: Tensor, first_token_id: int) -> LocalScores:
+    """Every one of `rows [R, D]`, tokens `first_token_id ...`, is a candidate; no clusters."""
+    ids = torch.arange(len(rows), dtype=torch.int32, device=rows.device) + first_token_id
+    no_clusters = hidden_states.new_empty((len(hidden_states), 0, 0), dtype=torch.float32)
+    return LocalScores(hidden_states.float() @ rows.float().T, ids.unsqueeze(0), no_clusters)
+
+
+def final_logits(logits: Tensor, final: FinalLogits) -> Tensor:
+    """`final.without_noise`; on a CPU the same bits wherever a logit stands."""
+    return final.without_noise(logits)
+
+
+def cluster_log_mass(
+    hidden_states: Tensor,
+    means: Tensor,
+    num_tokens: Tensor,
+    spread: Tensor,
+    curvature: float,
+    final: FinalLogits,
+) -> Tensor:
+    """Estimated log mass float32 `[B, N, M]` of clusters.
+
+    means: as in LocalScores, whose -inf stay -inf; num_tokens: int64 `[N, M]`; spread: `[N, M]`.
+    """
+    norms = torch.linalg.vector_norm(hidden_states.float(), dim=-1)[:, None, None]
+    slope = torch.ones_like(means)
+    if final.softcap:
+        slope = 1 - torch.tanh(means / final.softcap) ** 2
+    deviation = norms * spread.clamp(min=0) / final.temperature * slope
+    mass: Tensor = final.without_noise(means) + 0.5 * curvature * deviation**2 + num_tokens.log()
+    return mass.masked_fill(means == -torch.inf, float("-inf"))
+
+
+def group_log_mass(log_mass: Tensor) -> Tensor:
+    """Log mass float32 `[B, N]` of whole groups of clusters `[B, N, M]`."""
+    mass: Tensor = log_mass.logsumexp(2)
+    return mass
+
+
+def draw_candidates(
+    final: Tensor, token_ids: Tensor, row_of_draw: Tensor, noise: GumbelNoise
+) -> Tensor:
+    """Greatest key int64 `[n]` of final logits `[B, R]` with noise.
+
+    token_ids: `[B, R]` or `[1, R]`; row_of_draw: int64 `[n]`; noise: of n rows.
+    """
+    logits = final[row_of_draw]
+    ids = token_ids.expand(len(final), -1)[row_of_draw]
+    noisy = (logits + gumbel(noise, ids)).masked_fill(ids < 0, float("-inf"))
+    keys: Tensor = reference.best_keys(noisy, ids, 1)
+    return keys[:, 0]
+
+
+def draw_clusters(
+    log_mass: Tensor,
+    group_log_mass: Tensor,
+    group_ids: Tensor,
+    row_of_draw: Tensor,
+    noise: GumbelNoise,
+) -> tuple[Tensor, Tensor]:
+    """`(value, cluster)`: the greatest noisy group mass float32 `[n]`, and a cluster drawn from it.
+
+    group_ids: int64 `[N]`, the same numbers whoever holds the groups; cluster: int64 `[n]`,
+    counted through this rank's groups. The value is -inf where no group has mass.
+    """
+    draws, clusters = len(row_of_draw), log_mass.shape[2]
+    values = group_log_mass[row_of_draw] + gumbel(noise, group_ids.expand(draws, -1), Domain.GROUP)
+    value, group = values.max(1)
+    numbers = group_ids[group].unsqueeze(1) * clusters + torch.arange(clusters, device=group.device)
+    within = log_mass[row_of_draw, group] + gumbel(noise, numbers, Domain.CLUSTER)
+    return value, group * clusters + within.argmax(1)
