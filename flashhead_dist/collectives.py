@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashhead_dist.collective_calls import CollectiveCalls, TorchCalls
 from flashhead_dist.errors import UserError
 from flashhead_kernels.exchange_choice import (
     AUTO,
@@ -101,6 +102,7 @@ class TensorParallel:
         group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
         choice: ExchangeChoice | None = None,
+        calls: CollectiveCalls | None = None,
     ) -> None:
         if not 0 <= tp_rank < tp_size:
             raise ValueError(f"tp_rank {tp_rank} does not lie in 0..{tp_size - 1}")
@@ -112,6 +114,7 @@ class TensorParallel:
         self.exchange_method = choice.method.value
         self.exchange_reason = choice.reason
         self._symmetric = choice.symmetric
+        self._calls = calls or TorchCalls()
         self.reset()
 
     @classmethod
@@ -121,11 +124,16 @@ class TensorParallel:
 
     @classmethod
     def from_group(
-        cls, group: dist.ProcessGroup, device: torch.device | str = "cpu", exchange: str = AUTO
+        cls,
+        group: dist.ProcessGroup,
+        device: torch.device | str = "cpu",
+        exchange: str = AUTO,
+        calls: CollectiveCalls | None = None,
     ) -> TensorParallel:
         """This process's place in an open process group; every rank of it calls this.
 
         exchange: how packed keys are exchanged, one of `flashhead_kernels.exchange_choice.METHODS`.
+        calls: what carries out the collectives; torch.distributed where None.
 
         Raises:
             UserError: the ranks cannot have that exchange, or its kernel fails on this device.
@@ -140,6 +148,7 @@ class TensorParallel:
             group=group,
             device=device,
             choice=choice,
+            calls=calls,
         )
 
     def reset(self) -> None:
@@ -213,13 +222,15 @@ class TensorParallel:
 
     def _call(self, operation: Operation, tensor: Tensor) -> Tensor:
         if operation is Operation.GATHER:
-            return _all_gather(tensor.contiguous(), self.tp_size, self.group)
+            gathered = tensor.new_empty((self.tp_size, *tensor.shape))
+            self._calls.all_gather(gathered.view(-1), tensor.contiguous().view(-1), self.group)
+            return gathered
         result = tensor.contiguous()
         symmetric = self._symmetric if operation is Operation.MAX else None
         if symmetric is not None and symmetric.accepts(result):
             return symmetric.all_reduce_max(result)
         reduction = dist.ReduceOp.MAX if operation is Operation.MAX else dist.ReduceOp.SUM
-        dist.all_reduce(result, op=reduction, group=self.group)
+        self._calls.all_reduce(result, reduction, self.group)
         return result
 
     def barrier(self) -> None:
@@ -282,11 +293,3 @@ def world_tensor_parallel(device: torch.device | str = "cpu") -> TensorParallel:
 
 def _timing_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def _all_gather(tensor: Tensor, tp_size: int, group: dist.ProcessGroup | None) -> Tensor:
-    gathered = tensor.new_empty((tp_size, *tensor.shape))
-    # torch 2.13 renamed all_gather_into_tensor and deprecates the old name.
-    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    call(gathered.view(-1), tensor.view(-1), group=group)
-    return gathered

@@ -84,6 +84,8 @@ class Head(ABC):
     """Every token is a candidate, so there is no candidate mass to ask for."""
     capturable: ClassVar[bool] = True
     """A greedy step on CUDA never waits for the host, so a CUDA graph can hold it."""
+    holds_rows: ClassVar[bool] = False
+    """Between them the ranks hold every row, so they can serve as a tied input embedding."""
 
     def __init__(self, tp: TensorParallel, vocab_size: int, hidden_size: int) -> None:
         self.tp = tp
@@ -114,6 +116,15 @@ class Head(ABC):
     @abstractmethod
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         """This rank's part, for arguments that `check` has passed and at least one row."""
+
+    def embedding_steps(self, token_ids: Tensor) -> Steps[Tensor]:
+        """Rows `[..., D]` of `token_ids` int64 `[...]`, the same on every rank: a tied embedding.
+
+        Raises:
+            UserError: a head that does not hold rows (`holds_rows`).
+            IndexError: an id outside the vocabulary.
+        """
+        raise UserError(f"head {self.name} holds no rows to look tokens up in")
 
     @property
     @abstractmethod

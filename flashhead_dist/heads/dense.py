@@ -39,15 +39,29 @@ class _DenseHead(Head):
         return self.weight.nbytes if batch_size else 0
 
 
-class DenseLocalMax(_DenseHead):
-    """Rows sharded by token; each rank reduces its own logits and exchanges packed keys."""
+class _RowHead(_DenseHead):
+    """A dense head whose rank holds the rows of consecutive tokens."""
 
-    name: ClassVar[str] = "dense_local_max"
+    holds_rows: ClassVar[bool] = True
 
     def __init__(self, tp: TensorParallel, rows: Tensor, vocab_size: int) -> None:
         """rows: `[V_local, D]`, the tokens of `VocabShard.of(vocab_size, tp)`."""
         super().__init__(tp, rows, vocab_size, rows.shape[1])
         self.shard = VocabShard.of(vocab_size, tp)
+
+    def embedding_steps(self, token_ids: Tensor) -> Steps[Tensor]:
+        outside = (token_ids < 0) | (token_ids >= self.vocab_size)
+        if bool(outside.any()):
+            raise IndexError(f"token ids must lie between 0 and {self.vocab_size - 1}")
+        owned = (token_ids >= self.shard.start) & (token_ids < self.shard.stop)
+        rows = self.weight[torch.where(owned, token_ids - self.shard.start, 0)]
+        return (yield Exchange(Operation.SUM, rows.masked_fill(~owned.unsqueeze(-1), 0)))
+
+
+class DenseLocalMax(_RowHead):
+    """Rows sharded by token; each rank reduces its own logits and exchanges packed keys."""
+
+    name: ClassVar[str] = "dense_local_max"
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         found = ops_for(hidden_states.device).dense_candidates(
@@ -56,7 +70,7 @@ class DenseLocalMax(_DenseHead):
         return (yield from merge_candidates(found.keys, found.logsumexp))
 
 
-class DenseGather(_DenseHead):
+class DenseGather(_RowHead):
     """Rows sharded by token; every rank gathers all logits in the model's dtype, then reduces.
 
     What Megatron does with `parallel_output=False`, and vLLM by default. Shards are padded with
@@ -66,9 +80,8 @@ class DenseGather(_DenseHead):
     name: ClassVar[str] = "dense_gather"
 
     def __init__(self, tp: TensorParallel, rows: Tensor, vocab_size: int) -> None:
-        """rows: `[V_local, D]`, the tokens of `VocabShard.of(vocab_size, tp)`."""
-        super().__init__(tp, rows, vocab_size, rows.shape[1])
-        self.shard = VocabShard.of(vocab_size, tp)
+        """See `_RowHead`."""
+        super().__init__(tp, rows, vocab_size)
         self._token_ids = _gathered_token_ids(vocab_size, tp).to(rows.device)
 
     @property

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flashhead_dist.collectives import Steps, TensorParallel
+from flashhead_dist.collectives import Exchange, Operation, Steps, TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.merge import local_output, merge_candidates
@@ -28,6 +28,8 @@ _Found = tuple[Tensor, Tensor | None, Tensor | None]
 
 class IndexHead(Head):
     """A head over a rank's part of an index: `N` groups of `M` clusters of `S` rows."""
+
+    holds_rows: ClassVar[bool] = True
 
     def __init__(
         self, tp: TensorParallel, shard: IndexShard, *, num_probes: int, alpha: float
@@ -73,6 +75,9 @@ class IndexHead(Head):
         per_cluster = (shard.rows.nbytes + shard.token_ids.nbytes) // clusters
         pinned = shard.pinned_rows.nbytes + shard.pinned_token_ids.nbytes
         return shard.centroids.nbytes + shard.spread.nbytes + probed * per_cluster + pinned
+
+    def embedding_steps(self, token_ids: Tensor) -> Steps[Tensor]:
+        return (yield Exchange(Operation.SUM, self.shard.embedding_lookup(token_ids)))
 
     def probed_logsumexp(self, hidden_states: Tensor, cluster_ids: Tensor) -> Tensor:
         """Log-sum-exp float32 `[B]` over the tokens of local `cluster_ids [B, n]` and the pinned.
@@ -142,6 +147,10 @@ class FlashHeadReplicated(FlashHead):
     @property
     def payload_bytes_per_row(self) -> int:
         return 0
+
+    def embedding_steps(self, token_ids: Tensor) -> Steps[Tensor]:
+        yield from ()
+        return self.shard.embedding_lookup(token_ids)
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         yield from ()

@@ -1,0 +1,34 @@
+"""The two collectives that an exchange comes down to, as torch.distributed calls them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+class CollectiveCalls(Protocol):
+    """Who carries out a collective: torch, or a library that logs what it sends."""
+
+    def all_reduce(
+        self, tensor: Tensor, reduction: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None
+    ) -> None:
+        """Reduce `tensor` over the group, in place."""
+
+    def all_gather(self, gathered: Tensor, tensor: Tensor, group: dist.ProcessGroup | None) -> None:
+        """Fill flat `gathered` with the ranks' flat `tensor`s, in rank order."""
+
+
+class TorchCalls:
+    """torch.distributed itself."""
+
+    def all_reduce(
+        self, tensor: Tensor, reduction: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None
+    ) -> None:
+        dist.all_reduce(tensor, op=reduction, group=group)
+
+    def all_gather(self, gathered: Tensor, tensor: Tensor, group: dist.ProcessGroup | None) -> None:
+        # torch 2.13 renamed all_gather_into_tensor and deprecates the old name.
+        call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        call(gathered, tensor, group=group)
