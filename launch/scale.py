@@ -36,6 +36,7 @@ import torch
 from flashhead_dist.collectives import TensorParallel, split_tensor_parallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.workload import Request, Workload, prepare_workload
+from flashhead_dist.heads.kept_launches import describe_launches, keep_launches
 from flashhead_dist.measure.cell import Effort
 from flashhead_dist.measure.control import Control
 from flashhead_dist.measure.crossover import crossover_notes
@@ -90,6 +91,7 @@ class _Run:
         workload, model = self._prepare(setup, control)
         ranks.open_group(setup.placement.backend, setup.device)
         plan = self._plan(setup, model)
+        keep_launches(remeasure=plan.remeasure)
         with ExitStack() as stack:
             with control.phase():
                 path = folder / RECORDS_NAME if control.is_first else Path(os.devnull)
@@ -189,6 +191,7 @@ class _Run:
             ),
             num_cores=setup.machine.num_cores,
             fit=setup.fit,
+            remeasure=arguments.remeasure,
         )
 
     def _report(
@@ -200,7 +203,11 @@ class _Run:
     ) -> None:
         costs = {operation.value: asdict(cost) for operation, cost in sweep.costs.items()}
         crossovers = {size: found.as_json() for size, found in sweep.crossovers.items()}
-        environment = environment | {"exchange_costs": costs, "crossovers": crossovers}
+        environment = environment | {
+            "exchange_costs": costs,
+            "crossovers": crossovers,
+            "launches": describe_launches(),
+        }
         notes = [*notes, *sweep.notes, *crossover_notes(sweep.crossovers, sweep.records)]
         write_environment(folder, environment)
         plots = not self.arguments.skip_plots

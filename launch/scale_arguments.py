@@ -79,6 +79,12 @@ def _parser(description: str | None, *, speaks: bool) -> argparse.ArgumentParser
     how.add_argument(
         "--threads-per-rank", type=int, default=1, metavar="N", help="the same at every tp size"
     )
+    how.add_argument(
+        "--remeasure",
+        action="store_true",
+        help="choose anew what other runs chose by measuring: where flashhead_auto scans, and "
+        "the launches of CUDA kernels",
+    )
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda with a GPU a rank")
     how.add_argument("--seed", type=int, default=0, metavar="N")
     out = parser.add_argument_group("what to write")

@@ -7,8 +7,9 @@ the slowest rank's median, and every rank comes to the same answer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -24,19 +25,37 @@ _RESOLUTION = 8
 """The crossover is known to one part in this many."""
 
 
+MEASURED_NOW = "measured now"
+MOST_LOST = 0.05
+"""The share of the better head's compute that `flashhead_auto` may lose."""
+
+
 @dataclass(frozen=True)
 class Crossover:
     """scan_from: smallest batch size known to be faster scanned, None where none was.
 
-    times_us: by batch size, the slowest rank's (retrieval, scan).
+    times_us: by batch size, the slowest rank's (retrieval, scan). origin: `MEASURED_NOW`, or since
+    when it was kept. not_kept: why it could not be kept for other runs.
     """
 
     scan_from: int | None
     times_us: Mapping[int, tuple[float, float]]
+    origin: str = MEASURED_NOW
+    not_kept: str | None = None
 
-    def as_json(self) -> dict[str, object]:
-        """The form that `environment.json` holds."""
-        return {"scan_from": self.scan_from, "times_us": dict(self.times_us)}
+    def holds_up_to(self, largest: int) -> bool:
+        """Whether it answers for all batches of up to `largest` rows."""
+        return self.scan_from is not None or largest <= max(self.times_us)
+
+    def as_json(self) -> dict[str, Any]:
+        """The form that `environment.json` and the cache hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Crossover:
+        """Read what `as_json` wrote, after JSON has made texts of the batch sizes."""
+        times = {int(size): (us[0], us[1]) for size, us in value["times_us"].items()}
+        return cls(value["scan_from"], times, value["origin"], value["not_kept"])
 
 
 def find_crossover(faster: Callable[[int], bool], largest: int) -> int | None:
@@ -84,17 +103,19 @@ def measure_crossover(
 
 def crossover_notes(crossovers: Mapping[int, Crossover], records: Sequence[Record]) -> list[str]:
     """Sentences for the report: where `flashhead_auto` changes over, and what it lost by it."""
-    sizes: dict[str, list[int]] = {}
+    sizes: dict[tuple[str, str], list[int]] = {}
     for tp_size, crossover in crossovers.items():
         where = f"from batch {crossover.scan_from} on"
         if crossover.scan_from is None:
             where = f"at no batch size up to {max(crossover.times_us)}"
-        sizes.setdefault(where, []).append(tp_size)
+        sizes.setdefault((where, crossover.origin), []).append(tp_size)
     notes = [
         f"flashhead_auto scans the whole shard {where} at tp {', '.join(map(str, tp_sizes))} "
-        "(measured)."
-        for where, tp_sizes in sizes.items()
+        f"({origin})."
+        for (where, origin), tp_sizes in sizes.items()
     ]
+    reasons = {crossover.not_kept for crossover in crossovers.values()} - {None}
+    notes += [f"Where flashhead_auto changes over was not kept: {reason}" for reason in reasons]
     cells: dict[tuple[int, int], dict[str, float]] = {}
     for record in records:
         cells.setdefault((record.tp_size, record.batch_size), {})[record.head] = record.compute_us
@@ -105,9 +126,11 @@ def crossover_notes(crossovers: Mapping[int, Crossover], records: Sequence[Recor
     ]
     if lost:
         share, (tp_size, batch_size) = max(lost)
+        verdict = "within" if share <= MOST_LOST else "BEYOND"
         notes.append(
             f"flashhead_auto computes at worst {100 * share:+.1f} % longer than the better of "
-            f"flashhead and dense_local_max (tp {tp_size}, batch {batch_size})."
+            f"flashhead and dense_local_max (tp {tp_size}, batch {batch_size}): "
+            f"{verdict} the {100 * MOST_LOST:.0f} % that it may lose."
         )
     return notes
 

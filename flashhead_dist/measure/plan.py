@@ -30,6 +30,8 @@ class Plan:
     threads."""
     fit: Callable[[int], Oversubscription]
     """Whether a `tp_size` fits the machine."""
+    remeasure: bool = False
+    """Measure anew what another run kept: where flashhead_auto changes over."""
 
     @property
     def num_stages(self) -> int:

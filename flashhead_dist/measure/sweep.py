@@ -26,9 +26,10 @@ from flashhead_dist.measure.assemble import (
 )
 from flashhead_dist.measure.cell import HeadCell, measure_cell
 from flashhead_dist.measure.control import Control
-from flashhead_dist.measure.crossover import Crossover, measure_crossover
+from flashhead_dist.measure.crossover import Crossover
 from flashhead_dist.measure.exchange_timing import time_exchange_costs
 from flashhead_dist.measure.graph import capture_note
+from flashhead_dist.measure.kept_crossover import settle_crossover
 from flashhead_dist.measure.loading import gather_facts, load_heads
 from flashhead_dist.measure.memory import release_memory
 from flashhead_dist.measure.plan import Inputs, Plan
@@ -118,15 +119,14 @@ class Sweep:
             self.notes.append(note)
         auto = heads.get(FlashHeadAuto.name)
         if isinstance(auto, FlashHeadAuto):
-            crossover = measure_crossover(
+            self.crossovers[tp_size] = settle_crossover(
                 auto,
                 partial(batches_of, states),
                 group,
                 largest=max(plan.batch_sizes),
                 in_turn=self._oversubscribed(tp_size),
+                remeasure=plan.remeasure,
             )
-            auto.scan_from = crossover.scan_from
-            self.crossovers[tp_size] = crossover
         # What NCCL moves over NVLink, PCIe or shared memory, no network interface sees.
         counts = tp_size > 1 and place.device.type == "cpu"
         wire = WireCounter(group, self.host) if counts else None

@@ -170,10 +170,13 @@ def test_notes_say_where_and_what_it_cost() -> None:
         record("dense_local_max", 32, 1000.0), record("flashhead_auto", 32, 1040.0),
     ]  # fmt: skip
     never = Crossover(None, {16: (1.0, 2.0)})
-    found = {1: never, 2: Crossover(20, {32: (2.0, 1.0)}), 4: never}
-    notes = crossover_notes(found, records)
-    assert "at no batch size up to 16 at tp 1, 4 (measured)" in notes[0]
-    assert "from batch 20 on at tp 2" in notes[1]
-    assert "at worst +4.0 % longer" in notes[2]
-    assert "tp 2, batch 32" in notes[2]
+    kept = Crossover(20, {32: (2.0, 1.0)}, "kept from 2026-11-21", "the disk is full.")
+    notes = crossover_notes({1: never, 2: kept, 4: never}, records)
+    assert "at no batch size up to 16 at tp 1, 4 (measured now)" in notes[0]
+    assert "from batch 20 on at tp 2 (kept from 2026-11-21)" in notes[1]
+    assert notes[2].endswith("was not kept: the disk is full.")
+    assert "at worst +4.0 % longer" in notes[3]
+    assert "(tp 2, batch 32): within the 5 % that it may lose" in notes[3]
+    records.append(record("flashhead_auto", 32, 1051.0))
+    assert "BEYOND the 5 %" in crossover_notes({}, records)[0]
     assert crossover_notes({}, records[:2]) == []
