@@ -71,7 +71,7 @@ class Links:
     def learn(self, *shape: int) -> Tensor:
         """Wait for int64 ids of that shape from the last stage; on the CPU."""
         ids = torch.empty(shape, dtype=torch.int64, device=self._device)
-        self._comm.recv(ids, self._ranks[-1], group=self._tokens_group, log_name=TOKENS_LOG_NAME)
+        self._comm.recv(ids, self._ranks[-1], group=self._tokens_group)
         return ids.cpu()
 
 

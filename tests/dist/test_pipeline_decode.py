@@ -98,6 +98,15 @@ def often_wrong(choose: Choose) -> Choose:
     return wrong
 
 
+def keyed(choose: Choose) -> Choose:
+    """As sampling: what is chosen depends on the place and the number of the sequence."""
+
+    def drawn(hidden: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
+        return (choose(hidden, positions, sequences) + positions**2 + 5 * sequences) % VOCAB
+
+    return drawn
+
+
 def states(**options: Any) -> list[DecodeState]:
     first = [sum(map(len, PROMPTS[:i])) for i in range(len(PROMPTS))]
     return [
@@ -125,17 +134,22 @@ def run_layout(
     )
     right = dense_choice(tiny(kind), pipeline.tp) if pipeline.is_last else None
     wrong = often_wrong(right) if right else None
-    results: dict[str, Any] = {"num_layers": pipeline.num_layers}
-    for name, choose, flushed, options in [
-        ("together", right, False, {}),
-        ("flushed", right, True, {}),
-        ("wrong", wrong, False, {}),
-        ("stopping", right, False, {"stop_token_ids": STOPS}),
-        ("lossless", wrong, False, {"check_every": 4}),
-        ("lossless_stopping", wrong, False, {"check_every": 3, "stop_token_ids": STOPS}),
-    ]:
+    draw = keyed(right) if right else None
+    wrong_draw = often_wrong(draw) if draw else None
+    plan: list[tuple[str, Choose | None, Choose | None, bool, dict[str, Any]]] = [
+        ("together", right, None, False, {}),
+        ("flushed", right, None, True, {}),
+        ("wrong", wrong, None, False, {}),
+        ("stopping", right, None, False, {"stop_token_ids": STOPS}),
+        ("lossless", wrong, right, False, {"check_every": 4}),
+        ("lossless_stopping", wrong, right, False, {"check_every": 3, "stop_token_ids": STOPS}),
+        ("drawn", draw, None, False, {}),
+        ("lossless_drawn", wrong_draw, draw, False, {"check_every": 4}),
+    ]
+    results: dict[Any, Any] = {"num_layers": pipeline.num_layers}
+    for name, choose, confirm, flushed, options in plan:
         batches = states(**options)
-        times = pipeline.decode(batches, choose, confirm=right, flushed=flushed)
+        times = pipeline.decode(batches, choose, confirm=confirm, flushed=flushed)
         results[name] = tokens(batches)
         results[name, "counts"] = [vars(batch.counts) for batch in batches]
         results[name, "steps"] = [len(stage.compute_s) for stage in times.stages]
@@ -187,3 +201,4 @@ def test_pipelines_decode_what_transformers_decodes(
         assert result["lossless", "counts"] == first["lossless", "counts"]
         assert all(counts["discarded"] for counts in result["lossless", "counts"])
         assert result["lossless_stopping"] == stopped
+        assert result["lossless_drawn"] == result["drawn"] == first["drawn"] != expected
