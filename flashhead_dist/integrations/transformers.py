@@ -22,7 +22,6 @@ from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.index import load_manifest, load_shard
-from flashhead_dist.integrations.transformers_bias import bias_of_index, bias_of_tokens
 from flashhead_dist.integrations.transformers_checks import (
     check_rows,
     check_sizes,
@@ -77,7 +76,6 @@ def replace_head(
         shard = load_shard(Path(index), device=device)
         check_rows(model, linear.weight, shard)
         embedding = find_tied_embedding(model, linear)
-        bias = None if linear.bias is None else bias_of_index(linear.bias.detach(), shard)
     final = measure_final_logits(model, linear)
     block: Tensor | None = None
     if embedding is not None:
@@ -91,7 +89,7 @@ def replace_head(
         alpha=manifest.alpha if alpha is None else alpha,
     )
     head = RetrievalHead(
-        LogitRows(flashhead, final, bias), serves_closed_form=full_logits == "closed_form"
+        LogitRows(flashhead, final), serves_closed_form=full_logits == "closed_form"
     )
     if embedding is not None and block is not None:
         remove_hook_from_module(embedding)
@@ -123,14 +121,8 @@ def restore_head(model: Any) -> Any:
     shard = rows.head.shard
     every = torch.arange(rows.vocab_size, device=shard.rows.device)
     weight = shard.embedding_lookup(every)
-    linear = nn.Linear(
-        rows.head.hidden_size, rows.vocab_size, bias=rows.bias is not None, device="meta"
-    )
+    linear = nn.Linear(rows.head.hidden_size, rows.vocab_size, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    if rows.bias is not None:
-        linear.bias = nn.Parameter(
-            bias_of_tokens(rows.bias, shard).to(weight.dtype), requires_grad=False
-        )
     untyped: Any = model
     embedding = untyped.get_input_embeddings()
     if isinstance(embedding, SharedEmbedding):

@@ -45,6 +45,11 @@ def find_linear_head(model: Any) -> nn.Linear:
         raise UserError(
             f"{name} has {found}: FlashHead replaces a linear one in float32, bfloat16 or float16"
         )
+    if head.bias is not None:
+        raise UserError(
+            f"the output head of this {name} has a bias, which an index does not hold: keep its "
+            "own head"
+        )
     return head
 
 

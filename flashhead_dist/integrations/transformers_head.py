@@ -88,8 +88,6 @@ class RetrievalHead(nn.Module):
         flat = hidden_states.detach().reshape(-1, self.in_features).to(self.device)
         sessions = [session for session in _OPEN_SESSIONS.get() if session.head is self]
         rows = self._serve(sessions[-1], flat) if sessions else self._closed_form(flat, 1.0)
-        # The model scales logits after its head; these are scaled already.
-        rows = rows * self.logit_rows.final.temperature
         return rows.view(*hidden_states.shape[:-1], self.out_features).to(hidden_states.device)
 
     def _serve(self, session: Session, flat: Tensor) -> Tensor:
@@ -101,12 +99,11 @@ class RetrievalHead(nn.Module):
                 1, chosen.unsqueeze(1), 1.0
             )
         refuse_non_finite(flat)
-        session.found = self.logit_rows.retrieve(flat)
-        session.rows = self.logit_rows.estimated(
-            session.found, session.temperature, below_best=session.greedy
-        )
+        session.found = self.logit_rows.retrieve(flat, session.temperature)
+        session.rows = self.logit_rows.estimated(session.found, below_best=session.greedy)
         session.next_row = 0
-        return session.rows
+        # Assisted decoding writes to what it is given.
+        return session.rows.clone()
 
     def _closed_form(self, flat: Tensor, temperature: float) -> Tensor:
         if not self.serves_closed_form:
@@ -118,8 +115,8 @@ class RetrievalHead(nn.Module):
         rows = flat.new_empty((len(flat), self.out_features), dtype=torch.float32)
         for first in range(0, len(flat), _ROWS_AT_ONCE):
             some = flat[first : first + _ROWS_AT_ONCE]
-            found = self.logit_rows.retrieve(some)
-            rows[first : first + len(some)] = self.logit_rows.closed_form(found, temperature)
+            found = self.logit_rows.retrieve(some, temperature)
+            rows[first : first + len(some)] = self.logit_rows.closed_form(found)
         return rows
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -1,7 +1,7 @@
 """Rows of logits for callers that want one value for every token of the vocabulary.
 
 A retrieval head scores R candidates exactly and knows of every other token only its cluster. Two
-kinds of rows follow, both of final logits (soft-capped and scaled as the model has it):
+kinds of rows follow, both of final logits (soft-capped where the model does that):
 
     estimated    candidates exact; every token of an unprobed cluster has that cluster's mean logit,
                  so that the cluster as a whole has its estimated mass
@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashhead_dist.heads.closed_form import sampling_ops
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_kernels.dispatch import ops_for
-from flashhead_kernels.logits import PLAIN, FinalLogits, OutputBias
+from flashhead_kernels.logits import PLAIN, FinalLogits
 
 _GROUPS_AT_ONCE = 8
 """Probing groups whose rows are held in float32 while every token is scored."""
@@ -32,35 +33,30 @@ _GROUPS_AT_ONCE = 8
 class Retrieved:
     """What the head knows of `hidden_states [n, D]`.
 
-    cluster_ids: int64 `[n, q]`, probed. token_ids: int64 `[n, R]`, V for a pad; logits: float32
-    `[n, R]`, final. means: float32 `[n, K]`, the final logit of each cluster's mean; -inf for a
-    cluster without tokens.
+    token_ids: int64 `[n, R]` of the candidates, V for a pad; logits: float32 `[n, R]`, final, -inf
+    for a pad. log_mass: float32 `[n, K]`, of each unprobed cluster at `temperature`; -inf where
+    probed.
     """
 
     hidden_states: Tensor
-    cluster_ids: Tensor
+    temperature: float
     token_ids: Tensor
     logits: Tensor
-    means: Tensor
+    log_mass: Tensor
 
 
 class LogitRows:
     """Makes rows `[n, V]` of hidden states `[n, D]` with one head at tp_size 1."""
 
-    def __init__(
-        self, head: FlashHead, final: FinalLogits = PLAIN, bias: OutputBias | None = None
-    ) -> None:
+    def __init__(self, head: FlashHead, final: FinalLogits = PLAIN) -> None:
         self.head = head
         self.final = final
-        self.bias = bias
         self.vocab_size = head.vocab_size
         shard = head.shard
         self._rows = shard.rows.flatten(0, 1)  # [K, S, D]
         self._token_ids = shard.token_ids.flatten(0, 1).long()  # [K, S]
         self._token_ids[self._token_ids < 0] = self.vocab_size
-        pinned = shard.pinned_token_ids.flatten().long()
-        self._pinned_ids = pinned.masked_fill(pinned < 0, self.vocab_size)
-        self._log_counts = (shard.token_ids >= 0).sum(-1).flatten().float().log()  # [K]
+        self._counts = (shard.token_ids >= 0).sum(-1)  # [N, M]
 
     @cached_property
     def cluster_of_token(self) -> Tensor:
@@ -78,108 +74,93 @@ class LogitRows:
         Raises:
             UserError: NaN or inf in a hidden state.
         """
-        if self.bias is None:
-            return self.head(hidden_states).token_ids[:, 0]
-        found = self.retrieve(hidden_states)
-        best = found.logits.amax(1, keepdim=True)
-        ties = found.token_ids.masked_fill(found.logits < best, self.vocab_size)
-        return ties.amin(1)
+        return self.head(hidden_states).token_ids[:, 0]
 
-    def retrieve(self, hidden_states: Tensor) -> Retrieved:
-        """Probe, and score the candidates."""
+    def retrieve(self, hidden_states: Tensor, temperature: float = 1.0) -> Retrieved:
+        """Probe, score the candidates, and estimate the mass of every other cluster."""
         head, shard = self.head, self.head.shard
-        ops: Any = ops_for(hidden_states.device)
-        means = ops.score_centroids(hidden_states, shard.centroids, shard.spread, 0.0)
-        scores = means
-        if head.alpha:
-            scores = ops.score_centroids(hidden_states, shard.centroids, shard.spread, head.alpha)
-        if self.bias is not None:
-            means, scores = means + self.bias.clusters, scores + self.bias.clusters
-        probes = ops.select_probes(scores, -(-head.num_probes // head.num_groups))
-        groups, clusters = scores.shape[1:]
-        first = torch.arange(groups, dtype=torch.int32, device=scores.device) * clusters
-        cluster_ids = (probes + first[:, None]).flatten(1)
-        token_ids = self._token_ids[cluster_ids.long()].flatten(1)
-        logits = ops.score_rows(hidden_states, self._rows, cluster_ids).flatten(1)
-        if self.bias is not None:
-            logits = logits + self.bias.rows.flatten(0, 1)[cluster_ids.long()].flatten(1)
-        if len(self._pinned_ids):
-            every = torch.arange(groups, dtype=torch.int32, device=scores.device)
-            every = every.expand(len(hidden_states), -1).contiguous()
-            pinned = ops.score_rows(hidden_states, shard.pinned_rows, every).flatten(1)
-            if self.bias is not None:
-                pinned = pinned + self.bias.pinned.flatten()
-            logits = torch.cat([logits, pinned], dim=1)
-            token_ids = torch.cat([token_ids, self._pinned_ids.expand(len(logits), -1)], dim=1)
-        logits = logits.masked_fill(token_ids == self.vocab_size, float("-inf"))
+        ops = sampling_ops(hidden_states.device)
+        scores = ops.local_scores(
+            hidden_states,
+            shard.rows,
+            shard.token_ids,
+            shard.centroids,
+            shard.spread,
+            head.alpha,
+            -(-head.num_probes // head.num_groups),
+            shard.pinned_rows,
+            shard.pinned_token_ids,
+        )
+        log_mass = ops.cluster_log_mass(
+            hidden_states,
+            scores.means,
+            self._counts,
+            shard.spread,
+            shard.manifest.curvature,
+            FinalLogits(self.final.softcap, temperature),
+        )
+        ids = scores.token_ids.long()
         return Retrieved(
             hidden_states,
-            cluster_ids.long(),
-            token_ids,
-            self.final.without_noise(logits),
-            self.final.without_noise(means.flatten(1)),
+            temperature,
+            ids.masked_fill(ids < 0, self.vocab_size),
+            self.final.without_noise(scores.logits),
+            log_mass.flatten(1),
         )
 
-    def estimated(self, found: Retrieved, temperature: float, *, below_best: bool) -> Tensor:
-        """Estimated rows float32 `[n, V]`.
+    def estimated(self, found: Retrieved, *, below_best: bool) -> Tensor:
+        """Estimated rows float32 `[n, V]`; their softmax at found's temperature is that of the
+        closed form, the tokens of an unprobed cluster taken together.
 
         below_best: hold tokens that were not scored below the best candidate, so that the greatest
             value of a row is the head's own greedy token.
         """
-        means = self._mean_logits(found, temperature)
+        counts = self._counts.flatten().clamp(min=1)
+        values = found.temperature * (found.log_mass - counts.log())
         if below_best:
             best = found.logits.amax(1, keepdim=True)
-            means = torch.minimum(means, best - 1e-6 * (1 + best.abs()))
-        padded = torch.nn.functional.pad(means, (0, 1), value=float("-inf"))
-        rows = padded[:, self.cluster_of_token]
+            values = torch.minimum(values, best - 1e-6 * (1 + best.abs()))
+        padded = torch.nn.functional.pad(values, (0, 1), value=float("-inf"))
+        rows = padded.index_select(1, self.cluster_of_token)
         return rows.scatter_(1, found.token_ids, found.logits)[:, : self.vocab_size]
 
-    def closed_form(self, found: Retrieved, temperature: float) -> Tensor:
-        """Rows float32 `[n, V]` whose softmax at `temperature` is the closed form there."""
+    def closed_form(self, found: Retrieved) -> Tensor:
+        """Rows float32 `[n, V]` whose softmax at found's temperature is the closed form there."""
         count = len(found.hidden_states)
         logits = self._every_logit(found.hidden_states)  # [n, K, S]
-        share = self._log_shares(found, logits, temperature)
-        share.scatter_(1, found.cluster_ids, 0.0)
+        logits = self._shared_out(logits, found.log_mass, found.temperature)
         rows = logits.new_full((count, self.vocab_size + 1), float("-inf"))
-        rows.scatter_(
-            1,
-            self._token_ids.flatten().expand(count, -1),
-            (logits + share.unsqueeze(-1)).flatten(1),
-        )
+        rows.scatter_(1, self._token_ids.flatten().expand(count, -1), logits.flatten(1))
         return rows.scatter_(1, found.token_ids, found.logits)[:, : self.vocab_size]
 
     def open_clusters(
-        self, found: Retrieved, row: int, clusters: Tensor, temperature: float | None
+        self, found: Retrieved, rows: Tensor, clusters: Tensor, *, exact: bool
     ) -> tuple[Tensor, Tensor]:
-        """Tokens int64 `[s]` of `clusters [c]` and their logits float32 `[s]` in one row.
+        """Score one cluster in each of some rows: tokens and logits `[q, S]`.
 
-        temperature: share out each cluster's estimated mass there, as `closed_form` does; None for
-            the exact logits.
+        rows: int64 `[q]`, of found; clusters: int64 `[q]`. Tokens are int64, V for a pad; logits
+        float32, with the cluster's estimated mass as in `closed_form`, or as they are if `exact`.
         """
         ops: Any = ops_for(found.hidden_states.device)
-        hidden = found.hidden_states[row : row + 1]
-        logits = ops.score_rows(hidden, self._rows, clusters.to(torch.int32).unsqueeze(0))[0]
-        if self.bias is not None:
-            logits = logits + self.bias.rows.flatten(0, 1)[clusters]
-        token_ids = self._token_ids[clusters]  # [c, S]
-        real = token_ids < self.vocab_size
-        logits = self.final.without_noise(logits).masked_fill(~real, float("-inf"))
-        if temperature is not None:
-            means = self._mean_logits(found, temperature)[row, clusters] / temperature
-            mass = means + self._log_counts[clusters]
-            share = temperature * (mass - (logits / temperature).logsumexp(-1))
-            logits = logits + share.unsqueeze(-1)
-        return token_ids[real], logits[real]
+        hidden = found.hidden_states[rows]
+        logits = ops.score_rows(hidden, self._rows, clusters.to(torch.int32).unsqueeze(1))[:, 0]
+        token_ids = self._token_ids[clusters]
+        logits = self.final.without_noise(logits)
+        logits = logits.masked_fill(token_ids == self.vocab_size, float("-inf"))
+        if not exact:
+            mass = found.log_mass[rows, clusters]
+            logits = self._shared_out(logits, mass, found.temperature)
+        return token_ids, logits
 
-    def _mean_logits(self, found: Retrieved, temperature: float) -> Tensor:
-        """float32 `[n, K]`: T times the log of a cluster's estimated mass a token at T."""
-        return found.means
+    @staticmethod
+    def _shared_out(logits: Tensor, log_mass: Tensor, temperature: float) -> Tensor:
+        """Shift `logits [..., c, S]` so that each cluster has its `log_mass [..., c]`.
 
-    def _log_shares(self, found: Retrieved, logits: Tensor, temperature: float) -> Tensor:
-        """T times the log of estimated over true mass, float32 `[n, K]`; 0 without tokens."""
+        A cluster without an estimate, having been probed, stays as it is.
+        """
         true = (logits / temperature).logsumexp(-1)
-        mass = self._mean_logits(found, temperature) / temperature + self._log_counts
-        return torch.where(true.isneginf(), 0.0, temperature * (mass - true))
+        shift = torch.where(log_mass.isneginf(), 0.0, temperature * (log_mass - true))
+        return logits + shift.unsqueeze(-1)
 
     def _every_logit(self, hidden_states: Tensor) -> Tensor:
         """Final logits float32 `[n, K, S]`, -inf for pads."""
@@ -190,7 +171,5 @@ class LogitRows:
             for first in range(0, len(rows), _GROUPS_AT_ONCE)
         ]
         logits = torch.cat(parts, dim=1).view(len(hidden), *self._token_ids.shape)
-        if self.bias is not None:
-            logits = logits + self.bias.rows.flatten(0, 1)
         logits = self.final.without_noise(logits)
         return logits.masked_fill_(self._token_ids == self.vocab_size, float("-inf"))

@@ -71,8 +71,8 @@ class SettleTokens(LogitsProcessor):
         few = (counts > 0) & (counts <= work.found.token_ids.shape[1])
         if not bool(few.any()):
             return scores
-        for row in few.nonzero()[:, 0].tolist():
-            work.open(row, left[row].nonzero()[:, 0])
+        rows, token_ids = (left & few.unsqueeze(1)).nonzero().unbind(1)
+        work.open(rows, token_ids)
         return self._again(work, input_ids)
 
     def _settle_greedy(self, work: _Settling, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ class SettleTokens(LogitsProcessor):
             missed = ~work.scored.gather(1, best) & torch.isfinite(scores.gather(1, best))
             if not bool(missed.any()):
                 return scores
-            for row in missed[:, 0].nonzero()[:, 0].tolist():
-                work.open(row, best[row])
+            rows = missed[:, 0].nonzero()[:, 0]
+            work.open(rows, best[rows, 0])
             scores = self._again(work, input_ids)
 
     def _settle_drawn(self, work: _Settling, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -91,16 +91,16 @@ class SettleTokens(LogitsProcessor):
         settled = scores.masked_fill(~work.scored, _NEVER)
         if not bool(missed.any()):
             return settled
-        opened = {row: work.open(row, drawn[row]) for row in missed.nonzero()[:, 0].tolist()}
+        rows = missed.nonzero()[:, 0]
+        token_ids = work.open(rows, drawn[rows, 0])  # [q, S]
         again = self._again(work, input_ids)
-        for row, token_ids in opened.items():
-            values = again[row, token_ids]
-            if not bool(torch.isfinite(values).any()):
-                # A threshold passed the estimate and cuts every exact logit: it had its say.
-                values = work.raw[row, token_ids] / self._session.temperature
-                values = values.masked_fill(~torch.isfinite(scores[row, token_ids]), _NEVER)
-            settled[row] = _NEVER
-            settled[row, token_ids] = values
+        inside = torch.zeros_like(work.scored[rows]).scatter_(1, token_ids, True)
+        values = again[rows].masked_fill(~inside, _NEVER)
+        # A threshold may pass the estimate and cut every exact logit: it had its say.
+        cut = ~torch.isfinite(values).any(1, keepdim=True)
+        kept = inside & torch.isfinite(scores[rows])
+        plain = work.raw[rows] / self._session.temperature
+        settled[rows] = torch.where(cut & kept, plain, values)
         return settled
 
 
@@ -111,20 +111,26 @@ class _Settling:
         assert session.rows is not None
         self.found = found
         self._session = session
-        self._rows = rows.tolist()
+        self._rows = rows
         self.raw = session.rows[rows].to(scores.device)
         token_ids = found.token_ids[rows]
         scored = token_ids.new_zeros((len(rows), self.raw.shape[1] + 1), dtype=torch.bool)
         self.scored = scored.scatter_(1, token_ids, True)[:, :-1].to(scores.device)
 
-    def open(self, row: int, token_ids: Tensor) -> Tensor:
-        """Score the clusters of `token_ids [t]`; returns all their tokens, int64 `[s]`."""
-        rows = self._session.head.logit_rows
-        places = token_ids.to(self.found.token_ids.device)
-        clusters = torch.unique(rows.cluster_of_token[places])
-        temperature = None if self._session.greedy else self._session.temperature
-        tokens, logits = rows.open_clusters(self.found, self._rows[row], clusters, temperature)
-        tokens = tokens.to(self.raw.device)
-        self.raw[row, tokens] = logits.to(self.raw.device)
-        self.scored[row, tokens] = True
+    def open(self, rows: Tensor, token_ids: Tensor) -> Tensor:
+        """Score the cluster of `token_ids [q]` in `rows [q]`; returns its tokens int64 `[q, S]`.
+
+        A cluster's pads stand as its own best token.
+        """
+        head = self._session.head.logit_rows
+        clusters = head.cluster_of_token[token_ids.to(head.cluster_of_token.device)]
+        places = self._rows[rows.cpu()].to(clusters.device)
+        tokens, logits = head.open_clusters(
+            self.found, places, clusters, exact=self._session.greedy
+        )
+        pads, best = tokens == head.vocab_size, logits.argmax(1, keepdim=True)
+        tokens = torch.where(pads, tokens.gather(1, best), tokens).to(self.raw.device)
+        logits = torch.where(pads, logits.gather(1, best), logits).to(self.raw.device)
+        self.raw[rows.unsqueeze(1), tokens] = logits
+        self.scored[rows.unsqueeze(1), tokens] = True
         return tokens

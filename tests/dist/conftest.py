@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,6 +17,9 @@ from safetensors.torch import save_file
 
 from flashhead_dist.index import IndexOptions, build_index
 from flashhead_dist.model_source import open_model
+
+if TYPE_CHECKING:
+    from tests.dist.transformers_zoo import Zoo
 
 RANK_MAIN = Path(__file__).with_name("rank_main.py")
 
@@ -142,3 +145,12 @@ def tied_index(tied_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         device="cpu",
         progress=False,
     )
+
+
+@pytest.fixture(scope="module")
+def zoo(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """Small transformers models, dense and with a retrieval head."""
+    assert own_cache.is_dir()
+    from tests.dist.transformers_zoo import Zoo
+
+    return Zoo(tmp_path_factory.mktemp("zoo"))
