@@ -39,7 +39,7 @@ from flashhead_dist.evaluate.workload import Request, Workload, prepare_workload
 from flashhead_dist.heads.kept_launches import describe_launches, keep_launches
 from flashhead_dist.measure.cell import Effort
 from flashhead_dist.measure.control import Control
-from flashhead_dist.measure.crossover import crossover_notes
+from flashhead_dist.measure.crossover_notes import crossover_notes
 from flashhead_dist.measure.environment import boot_id, describe_environment, make_provenance
 from flashhead_dist.measure.plan import Inputs, Plan
 from flashhead_dist.measure.records import RECORDS_NAME, RecordWriter

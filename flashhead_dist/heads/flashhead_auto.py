@@ -2,12 +2,15 @@
 
 Rows of a batch probe different clusters, so what retrieval reads grows with the batch while a scan
 reads the shard once. From some batch size on the scan is faster; where depends on shapes and device
-and is measured (`measure.crossover`). The scan runs over the index's own rows, so the rank holds no
+and is measured (`measure.crossover`). It may change back: both ways take other kernels for larger
+batches. The scan runs over the index's own rows, so the rank holds no
 second copy, and gives the dense head's tokens.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -21,18 +24,23 @@ from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.dispatch import ops_for
 
 
-class FlashHeadAuto(FlashHead):
-    """Retrieves below `scan_from` rows, scans from there on; None: always retrieves.
+def scans_at(changes_at: Sequence[int], batch_size: int) -> bool:
+    """Whether a head with these `changes_at` scans a batch of this size."""
+    return bisect_right(changes_at, batch_size) % 2 == 1
 
-    Every rank must hold the same `scan_from`. Both ways take the same one exchange.
+
+class FlashHeadAuto(FlashHead):
+    """Retrieves, from `changes_at[0]` rows on scans, from `changes_at[1]` on retrieves, and so on.
+
+    Every rank must hold the same `changes_at`, ascending. Both ways take the same one exchange.
     """
 
     name: ClassVar[str] = "flashhead_auto"
-    scan_from: int | None = None
+    changes_at: tuple[int, ...] = ()
 
     def scans(self, batch_size: int) -> bool:
         """Whether a batch of this size is scanned."""
-        return self.scan_from is not None and batch_size >= self.scan_from
+        return scans_at(self.changes_at, batch_size)
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         if not self.scans(hidden_states.shape[0]):

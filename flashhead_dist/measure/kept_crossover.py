@@ -40,7 +40,7 @@ def find_crossover_of(head: FlashHeadAuto, control: Control, *, largest: int) ->
     if known is None:
         return None
     crossover = Crossover.from_json(known)
-    return crossover if crossover.holds_up_to(largest) else None
+    return crossover if crossover.largest >= largest else None
 
 
 def settle_crossover(
@@ -66,7 +66,7 @@ def settle_crossover(
                 _case(head), replace(crossover, origin=f"kept from {now}").as_json()
             )
         crossover = replace(crossover, not_kept=control.broadcast(not_kept))
-    head.scan_from = crossover.scan_from
+    head.changes_at = crossover.changes_at
     return crossover
 
 

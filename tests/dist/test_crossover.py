@@ -12,36 +12,49 @@ import torch
 
 from flashhead_dist.collectives import TensorParallel, split_tensor_parallel
 from flashhead_dist.heads.base import Want
-from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
+from flashhead_dist.heads.flashhead_auto import FlashHeadAuto, scans_at
 from flashhead_dist.heads.registry import build_head
 from flashhead_dist.measure import crossover as crossover_module
+from flashhead_dist.measure import graph
 from flashhead_dist.measure.control import Control
-from flashhead_dist.measure.crossover import (
-    Crossover,
-    crossover_notes,
-    find_crossover,
-    measure_crossover,
-)
+from flashhead_dist.measure.crossover import Crossover, find_changes, measure_crossover
+from flashhead_dist.measure.crossover_notes import crossover_notes
 from flashhead_dist.model_source import ModelSource, open_model
 
 
 @pytest.mark.parametrize("largest", [1, 16, 100, 1000])
 @pytest.mark.parametrize("true_from", [1, 2, 3, 7, 16, 23, 97, 640, 5000])
-def test_the_search_finds_the_size_to_one_part_in_eight(largest: int, true_from: int) -> None:
+def test_the_search_finds_the_size_to_one_part_in_32(largest: int, true_from: int) -> None:
+    """To one in eight, retrieval could take 12 % longer than a scan just below."""
     asked: list[int] = []
 
     def faster(size: int) -> bool:
         asked.append(size)
         return size >= true_from
 
-    found = find_crossover(faster, largest)
-    assert len(asked) == len(set(asked)) <= 15
+    found = find_changes(faster, largest)
+    assert len(asked) == len(set(asked)) <= 20
     assert max(asked) <= largest
     if true_from > largest:
-        assert found is None
+        assert found == ()
     else:
-        assert found is not None
-        assert true_from <= found <= true_from * 8 / 7 + 1
+        assert true_from <= found[0] <= true_from * 32 / 31 + 1
+        assert len(found) == 1
+
+
+@pytest.mark.parametrize("changes", [(3, 8), (1, 2, 30), (5, 9, 40), (1, 32)])
+def test_the_search_finds_where_retrieval_wins_again(changes: tuple[int, ...]) -> None:
+    """Another kernel from some batch size on: a search that takes one turn would scan 8 rows."""
+    found = find_changes(lambda size: scans_at(changes, size), 64)
+    assert len(found) == len(changes)
+    for one, true in zip(found, changes, strict=True):
+        assert true <= one <= true * 32 / 31 + 1
+
+
+def test_changes_alternate() -> None:
+    scanned = [size for size in range(12) if scans_at((3, 6, 10), size)]
+    assert scanned == [3, 4, 5, 10, 11]
+    assert not any(scans_at((), size) for size in range(5))
 
 
 def _auto(model: ModelSource, index: Path, tp: TensorParallel) -> FlashHeadAuto:
@@ -70,7 +83,7 @@ def test_a_scan_is_the_dense_head(
     auto: FlashHeadAuto, model: ModelSource, states: torch.Tensor, batch: int
 ) -> None:
     dense = build_head("dense_local_max", tp=TensorParallel.single(), model=model)
-    auto.scan_from = 1
+    auto.changes_at = (1,)
     want = Want(k=3, logsumexp=True)
     found, truth = auto.serve(states[:batch], want), dense.serve(states[:batch], want)
     assert torch.equal(found.token_ids, truth.token_ids)
@@ -86,7 +99,7 @@ def test_below_the_crossover_it_is_flashhead(
     retrieval = build_head(
         "flashhead", tp=TensorParallel.single(), model=model, index_dir=tied_index
     )
-    auto.scan_from = 4
+    auto.changes_at = (4,)
     few, many = states[:3], states[:4]
     assert torch.equal(auto.forward(few, k=2).logits, retrieval.forward(few, k=2).logits)
     assert auto.read_bytes_per_step(3) == retrieval.read_bytes_per_step(3)
@@ -99,7 +112,7 @@ def _rank_scan(rank: int, world_size: int, name: str, index: Path, states: torch
     tp = split_tensor_parallel([world_size])[world_size]
     assert tp is not None
     head = _auto(model, index, tp)
-    head.scan_from = 2
+    head.changes_at = (2,)
     return head.forward(states).token_ids, head.forward(states[:1]).token_ids
 
 
@@ -147,7 +160,8 @@ def test_the_slowest_rank_decides(
         largest=64,
         in_turn=in_turn,
     )
-    assert found.scan_from == 7
+    assert found.changes_at == (7,)
+    assert found.largest == 64
     assert found.times_us[8] == (80.0, 65.0)
 
 
@@ -160,23 +174,46 @@ def test_it_is_measured_for_real(auto: FlashHeadAuto, states: torch.Tensor) -> N
     assert all(us > 0 for both in found.times_us.values() for us in both)
 
 
+def test_on_cuda_it_is_graphs_that_are_timed(
+    auto: FlashHeadAuto, states: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launched from Python, a step takes as long as its launches, of which a scan has more."""
+
+    class Played:
+        def __init__(self, work: Any, batch: torch.Tensor) -> None:
+            self.us = 5.0 if work.func == auto.retrieve else 7.0
+
+        def replay_us(self, batch: torch.Tensor) -> float:
+            return self.us
+
+    monkeypatch.setattr(graph, "CapturedWork", Played)
+    monkeypatch.setattr(crossover_module, "cache_flusher", lambda device: None)
+    auto.tp.device = torch.device("cuda")
+    assert crossover_module._medians_us(auto, [states[:2]]) == (5.0, 7.0)
+
+
 def test_notes_say_where_and_what_it_cost() -> None:
     def record(head: str, batch_size: int, compute_us: float) -> Any:
         return SimpleNamespace(head=head, tp_size=2, batch_size=batch_size, compute_us=compute_us)
 
     records = [
         record("flashhead", 1, 100.0), record("dense_local_max", 1, 900.0),
-        record("flashhead_auto", 1, 102.0), record("flashhead", 32, 2000.0),
+        record("flashhead_auto", 1, 118.0), record("flashhead", 32, 2000.0),
         record("dense_local_max", 32, 1000.0), record("flashhead_auto", 32, 1040.0),
     ]  # fmt: skip
-    never = Crossover(None, {16: (1.0, 2.0)})
-    kept = Crossover(20, {32: (2.0, 1.0)}, "kept from 2026-11-21", "the disk is full.")
-    notes = crossover_notes({1: never, 2: kept, 4: never}, records)
+    never = Crossover((), {16: (1.0, 2.0)})
+    kept = Crossover((20,), {32: (2.0, 1.0)}, "kept from 2026-11-21", "the disk is full.")
+    found = {1: never, 2: kept, 4: never, 8: Crossover((3, 8, 20), {32: (1.0, 1.0)})}
+    notes = crossover_notes(found, records)
     assert "at no batch size up to 16 at tp 1, 4 (measured now)" in notes[0]
-    assert "from batch 20 on at tp 2 (kept from 2026-11-21)" in notes[1]
-    assert notes[2].endswith("was not kept: the disk is full.")
-    assert "at worst +4.0 % longer" in notes[3]
-    assert "(tp 2, batch 32): within the 5 % that it may lose" in notes[3]
+    assert "from batch 20 on (of 1 to 32) at tp 2 (kept from 2026-11-21)" in notes[1]
+    assert "from batch 3 to 7 and from batch 20 on (of 1 to 32) at tp 8" in notes[2]
+    assert notes[3].endswith("was not kept: the disk is full.")
+    assert "at worst +4.0 % longer" in notes[4]
+    assert "(tp 2, batch 32): within the 5 % that it may lose" in notes[4]
+    assert "they differ by +18.0 to +18.0 % here" in notes[5], "the same work is no loss"
     records.append(record("flashhead_auto", 32, 1051.0))
-    assert "BEYOND the 5 %" in crossover_notes({}, records)[0]
+    assert "BEYOND the 5 %" in crossover_notes(found, records)[4]
+    scans_too_early = {2: Crossover((1,), {32: (2.0, 1.0)})}
+    assert "+18.0 % longer" in crossover_notes(scans_too_early, records)[1]
     assert crossover_notes({}, records[:2]) == []

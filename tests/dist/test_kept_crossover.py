@@ -34,7 +34,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def play(head: Any, batches: Any, control: Any, *, largest: int, in_turn: bool) -> Crossover:
         asked.append(largest)
-        return Crossover(12 if largest >= 12 else None, {largest: (2.0, 1.0)})
+        return Crossover((12,) if largest >= 12 else (), {largest: (2.0, 1.0)})
 
     monkeypatch.setattr(kept_crossover, "measure_crossover", play)
     return asked
@@ -68,13 +68,14 @@ def test_it_is_measured_once_and_found_again(
     head, again = _head(tied_model, tied_index), _head(tied_model, tied_index)
     assert find_crossover_of(head, _alone(), largest=1) is None
     first = _settle(head, 16)
-    assert (first.origin, first.not_kept, head.scan_from) == (MEASURED_NOW, None, 12)
-    second = _settle(again, 64)
+    assert (first.origin, first.not_kept, head.changes_at) == (MEASURED_NOW, None, (12,))
+    second = _settle(again, 15)
     assert measured == [16]
     assert second.origin.startswith("kept from 20")
-    assert (second.scan_from, second.times_us, again.scan_from) == (12, {16: (2.0, 1.0)}, 12)
+    assert (second.changes_at, second.times_us) == ((12,), {16: (2.0, 1.0)})
+    assert again.changes_at == (12,)
     assert find_crossover_of(head, _alone(), largest=1) == second
-    assert _settle(again, 8, remeasure=True).scan_from is None
+    assert _settle(again, 8, remeasure=True).changes_at == ()
     assert measured == [16, 8]
 
 
@@ -83,11 +84,11 @@ def test_one_that_was_not_reached_is_sought_further(
 ) -> None:
     """Kept as if it held everywhere, "none up to 8" would leave a batch of 64 to retrieval."""
     head = _head(tied_model, tied_index)
-    assert _settle(head, 8).scan_from is None
-    assert _settle(head, 4).scan_from is None
+    assert _settle(head, 8).changes_at == ()
+    assert _settle(head, 4).changes_at == ()
     assert measured == [8]
-    assert _settle(head, 64).scan_from == 12
-    assert _settle(head, 8).scan_from == 12
+    assert _settle(head, 64).changes_at == (12,)
+    assert _settle(head, 8).changes_at == (12,)
     assert measured == [8, 64]
 
 
@@ -122,7 +123,7 @@ def test_a_cache_that_cannot_be_written_is_said(
     found = _settle(head, 16, remeasure=True)
     assert found.not_kept is not None
     assert "cannot be written" in found.not_kept
-    assert head.scan_from == 12
+    assert head.changes_at == (12,)
 
 
 class _SecondRank(Control):
@@ -143,7 +144,7 @@ def test_ranks_with_other_caches_change_over_with_the_first(
 ) -> None:
     """Were each rank to read its own cache, this one alone would find 12 and not measure."""
     head = _head(tied_model, tied_index)
-    assert _settle(head, 16).scan_from == 12
+    assert _settle(head, 16).changes_at == (12,)
     assert find_crossover_of(head, _SecondRank(), largest=16) is None
     settle_crossover(head, lambda size: [], _SecondRank(), largest=8, in_turn=False)
     assert measured == [16, 8]
