@@ -23,6 +23,9 @@ from flashhead_dist.model_source.kept import KeptMeasurements
 from flashhead_kernels.source_hash import kernels_hash
 from flashhead_topology.probe import probe_machine
 
+_SCHEMA_VERSION = 2
+"""Of a kept `Crossover`; another's is not found."""
+
 
 def find_crossover_of(head: FlashHeadAuto, control: Control, *, largest: int) -> Crossover | None:
     """What another run measured, where it holds for batches of up to `largest` rows, else None.
@@ -84,6 +87,7 @@ def _case(head: FlashHeadAuto) -> dict[str, Any]:
         cores = {"num_cores": machine.num_cores, "threads_per_rank": threads}
         device = {"device": machine.cpu_model, **cores}
     return {
+        "schema_version": _SCHEMA_VERSION,
         "vocab_size": head.vocab_size,
         "hidden_size": head.hidden_size,
         "tp_size": head.tp.tp_size,
