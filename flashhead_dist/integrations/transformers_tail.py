@@ -36,7 +36,9 @@ def measure_final_logits(model: Any, linear: nn.Linear) -> FinalLogits:
     if cap is not None:
         config.final_logit_softcapping = None
     try:
-        token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
+        # Offloaded, a model has no device of its own, and moves what it is given.
+        device = "cpu" if model.device.type == "meta" else model.device
+        token = torch.zeros((1, 1), dtype=torch.int64, device=device)
         said = model(input_ids=token, use_cache=False).logits.float().cpu().reshape(-1)
     finally:
         handle.remove()
