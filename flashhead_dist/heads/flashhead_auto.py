@@ -61,6 +61,12 @@ class FlashHeadAuto(FlashHead):
     def scan(self, hidden_states: Tensor, want: Want) -> Candidates:
         """This rank's candidates of `hidden_states [B, D]`, by scoring every token it holds."""
         ops, shard = ops_for(hidden_states.device), self.shard
+        if shard.table is not None:
+            rows, ids = shard.table
+            whole: Candidates = ops.dense_candidates(
+                hidden_states, rows, 0, k=want.k, need_logsumexp=want.logsumexp, token_ids=ids
+            )
+            return whole
         tables = [(self._rows.flatten(0, 1), self._token_ids.flatten())]
         if shard.pinned_token_ids.numel():
             tables.append((shard.pinned_rows.flatten(0, 1), shard.pinned_token_ids.flatten()))

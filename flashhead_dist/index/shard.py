@@ -6,6 +6,7 @@ Rank r of P owns the groups g with g % P == r, so that every P from 1 to G can u
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ from flashhead_dist.index.token_map import TokenMap
 from flashhead_dist.model_source import ModelSource
 from flashhead_kernels.cpu_memory import empty_on_large_pages
 from flashhead_kernels.quantize import QuantizedCentroids
+
+_PINNED = "pinned_"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,16 @@ class IndexShard:
         """Bytes of everything that this rank holds to score tokens."""
         tensors = (self.rows, self.token_ids, self.spread, self.pinned_rows, self.pinned_token_ids)
         return self.centroids.nbytes + sum(tensor.nbytes for tensor in tensors)
+
+    @cached_property
+    def table(self) -> tuple[Tensor, Tensor] | None:
+        """All rows `[R, D]` of this rank, pinned ones last, and their token ids `[R]` (-1 pad).
+
+        None where they do not lie in one piece, as they do when loaded.
+        """
+        rows = _one_piece(self.rows.flatten(0, 2), self.pinned_rows.flatten(0, 1))
+        token_ids = _one_piece(self.token_ids.flatten(), self.pinned_token_ids.flatten())
+        return None if rows is None or token_ids is None else (rows, token_ids)
 
     @cached_property
     def token_map(self) -> TokenMap:
@@ -112,8 +125,10 @@ def load_shard(
     check_data_file(path, manifest)
     groups = list(range(tp_rank, manifest.num_groups, tp_size))
     tensors = _read_groups(path, manifest, groups, verify=verify)
-    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return _assemble(path, manifest, tp_rank, tp_size, groups, on_device)
+    if torch.device(device).type != "cpu":
+        on_device = _allocate(tensors, device)
+        tensors = {name: on_device[name].copy_(tensor) for name, tensor in tensors.items()}
+    return _assemble(path, manifest, tp_rank, tp_size, groups, tensors)
 
 
 def _check_use(
@@ -167,15 +182,48 @@ def _read_groups(
     tensors: dict[str, Tensor] = {}
     for place, group in enumerate(groups):
         # Opened for each group: the pages of the mapped file count as memory until it is closed.
-        for name, piece in _read_group(path, group).items():
-            if name not in tensors:
-                tensors[name] = empty_on_large_pages((len(groups), *piece.shape), piece.dtype)
+        pieces = _read_group(path, group)
+        if not tensors:
+            like = {name: piece.expand(len(groups), *piece.shape) for name, piece in pieces.items()}
+            tensors = _allocate(like, "cpu")
+        for name, piece in pieces.items():
             tensors[name][place] = piece
         if verify:
             stored = hash_group([tensors[name][place] for name in sorted(tensors)])
             if stored != manifest.group_sha256[group]:
                 raise _damaged(path / DATA_NAME)
     return tensors
+
+
+def _allocate(like: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """Memory for tensors like these on `device`; what is pinned follows the rest in one piece."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in like.items():
+        if name.startswith(_PINNED):
+            continue
+        pinned = like.get(_PINNED + name)
+        extra = 0 if pinned is None else pinned.numel()
+        size = (tensor.numel() + extra,)
+        if torch.device(device).type == "cpu":
+            memory = empty_on_large_pages(size, tensor.dtype)
+        else:
+            memory = torch.empty(size, dtype=tensor.dtype, device=device)
+        tensors[name] = memory[: tensor.numel()].view(tensor.shape)
+        if pinned is not None:
+            tensors[_PINNED + name] = memory[tensor.numel() :].view(pinned.shape)
+    return tensors
+
+
+def _one_piece(first: Tensor, second: Tensor) -> Tensor | None:
+    """`first [R, ...]` and `second [r, ...]` as one `[R + r, ...]`, where one follows the other."""
+    if not second.numel():
+        return first
+    if first.data_ptr() + first.nbytes != second.data_ptr():
+        return None
+    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        return None
+    size = (len(first) + len(second), *first.shape[1:])
+    return first.as_strided(size, first.stride(), first.storage_offset())
 
 
 def _read_group(path: Path, group: int) -> dict[str, Tensor]:

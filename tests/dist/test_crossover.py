@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from flashhead_dist.measure.control import Control
 from flashhead_dist.measure.crossover import Crossover, find_changes, measure_crossover
 from flashhead_dist.measure.crossover_notes import crossover_notes
 from flashhead_dist.model_source import ModelSource, open_model
+from flashhead_kernels.dispatch import ops_for
 
 
 @pytest.mark.parametrize("largest", [1, 16, 100, 1000])
@@ -91,6 +94,28 @@ def test_a_scan_is_the_dense_head(
     assert torch.allclose(found.logsumexp, truth.logsumexp, rtol=1e-5)
     assert auto.serve(states[:batch], Want(candidate_mass=True)).logsumexp is None
     assert auto.read_bytes_per_step(1) >= dense.read_bytes_per_step(1)
+
+
+def test_a_loaded_shard_is_scanned_in_one_piece(
+    auto: FlashHeadAuto, states: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two scans and what merges them are half of a step where a rank's part is small."""
+    scans: list[int] = []
+    real = ops_for("cpu").dense_candidates
+
+    def spy(hidden: torch.Tensor, rows: torch.Tensor, *given: Any, **options: Any) -> Any:
+        scans.append(len(rows))
+        return real(hidden, rows, *given, **options)
+
+    monkeypatch.setattr(ops_for("cpu"), "dense_candidates", spy)
+    shard = auto.shard
+    assert shard.pinned_token_ids.numel() == 8
+    apart = copy(auto)
+    apart.shard = replace(shard, rows=shard.rows.clone())
+    assert apart.shard.table is None
+    whole, merged = auto.scan(states, Want(k=3)), apart.scan(states, Want(k=3))
+    assert torch.equal(whole.keys, merged.keys)
+    assert scans == [8 * 32 * 4 + 8, 8 * 32 * 4, 8]
 
 
 def test_below_the_crossover_it_is_flashhead(
