@@ -20,7 +20,7 @@ GROUND = {
 }
 # From the top floor down: a part imports from parts behind it in this list only.
 FLOORS = [
-    "report", "evaluate", "integrations", "measure", "decode", "heads", "index", "hidden_states",
+    "report", "generation", "evaluate", "integrations", "measure", "decode", "heads", "index", "hidden_states",
     "collectives", "collective_calls", "model_source", "progress", "errors",
 ]  # fmt: skip
 COLLECTIVES = {

@@ -46,22 +46,24 @@ def import_deepspeed() -> Any:
 
 
 class DeepSpeedCalls:
-    """Collectives of a head by `deepspeed.comm`, whose log then counts them under their name."""
+    """Collectives, by default a head's, by `deepspeed.comm`, whose log then counts them under their name."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = HEAD_PREFIX) -> None:
+        """prefix: what their names in the log begin with."""
         self._comm = import_deepspeed().comm
+        self._prefix = prefix
 
     def all_reduce(
         self, tensor: Tensor, reduction: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None
     ) -> None:
         # deepspeed knows its own enumeration and a torch ReduceOp object, not torch's RedOpType.
         self._comm.all_reduce(
-            tensor, op=dist.ReduceOp(reduction), group=group, log_name=f"{HEAD_PREFIX}_all_reduce"
+            tensor, op=dist.ReduceOp(reduction), group=group, log_name=f"{self._prefix}_all_reduce"
         )
 
     def all_gather(self, gathered: Tensor, tensor: Tensor, group: dist.ProcessGroup | None) -> None:
         self._comm.all_gather_into_tensor(
-            gathered, tensor, group=group, log_name=f"{HEAD_PREFIX}_all_gather"
+            gathered, tensor, group=group, log_name=f"{self._prefix}_all_gather"
         )
 
 
