@@ -12,6 +12,7 @@ import torch
 
 from bench_cell import Bench
 from flashhead_dist.measure.environment import software_versions, source_commit
+from flashhead_kernels import launch_choice
 from flashhead_topology.probe import probe_machine
 
 
@@ -46,6 +47,7 @@ def make_environment(
         "driver": driver,
         "cache_bytes": bench.clock.cache_bytes,
         "operations": bench.ops.__name__,
+        "launches": launch_choice.table.choices(),
         "timing": timing,
         "versions": versions,
         "commit": commit,

@@ -162,7 +162,30 @@ def markdown(frame: pd.DataFrame, environment: Mapping[str, Any], notes: Sequenc
     parts.append(f"| {' | '.join(columns)} |")
     parts.append(f"|---|{'---:|' * (len(columns) - 1)}")
     parts += [f"| {' | '.join(line[column] for column in columns)} |" for line in lines]
+    parts += _launches(environment["launches"])
     return "\n".join(parts) + "\n"
+
+
+def _launches(choices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines on what `flashhead` chose between: medians of one launch and two, on a cold cache."""
+    timed = [choice for choice in choices if choice["one_us"] is not None]
+    if not timed:
+        return []
+    lines = [
+        "",
+        "One launch or two, by shape of the shard: what `flashhead` chose, and by what.",
+        "",
+    ]
+    lines += ["| D | groups | clusters a group | batch | one us | two us | launches |"]
+    lines += [f"|{'---:|' * 7}"]
+    for choice in timed:
+        head = choice["head"]
+        lines.append(
+            f"| {head['hidden_size']} | {choice['groups']} | {head['clusters']} | "
+            f"{choice['batch']} | {choice['one_us']:.1f} | {choice['two_us']:.1f} | "
+            f"{choice['launches']} |"
+        )
+    return lines
 
 
 def write_files(

@@ -23,6 +23,7 @@ ENVIRONMENT: dict[str, Any] = {
     "commit": "0123456789",
     "time_utc": "2026-01-02T03:04:05+00:00",
     "timing": "CUDA events.",
+    "launches": [],
     "complete": True,
 }
 # microseconds by way; 40 MB at 4,000 GB/s are 10 us, so that flashhead may take 19.
@@ -173,3 +174,12 @@ def test_the_picture_is_drawn_with_its_marks(tmp_path: Path) -> None:
     for axes, floor in zip(figure.axes, (10.0, 5.0), strict=True):
         assert len(axes.lines) == 5
         assert axes.lines[-1].get_ydata().tolist() == pytest.approx([floor, floor])
+
+
+def test_the_page_says_what_was_chosen_between_one_launch_and_two() -> None:
+    head = {"hidden_size": 640, "clusters": 512}
+    choice = {"groups": 128, "batch": 8, "head": head, "one_us": 9.26, "two_us": 8.0, "launches": 2}
+    by_rule = {**choice, "one_us": None, "two_us": None, "launches": 1}
+    page = report.markdown(a_frame(), {**ENVIRONMENT, "launches": [by_rule, choice]}, [])
+    assert page.rstrip().endswith("|\n| 640 | 128 | 512 | 8 | 9.3 | 8.0 | 2 |")
+    assert "One launch or two" not in report.markdown(a_frame(), ENVIRONMENT, [])
