@@ -28,6 +28,7 @@ from flashhead_dist.integrations.pipeline_bubble import StageTimes
 from flashhead_dist.integrations.pipeline_links import Links
 from flashhead_dist.integrations.pipeline_loop import StageLoop
 from flashhead_dist.integrations.pipeline_stage import PipelineStage
+from flashhead_dist.measure.memory import release_memory
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class PipelineDecoder:
             self.tp = TensorParallel.from_group(group, self.device, calls=DeepSpeedCalls())
             self._stage.shard(group)
         self._module.to(self.device)
+        release_memory(torch.device("cpu"))
         self._pipe = TensorParallel(
             tp_rank=self.stage, tp_size=pp_size, group=grid.get_pipe_parallel_group()
         )
