@@ -18,7 +18,6 @@ one rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import cast
 
 import torch
@@ -29,12 +28,13 @@ from flashhead_dist.heads.base import Head, Want
 from flashhead_dist.heads.dense import DenseLocalMax
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated
 from flashhead_dist.index import IndexShard
-from flashhead_kernels import cpu_sampling, sampling
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import pack_keys, unpack_keys
 from flashhead_kernels.logits import FinalLogits, GumbelNoise
+from flashhead_kernels.sampling_dispatch import sampling_ops_for
 
 SAMPLING_HEADS = (FlashHead.name, FlashHeadReplicated.name, DenseLocalMax.name)
+sampling_ops = sampling_ops_for
 _OPEN_ROWS = 1 << 15
 
 
@@ -67,7 +67,7 @@ class ClosedForm:
         row_of_draw: int64 `[n]`, which of the B rows each draw is from; None: one from each.
         noise: positions (and sequences) of the n draws.
         """
-        ops = sampling_ops(self.hidden_states.device)
+        ops = sampling_ops_for(self.hidden_states.device)
         if row_of_draw is None:
             row_of_draw = torch.arange(len(self.logits), device=self.logits.device)
         keys = cast(Tensor, ops.draw_candidates(self.logits, self.token_ids, row_of_draw, noise))
@@ -100,7 +100,7 @@ class ClosedForm:
         ops = ops_for(hidden.device)
         logits = ops.score_rows(hidden, table, clusters.to(torch.int32).unsqueeze(1))[:, 0]
         ids = self.shard.token_ids.flatten(0, 1)[clusters].long()
-        final = sampling_ops(hidden.device).final_logits(logits, self.final)
+        final = sampling_ops_for(hidden.device).final_logits(logits, self.final)
         return final.masked_fill(ids < 0, float("-inf")), ids
 
     def token_log_mass(self, token_ids: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def closed_form(
         final = FinalLogits(softcap=softcap, temperature=temperature)
     except ValueError as error:
         raise UserError(str(error)) from error
-    ops = sampling_ops(hidden_states.device)
+    ops = sampling_ops_for(hidden_states.device)
     if isinstance(head, DenseLocalMax):
         scores = ops.dense_scores(hidden_states, head.weight, head.shard.start)
         logits = ops.final_logits(scores.logits, final)
@@ -221,11 +221,6 @@ def require_sampling_head(head: Head) -> None:
             f"head {head.name} does not sample: choose one of {', '.join(SAMPLING_HEADS)}, or "
             f"temperature 0 for the best token"
         )
-
-
-def sampling_ops(device: torch.device) -> ModuleType:
-    """`flashhead_kernels.cpu_sampling`, or plain torch on any other device."""
-    return cpu_sampling if device.type == "cpu" else sampling
 
 
 def _rows_of(noise: GumbelNoise, rows: Tensor) -> GumbelNoise:

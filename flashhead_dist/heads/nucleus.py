@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashhead_dist.collectives import Exchange, Operation, Steps
-from flashhead_dist.heads.closed_form import ClosedForm, sampling_ops
+from flashhead_dist.heads.closed_form import ClosedForm
 from flashhead_kernels.keys import EMPTY_KEY, pack_keys, unpack_keys
 from flashhead_kernels.logits import GumbelNoise
+from flashhead_kernels.sampling_dispatch import sampling_ops_for
 
 _FIRST_GATHER = 64
 _WIDER = 8
@@ -48,7 +49,7 @@ def draw_from_nucleus(form: ClosedForm, noise: GumbelNoise, top_p: float) -> Ste
         logits, tokens = yield from _best(keys, count)
     before = functional.pad(weights[:, :-1], (1, 0))
     kept = (before < target.unsqueeze(1)) & (tokens >= 0)
-    noisy = logits + sampling_ops(logits.device).gumbel(noise, tokens)
+    noisy = logits + sampling_ops_for(logits.device).gumbel(noise, tokens)
     place = noisy.masked_fill(~kept, float("-inf")).argmax(1, keepdim=True)
     chosen: Tensor = tokens.gather(1, place)[:, 0]
     if bool(covered.all()):
@@ -97,7 +98,7 @@ def _draw_past_candidates(
     kept = torch.zeros_like(levels, dtype=torch.bool)
     kept.scatter_(1, order, before < missing.unsqueeze(1))
     mine = kept.view(len(kept), manifest.num_groups, -1)[:, form.shard.group_ids]
-    ops = sampling_ops(mine.device)
+    ops = sampling_ops_for(mine.device)
     mass = form.log_mass.masked_fill(~mine, float("-inf"))
     restricted = replace(form, log_mass=mass, group_log_mass=ops.group_log_mass(mass))
     keys = yield Exchange(Operation.MAX, restricted.draw(noise).unsqueeze(1))

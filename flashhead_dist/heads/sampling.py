@@ -28,13 +28,13 @@ from flashhead_dist.heads.closed_form import (
     ClosedForm,
     closed_form,
     require_sampling_head,
-    sampling_ops,
 )
 from flashhead_dist.heads.emulated import EmulatedHead, run_in_lock_step
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated
 from flashhead_dist.heads.nucleus import draw_from_nucleus, within_mass
 from flashhead_kernels.keys import unpack_keys
 from flashhead_kernels.logits import FinalLogits, GumbelNoise
+from flashhead_kernels.sampling_dispatch import sampling_ops_for
 
 T = TypeVar("T")
 _WORDS = 1 << 32
@@ -183,7 +183,7 @@ def _top_k_steps(
     """Every rank knows the k best and draws among them: no further exchange."""
     best = yield from head.steps(hidden_states, Want(k=parameters.top_k))
     final = FinalLogits(softcap=softcap, temperature=parameters.temperature)
-    ops = sampling_ops(hidden_states.device)
+    ops = sampling_ops_for(hidden_states.device)
     logits = ops.final_logits(best.logits, final)
     if parameters.top_p < 1:
         kept = within_mass(logits, parameters.top_p)

@@ -96,18 +96,18 @@ def cluster_log_mass(
     if means.numel() == 0:
         return torch.empty(means.shape)
     factor = np.empty(batch, np.float32)
-    scale = 0.5 * curvature / final.temperature**2
-    loops.squared_norms(float_states(hidden_states), scale, factor)
-    variance = flat(spread.clamp(min=0).square())
+    loops.norms(float_states(hidden_states), 1 / final.temperature, factor)
+    flat_spread = flat(spread)
     # By a table: torch's logarithm of an element may depend on its place in the tensor.
     table = [math.log(count) if count else -math.inf for count in range(int(num_tokens.max()) + 1)]
     log_tokens = flat(torch.tensor(table, dtype=torch.float32)[num_tokens])
-    flat_means = flat(means)
+    flat_means, half = flat(means), np.float32(curvature / 2)
+    softcap, inverse = np.float32(final.softcap), np.float32(1 / final.temperature)
     share(
         batch * groups,
         lambda first, last: loops.weigh_clusters(
-            first, last, flat_means, log_tokens, variance, factor, np.float32(final.softcap),
-            np.float32(1 / final.temperature), clusters, mass,
+            first, last, flat_means, log_tokens, flat_spread, factor, half, softcap, inverse,
+            clusters, mass,
         ),
     )  # fmt: skip
     return torch.from_numpy(mass).view(means.shape)

@@ -14,9 +14,11 @@ import numpy as np
 from flashhead_kernels.cpu_loops import scan_cluster
 from flashhead_kernels.cpu_noise import add_noise, exp, log
 from flashhead_kernels.cpu_primitives import jit, pack_key, score_slots, select_slots
+from flashhead_kernels.sampling import REACH
 
 _EMPTY = np.int64(-(2**63))
 _NONE = np.float32(-np.inf)
+_ZERO, _REACH = np.float32(0), np.float32(REACH)
 
 
 @jit
@@ -81,40 +83,43 @@ def cap(values: Any, softcap: float, inverse_temperature: float, out: Any) -> No
 
 
 @jit
-def squared_norms(states: Any, scale: float, out: Any) -> None:
-    """`scale * |h|^2` of each of flat `states [B, D]` into float32 `out [B]`."""
+def norms(states: Any, scale: float, out: Any) -> None:
+    """`scale * |h|` of each of flat `states [B, D]` into float32 `out [B]`."""
     size = states.shape[0] // out.shape[0]
     for b in range(out.shape[0]):
         squares = 0.0
         for i in range(b * size, (b + 1) * size):
             squares += states[i] * np.float64(states[i])
-        out[b] = np.float32(scale * squares)
+        out[b] = np.float32(scale * math.sqrt(squares))
 
 
 @jit
 def weigh_clusters(
-    first: int, last: int, means: Any, log_tokens: Any, variance: Any, factor: Any, softcap: float,
-    inverse_temperature: float, clusters: int, mass: Any,
+    first: int, last: int, means: Any, log_tokens: Any, spread: Any, norms: Any, half: float,
+    softcap: float, inverse_temperature: float, clusters: int, mass: Any,
 ) -> None:  # fmt: skip
     """Log masses of the clusters of `first..last` of the `B * N` groups.
 
-    log_tokens, variance: float32 `[N, M]`; factor: float32 `[B]`; mass: `[B, N, M]`. All flat.
+    log_tokens, spread: float32 `[N, M]`; norms: |h| / T, float32 `[B]`; half: of the curvature;
+    mass: `[B, N, M]`. All flat.
     """
-    groups = variance.shape[0] // clusters
+    groups = spread.shape[0] // clusters
     for place in range(first, last):
         at, base = place * clusters, place % groups * clusters
         mean, own = means[at : at + clusters], mass[at : at + clusters]
-        spare, tokens = variance[base : base + clusters], log_tokens[base : base + clusters]
-        scale = factor[place // groups]
+        spare, tokens = spread[base : base + clusters], log_tokens[base : base + clusters]
+        norm = norms[place // groups]
         if softcap > 0:
             for i in range(clusters):
                 t = np.float32(math.tanh(mean[i] / softcap))
-                slope = np.float32(1) - t * t
-                own[i] = softcap * t * inverse_temperature + scale * spare[i] * slope * slope
-                own[i] = own[i] + tokens[i] if mean[i] > _NONE else _NONE
+                deviation = norm * max(spare[i], _ZERO) * (np.float32(1) - t * t)
+                deviation = min(deviation, _REACH)
+                value = softcap * t * inverse_temperature + half * deviation * deviation
+                own[i] = value + tokens[i] if mean[i] > _NONE else _NONE
         else:
             for i in range(clusters):
-                own[i] = mean[i] * inverse_temperature + scale * spare[i] + tokens[i]
+                deviation = min(norm * max(spare[i], _ZERO), _REACH)
+                own[i] = mean[i] * inverse_temperature + half * deviation * deviation + tokens[i]
 
 
 @jit

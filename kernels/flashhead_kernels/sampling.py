@@ -1,12 +1,14 @@
 """What sampling needs of a rank, in plain torch: the definition for `cpu_sampling`.
 
 A rank knows the exact logits of its candidates and, of every cluster that was not probed, an
-estimate of its mass: for `n` tokens whose logits have mean m and variance s^2 around it,
+estimate of its mass: for n tokens whose logits have mean m,
 
-    log sum exp(logit / T)  ~  log n + m / T + s^2 / (2 T^2)
+    log sum exp(logit / T)  ~  log n + m / T + curvature / 2 * min(|h| * spread / T, REACH)^2
 
-exact where logits are normally distributed within a cluster. s^2 is taken as
-`curvature * |h|^2 * spread^2`. With soft-capping, m is capped and s shrinks by the slope there.
+The last term is the second of the cumulant expansion, with the variance taken as a share of
+`(|h| * spread)^2`. Far out the expansion says nothing: without the bound, a few clusters of great
+spread take all the mass of a hidden state of great norm (docs/sampling.md). With soft-capping, m is
+capped and the spread shrinks by the slope there.
 
 Letters: `B` rows, `N` groups of `M` clusters of `S` tokens, `R` candidates, `n` draws.
 """
@@ -22,7 +24,11 @@ from flashhead_kernels import reference
 from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise, gumbel
 from flashhead_kernels.quantize import QuantizedCentroids
 
+REACH = 2.0
+"""Standard deviations, in logits over T, beyond which a spread adds no more mass."""
+
 __all__ = [
+    "REACH",
     "LocalScores",
     "cluster_log_mass",
     "dense_scores",
@@ -108,7 +114,7 @@ def cluster_log_mass(
     slope = torch.ones_like(means)
     if final.softcap:
         slope = 1 - torch.tanh(means / final.softcap) ** 2
-    deviation = norms * spread.clamp(min=0) / final.temperature * slope
+    deviation = (norms * spread.clamp(min=0) / final.temperature * slope).clamp(max=REACH)
     mass: Tensor = final.without_noise(means) + 0.5 * curvature * deviation**2 + num_tokens.log()
     return mass.masked_fill(means == -torch.inf, float("-inf"))
 
