@@ -11,10 +11,12 @@ import transformers
 from torch import Tensor
 
 from flashhead_dist.collectives import TensorParallel
-from flashhead_dist.decode.loop import Choose
+from flashhead_dist.decode.body import TransformersBody
+from flashhead_dist.decode.loop import Choose, decode
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.heads.base import VocabShard
 from flashhead_dist.heads.dense import DenseLocalMax
+from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
 
 VOCAB = 97
 NEW_TOKENS = 14
@@ -77,13 +79,14 @@ def references(kind: str) -> list[list[list[int]]]:
     return [[reference(model, prompt) for prompt in prompts] for prompts in PROMPTS]
 
 
-def dense_choice(model: Any, tp: TensorParallel) -> Choose:
-    """The dense head, its vocabulary sharded over the last stage's group."""
+def choice(model: Any, tp: TensorParallel, temperature: float) -> Choose:
+    """The dense head, its vocabulary sharded over the last stage's group; greedy or sampling."""
     shard = VocabShard.of(VOCAB, tp)
     head = DenseLocalMax(tp, model.lm_head.weight.detach()[shard.start : shard.stop], VOCAB)
+    parameters = SamplingParameters(temperature=temperature, seed=11)
 
     def choose(hidden: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
-        return head(hidden).token_ids[:, 0]
+        return choose_tokens(head, hidden, positions, sequences, parameters)
 
     return choose
 
@@ -98,13 +101,13 @@ def often_wrong(choose: Choose) -> Choose:
     return wrong
 
 
-def keyed(choose: Choose) -> Choose:
-    """As sampling: what is chosen depends on the place and the number of the sequence."""
-
-    def drawn(hidden: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
-        return (choose(hidden, positions, sequences) + positions**2 + 5 * sequences) % VOCAB
-
-    return drawn
+def unsharded_draws(kind: str) -> list[list[list[int]]]:
+    """What one rank samples, one micro-batch after the other."""
+    model = tiny(kind)
+    decoded = states()
+    for state in decoded:
+        decode(TransformersBody(model), state, choice(model, TensorParallel.single(), 1.0))
+    return tokens(decoded)
 
 
 def states(**options: Any) -> list[DecodeState]:
@@ -132,9 +135,9 @@ def run_layout(
     pipeline = PipelineDecoder(
         lambda: tiny(kind), pp_size=pp_size, tp_size=tp_size, layers_per_stage=layers
     )
-    right = dense_choice(tiny(kind), pipeline.tp) if pipeline.is_last else None
+    right = choice(tiny(kind), pipeline.tp, 0.0) if pipeline.is_last else None
     wrong = often_wrong(right) if right else None
-    draw = keyed(right) if right else None
+    draw = choice(tiny(kind), pipeline.tp, 1.0) if pipeline.is_last else None
     wrong_draw = often_wrong(draw) if draw else None
     plan: list[tuple[str, Choose | None, Choose | None, bool, dict[str, Any]]] = [
         ("together", right, None, False, {}),
@@ -186,6 +189,8 @@ def test_pipelines_decode_what_transformers_decodes(
     assert all(len(set(text)) > 4 for batch in expected for text in batch)
     stopped = cut_at(expected, STOPS)
     assert stopped != expected
+    drawn = unsharded_draws(kind)
+    assert drawn != expected
     counts = layers or (3, 2)
     first = results[layout][0]
     for rank, result in enumerate(results[layout]):
@@ -201,4 +206,4 @@ def test_pipelines_decode_what_transformers_decodes(
         assert result["lossless", "counts"] == first["lossless", "counts"]
         assert all(counts["discarded"] for counts in result["lossless", "counts"])
         assert result["lossless_stopping"] == stopped
-        assert result["lossless_drawn"] == result["drawn"] == first["drawn"] != expected
+        assert result["drawn"] == result["lossless_drawn"] == drawn
