@@ -206,14 +206,15 @@ def test_large_batches_take_two_launches() -> None:
         compare(SHAPES[7], 11, 4, k=1, launches=1)
 
 
-def test_launches_repeat_bit_for_bit() -> None:
+@pytest.mark.parametrize("shape", [SHAPES[8], SHAPES[3]])
+def test_launches_repeat_bit_for_bit(shape: tuple[Any, ...]) -> None:
     """The counters are left as they were found, and both ways give the same bits.
 
     States alternate, as a reduction before the last part is there would find that of other states,
     and there are three groups: with two, a wrong count mends itself.
     """
-    shard = on_device(make_shard(*SHAPES[8]))
-    states = random_states(6, 96).to(DEVICE)
+    shard = on_device(make_shard(*shape))
+    states = random_states(6, shape[3]).to(DEVICE)
     halves = (states[:3], states[3:])
     first = [shard.candidates(cuda, half, 4, need_logsumexp=True, launches=1) for half in halves]
     for launches in (1, 2, 1, 2):
