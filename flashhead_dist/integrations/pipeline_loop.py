@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flashhead_dist.decode.loop import Choose, DecodeTimes
+from flashhead_dist.decode.recording import record_past
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.integrations.pipeline_bubble import StageTimes
 from flashhead_dist.integrations.pipeline_links import Links
@@ -105,8 +106,7 @@ class StageLoop:
             mask = None
         hidden = self._run_stage(StageInput(inputs, mask, batch.cache))
         if is_prompt and state.check_every:
-            # After the prompt, or a sliding window would keep all of it until the first rollback.
-            batch.cache.activate_past_recording()
+            record_past(batch.cache)
         if self._stage.is_last:
             self._finish_step(batch, hidden[:, -1])
         self._synchronize()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from flashhead_dist.decode.recording import record_past
 from flashhead_dist.errors import UserError
 from flashhead_dist.integrations.pipeline_stage import (
     MODEL_TYPES,
@@ -71,7 +72,7 @@ def test_stages_hold_each_weight_once_and_give_the_whole_models_states(kind: str
     with torch.inference_mode():
         torch.testing.assert_close(run(IDS, MASK), truth(IDS, MASK))
         for cache in caches:
-            cache.activate_past_recording()
+            record_past(cache)
         ids, mask = IDS, MASK
         for step in range(9):
             ids = torch.cat([ids, torch.full((3, 1), 7 + step)], 1)
