@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError
 from flashhead_dist.generation.compare import Measured, Request, compare, warm_up
@@ -36,6 +34,7 @@ from flashhead_dist.report.generation import (
 from flashhead_dist.report.present import report_console
 from flashhead_dist.report.progress import SweepProgress
 from flashhead_dist.report.streaming import stream_text
+from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 from generate_arguments import DTYPES, parse_arguments
 from ranks import Ranks, World, refuse_together, run_ranks
@@ -78,13 +77,15 @@ class _Run:
         with control.phase():
             model = open_model(arguments.model, progress=False)
         ranks.open_group(setup.placement.backend, setup.device)
-        torch.set_num_threads(setup.threads_per_rank)
-        engine = self._engine(model, index, setup)
+        with compute_threads(setup.threads_per_rank):
+            self._run(self._engine(model, index, setup), prompts, control, setup)
+
+    def _run(self, engine: Engine, prompts: Sequence[str], control: Control, setup: Setup) -> None:
         with control.phase():
             engine.load()
         with control.phase():
             request = self._request(engine, prompts)
-            log_path = arguments.out if control.is_first else None
+            log_path = self.arguments.out if control.is_first else None
             self.log = TextLog(engine.tokenizer, log_path)
         measured, traffic = self._measure(engine, request, prompts, control)
         # Only ranks of the last stage know what the head took.
@@ -92,7 +93,8 @@ class _Run:
         for item, times in zip(measured, everywhere[engine.layout.head_rank], strict=True):
             vars(item).update(times)
         if control.is_first:
-            self._report(engine, measured, traffic)
+            notes = [*setup.notes, *_oversubscription(setup, self.world)]
+            self._report(engine, measured, traffic, notes)
 
     def _decide(self) -> Setup:
         machine = probe_machine()
@@ -178,12 +180,16 @@ class _Run:
         return measured, traffic
 
     def _report(
-        self, engine: Engine, measured: Sequence[Measured], traffic: dict[str, Traffic]
+        self,
+        engine: Engine,
+        measured: Sequence[Measured],
+        traffic: dict[str, Traffic],
+        notes: Sequence[str],
     ) -> None:
         console = report_console()
         console.print()
         console.print(generation_table(measured))
-        for note in generation_notes(measured, traffic):
+        for note in [*generation_notes(measured, traffic), *notes]:
             console.print(f"- {note}", markup=False, highlight=False, soft_wrap=True)
         if self.arguments.json:
             texts = {
@@ -193,8 +199,18 @@ class _Run:
                 ]
                 for item in measured
             }
-            document = generation_document(measured, texts, traffic)
+            document = generation_document(measured, texts, traffic) | {"notes": list(notes)}
             print(json.dumps(document, allow_nan=False), flush=True)
+
+
+def _oversubscription(setup: Setup, world: World) -> list[str]:
+    if not setup.fit(world.local_size).oversubscribed:
+        return []
+    return [
+        f"OVERSUBSCRIBED: {world.local_size} ranks with {setup.threads_per_rank} threads each on "
+        f"{setup.machine.num_cores} cores take turns, so times here say nothing about speed; texts "
+        f"and bytes are not concerned."
+    ]
 
 
 def _times_of(item: Measured) -> dict[str, Any]:

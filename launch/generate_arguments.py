@@ -11,6 +11,7 @@ import torch
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.generation.engine import DENSE, Layout, Variant
+from flashhead_dist.heads.closed_form import SAMPLING_HEADS
 from flashhead_dist.heads.registry import HEAD_NAMES, check_head_names
 from flashhead_dist.heads.sampling import SamplingParameters
 
@@ -134,6 +135,11 @@ def _parser(description: str | None, *, speaks: bool) -> _Parser:
 
 def _check(arguments: argparse.Namespace) -> None:
     check_head_names([arguments.head])
+    if arguments.temperature > 0 and arguments.head not in SAMPLING_HEADS:
+        raise UserError(
+            f"--head {arguments.head} does not sample: choose one of {', '.join(SAMPLING_HEADS)}, "
+            f"or leave out --temperature"
+        )
     least = {
         "max_new_tokens": 1, "lossless": 0, "num_probes": 1, "tp_size": 1, "pp_size": 1,
         "batch_size": 1, "micro_batches": 1, "threads_per_rank": 1,

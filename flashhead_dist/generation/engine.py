@@ -156,6 +156,15 @@ class Engine:
         for name in self._names:
             probes = None if name == DENSE else self._num_probes
             self._heads[name] = builder.build(name, num_probes=probes)
+            self._try_out(name)
+
+    def _try_out(self, name: str) -> None:
+        """Choose a token once, so that what a head cannot serve is said before a body waits."""
+        choose = self._chooser(name)
+        assert choose is not None
+        nothing = torch.zeros(1, dtype=torch.int64)
+        hidden = torch.zeros(1, self.model.hidden_size, dtype=self.dtype, device=self.device)
+        choose(hidden, nothing, nothing)
 
     def _load_body(self) -> Any:
         body, self.tokenizer = self.model.load_body(self.dtype)

@@ -15,6 +15,7 @@ from flashhead_dist.generation.compare import (
     p90,
 )
 from flashhead_dist.generation.traffic import Traffic
+from flashhead_dist.integrations.pipeline_bubble import measured_bubble
 
 
 def generation_table(measured: Sequence[Measured]) -> Table:
@@ -54,6 +55,12 @@ def generation_notes(measured: Sequence[Measured], traffic: Mapping[str, Traffic
                 f"{item.variant.label}: {counts.checks} dense checks confirmed "
                 f"{counts.confirmed:,} tokens, put another in the place of {counts.corrected}, and "
                 f"took back {counts.discarded} in {counts.rollbacks} rollbacks."
+            )
+        if item.stages:
+            bubbles = [measured_bubble(stages) for stages in item.stages]
+            notes.append(
+                f"{item.variant.label}: stages were idle {100 * middle(bubbles):.0f} % of the time "
+                f"(median over runs; launch/bench_pipeline.py sets that against theory)."
             )
     for label, found in traffic.items():
         notes.append(
