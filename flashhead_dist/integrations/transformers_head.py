@@ -39,7 +39,8 @@ class Session:
     greedy: bool
     found: Retrieved | None = None
     rows: Tensor | None = None
-    """Final logits `[n, V]` as the last forward pass returned them; not to be written to."""
+    """Final logits `[n, V]` as the last forward pass returned them. Assisted decoding writes over
+    a row once its logits processors have had it, `generate` makes a copy."""
     next_row: int = 0
 
 
@@ -102,8 +103,7 @@ class RetrievalHead(nn.Module):
         session.found = self.logit_rows.retrieve(flat, session.temperature)
         session.rows = self.logit_rows.estimated(session.found, below_best=session.greedy)
         session.next_row = 0
-        # Assisted decoding writes to what it is given.
-        return session.rows.clone()
+        return session.rows
 
     def _closed_form(self, flat: Tensor, temperature: float) -> Tensor:
         if not self.serves_closed_form:

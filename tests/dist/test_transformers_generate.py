@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from flashhead_dist.errors import UserError
@@ -165,6 +165,50 @@ def test_an_estimate_never_wins_unopened(zoo: Zoo) -> None:
         assert token == wanted
         wrong_by_estimate += int(estimates.argmax()) != token
     assert wrong_by_estimate > 2
+
+
+@pytest.mark.parametrize("alpha", [0.0, 30.0])
+def test_a_processor_that_does_nothing_changes_nothing(zoo: Zoo, alpha: float) -> None:
+    """With so much of the spread in the score, clusters of a greater mean than all candidates stay
+    unprobed; the head does not choose them, and so their estimates may not lead either."""
+    pair = zoo.pair("llama")
+    model = pair.replaced(num_probes=4, alpha=alpha)
+    above = 0
+    for prompt in PROMPTS:
+        _, found, _ = state_of(pair, model, prompt)
+        estimates = model.retrieval_head.logit_rows.estimated(found, below_best=False)
+        above += int(estimates.argmax()) not in found.token_ids
+        ids = torch.tensor([prompt])
+        plain = model.generate(ids, **GREEDY)
+        assert torch.equal(model.generate(ids, no_repeat_ngram_size=30, **GREEDY), plain)
+    assert (above > 2) == (alpha > 0)
+
+
+class AsksAnother(LogitsProcessor):  # type: ignore[misc]
+    """Reads another replaced model in the middle of a decoding step, and leaves the scores."""
+
+    def __init__(self, other: Any) -> None:
+        self.other = other
+        self.answers: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.answers.append(self.other(torch.tensor([PROMPT])).logits)
+        return scores
+
+
+def test_a_session_is_for_its_own_head_alone(zoo: Zoo) -> None:
+    model, other = zoo.pair("llama").replaced(), zoo.pair("qwen2").replaced()
+    with torch.no_grad():
+        wanted = other(torch.tensor([PROMPT])).logits
+    asks = AsksAnother(other)
+    model.generate(
+        torch.tensor([PROMPT]),
+        do_sample=True,
+        temperature=0.4,
+        max_new_tokens=2,
+        logits_processor=[asks],
+    )
+    assert all(torch.equal(answer, wanted) for answer in asks.answers)
 
 
 def test_two_threads_generate_at_once(zoo: Zoo) -> None:
