@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flashhead_dist.decode.recording import record_past
 from flashhead_dist.errors import UserError
 
 
@@ -61,8 +62,7 @@ class TransformersBody:
             )
         hidden = self._forward(token_ids, attention_mask)
         if self._recording:
-            # After the prompt, or a sliding window would keep all of it until the first rollback.
-            self._cache.activate_past_recording()
+            record_past(self._cache)
         return hidden
 
     def step(self, token_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
