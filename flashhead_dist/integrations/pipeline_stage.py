@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flashhead_dist.errors import UserError
 from flashhead_dist.integrations.deepspeed_tp import drop_head, shard_body
 
-MODEL_TYPES = ("gemma3_text", "llama", "qwen2", "qwen3")
+MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Kinds of model whose stages are tested against the unsharded model.
 
 A decoder of another kind may do more between the embedding and the first layer than a later stage,

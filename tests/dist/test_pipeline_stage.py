@@ -37,6 +37,8 @@ def tiny(kind: str) -> Any:
     if kind == "gemma3_text":
         layers = ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"]
         shape |= {"sliding_window": WINDOW, "layer_types": layers}
+    if kind in ("gemma2", "mistral"):
+        shape["sliding_window"] = WINDOW
     config = transformers.AutoConfig.for_model(kind, **shape)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
