@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 2 launch/bench_pipeline.py              2 stages, the default model
     torchrun --nproc-per-node 4 launch/bench_pipeline.py --pp-size 2 --micro-batches 1,2,4 --json
     torchrun --nproc-per-node 2 launch/bench_pipeline.py --layers-per-stage 11,7
+    torchrun --nproc-per-node 4 launch/bench_pipeline.py --sleep-ms 50,50,50,50
 
 Decodes the same prompts, cut to one length, in 1, 2, ... micro-batches in flight, by two schedules,
 interleaved: *continuous*, a micro-batch goes on as soon as its token is back; *flushed*, each step
@@ -12,7 +13,9 @@ stages would have by formula, (p-1)/(m+p-1) where flushed; and what the measured
 these stages would have if messages took no time (docs/pipeline.md).
 
 Each rank needs a core or a GPU of its own: with fewer, stages wait for each other's cores, the
-shares mean nothing, and the table says so. Exit codes: as of launch/scale.py.
+shares mean nothing, and the table says so. With --sleep-ms the stages are made up: each sleeps that
+long instead of computing, so that schedule and messages are measured alone, with any number of
+stages on any machine; such a table says SIMULATED COMPUTE. Exit codes: as of launch/scale.py.
 """
 
 from __future__ import annotations
@@ -34,7 +37,6 @@ from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.registry import HEAD_NAMES, HeadBuilder, check_head_names, needs_index
-from flashhead_dist.hidden_states.texts import shipped_texts
 from flashhead_dist.index import ensure_index
 from flashhead_dist.integrations.deepspeed_pipeline import PipelineDecoder
 from flashhead_dist.integrations.pipeline_bubble import (
@@ -47,6 +49,7 @@ from flashhead_dist.measure.setup import Setup, decide_setup
 from flashhead_dist.model_source import ModelSource, open_model
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
+from pipeline_inputs import corpus_prompts, made_up_prompts, sleeping_model
 from ranks import Ranks, World, refuse_together, run_ranks
 from scale_arguments import DTYPES
 
@@ -77,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=16, metavar="N")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    parser.add_argument("--sleep-ms", type=_integers, metavar="N,N", help="simulate; by stage")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
     return parser
@@ -91,6 +95,12 @@ def check(arguments: argparse.Namespace) -> None:
     for flag, value in given.items():
         if value < 1:
             raise UserError(f"{flag} holds {value}: give 1 or more")
+    slept = arguments.sleep_ms
+    if slept is not None and (len(slept) != arguments.pp_size or min(slept) < 0):
+        raise UserError(
+            f"--sleep-ms {','.join(map(str, slept))} does not give each of {arguments.pp_size} "
+            f"stages a time: name {arguments.pp_size} numbers of 0 or more"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,9 +127,11 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
             device=arguments.device,
             heads=[arguments.head],
         )
-        model = open_model(arguments.model, progress=control.is_first)
+        model = None
+        if arguments.sleep_ms is None:
+            model = open_model(arguments.model, progress=control.is_first)
     index_dir = arguments.index
-    if index_dir is None and needs_index(arguments.head):
+    if model is not None and index_dir is None and needs_index(arguments.head):
         with control.phase():
             found = str(ensure_index(model)) if control.is_first else ""
         index_dir = Path(control.broadcast(found))
@@ -142,7 +154,7 @@ class _Decode:
     def __init__(
         self,
         arguments: argparse.Namespace,
-        model: ModelSource,
+        model: ModelSource | None,
         index_dir: Path | None,
         setup: Setup,
     ) -> None:
@@ -150,26 +162,30 @@ class _Decode:
         dtype = DTYPES[arguments.dtype]
         tokenizer: Any = None
 
+        world = World()
+        if world.size % arguments.pp_size:
+            raise UserError(
+                f"--pp-size {arguments.pp_size} does not divide the {world.size} ranks: "
+                f"start a multiple of it with --nproc-per-node"
+            )
+        tp_size = world.size // arguments.pp_size
+
         def load() -> Any:
             nonlocal tokenizer
+            if model is None:
+                return sleeping_model(arguments.pp_size, arguments.sleep_ms[world.rank // tp_size])
             body, tokenizer = model.load_body(dtype)
             return body
 
-        world_size = World().size
-        if world_size % arguments.pp_size:
-            raise UserError(
-                f"--pp-size {arguments.pp_size} does not divide the {world_size} ranks: "
-                f"start a multiple of it with --nproc-per-node"
-            )
         self.pipeline = PipelineDecoder(
             load,
             pp_size=arguments.pp_size,
-            tp_size=world_size // arguments.pp_size,
+            tp_size=tp_size,
             layers_per_stage=arguments.layers_per_stage,
             device=setup.device,
         )
         self.head: Head | None = None
-        if self.pipeline.is_last:
+        if model is not None and self.pipeline.is_last:
             builder = HeadBuilder(
                 tp=self.pipeline.tp,
                 model=model,
@@ -178,22 +194,12 @@ class _Decode:
                 device=setup.device,
             )
             self.head = builder.build(arguments.head)
-        self.prompts = self._read_prompts(tokenizer)
+        count = max(arguments.micro_batches) * arguments.batch_size
+        if model is None:
+            self.prompts = made_up_prompts(count, arguments.prompt_tokens)
+        else:
+            self.prompts = corpus_prompts(tokenizer, count, arguments.prompt_tokens)
         self.runs: dict[tuple[int, str], list[dict[str, Any]]] = {}
-
-    def _read_prompts(self, tokenizer: Any) -> list[list[int]]:
-        wanted = max(self.arguments.micro_batches) * self.arguments.batch_size
-        length, prompts = self.arguments.prompt_tokens, []
-        for document in shipped_texts():
-            ids = tokenizer(document.text[: 20 * length]).input_ids[:length]
-            if len(ids) == length:
-                prompts.append(ids)
-            if len(prompts) == wanted:
-                return prompts
-        raise UserError(
-            f"the shipped texts give {len(prompts)} prompts of {length} tokens, fewer than "
-            f"{wanted}: make --prompt-tokens, --batch-size or --micro-batches smaller"
-        )
 
     def measure(self, num_micro_batches: int) -> list[str]:
         """Run both schedules in turn, after one run to warm up; the names of the schedules."""
@@ -224,8 +230,7 @@ class _Decode:
         }
 
     def _choose(self, hidden: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
-        assert self.head is not None, "only the last stage chooses"
-        return self.head(hidden).token_ids[:, 0]
+        return hidden.argmax(1) if self.head is None else self.head(hidden).token_ids[:, 0]
 
     def summary(self, num_micro_batches: int, schedule: str) -> dict[str, Any]:
         """The run of median bubble, with what equal stages would have."""
@@ -245,16 +250,18 @@ class _Decode:
 def _report(
     arguments: argparse.Namespace,
     setup: Setup,
-    model: ModelSource,
+    model: ModelSource | None,
     world_size: int,
     results: list[dict[str, Any]],
 ) -> None:
     tp_size = world_size // arguments.pp_size
     oversubscribed = setup.fit(world_size).oversubscribed
-    warning = " OVERSUBSCRIBED: more ranks than cores or GPUs." if oversubscribed else ""
+    what, warning = "stages that sleep: SIMULATED COMPUTE", ""
+    if model is not None:
+        what = f"{model.name}, {arguments.head}"
+        warning = " OVERSUBSCRIBED: more ranks than cores or GPUs." if oversubscribed else ""
     table = Table(
-        title=f"{model.name}, {arguments.head}, pp {arguments.pp_size} x tp {tp_size} on "
-        f"{setup.device_name}",
+        title=f"{what}, pp {arguments.pp_size} x tp {tp_size} on {setup.device_name}",
         caption="m micro-batches in flight; ms of a step and idle % by stage; bubbles. "
         f"{arguments.dtype}, batch {arguments.batch_size} a micro-batch, "
         f"{arguments.prompt_tokens} prompt and {arguments.new_tokens} new tokens, torch "

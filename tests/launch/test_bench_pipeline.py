@@ -73,11 +73,21 @@ def test_every_schedule_is_shown_beside_its_theory(model: Path, tmp_path: Path) 
         assert 0 <= row["ideal_bubble"] < 1
 
 
+def test_stages_that_sleep_are_called_simulated(model: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, 2, model, "--micro-batches", "2", "--sleep-ms", "9,2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "SIMULATED COMPUTE" in done.stdout
+    for row in json.loads(done.stdout.splitlines()[-1])["results"]:
+        slow, fast = row["stage_step_ms"]
+        assert slow >= 9
+        assert fast >= 2
+
+
 def test_mistakes_are_one_sentence(model: Path, tmp_path: Path) -> None:
     for arguments, sentence in [
         ([], "error: a pipeline needs 2 stages or more, got pp_size 1: leave it out"),
         (["--micro-batches", "0,1"], "error: --micro-batches holds 0: give 1 or more"),
-        (["--pp-size", "2"], "error: --pp-size 2 does not divide the 1 ranks"),
+        (["--sleep-ms", "5,5"], "error: --sleep-ms 5,5 does not give each of 1 stages a time"),
     ]:
         done = run(tmp_path, 1, model, *arguments)
         assert done.returncode == 2
