@@ -81,12 +81,16 @@ class _Run:
             self._run(self._engine(model, index, setup), prompts, control, setup)
 
     def _run(self, engine: Engine, prompts: Sequence[str], control: Control, setup: Setup) -> None:
-        with control.phase():
-            engine.load()
-        with control.phase():
-            request = self._request(engine, prompts)
-            log_path = self.arguments.out if control.is_first else None
-            self.log = TextLog(engine.tokenizer, log_path)
+        with SweepProgress(2, visible=control.is_first) as progress:
+            progress.stage(f"loading {engine.model.name}")
+            with control.phase():
+                engine.load()
+            with control.phase():
+                request = self._request(engine, prompts)
+                log_path = self.arguments.out if control.is_first else None
+                self.log = TextLog(engine.tokenizer, log_path)
+            progress.stage("warming up")
+            warm_up(engine, self.arguments.variants, request)
         measured, traffic = self._measure(engine, request, prompts, control)
         # Only ranks of the last stage know what the head took.
         everywhere = control.gather([_times_of(item) for item in measured])
@@ -105,7 +109,7 @@ class _Run:
             local_world_size=self.world.local_size,
             threads_per_rank=threads or max(1, machine.num_cores // self.world.local_size),
             device=self.arguments.device,
-            heads=[self.arguments.head],
+            heads=self.arguments.heads,
         )
 
     def _prompts(self) -> list[str]:
@@ -169,7 +173,6 @@ class _Run:
             progress.stage(f"{variant.label}, prompt {first + 1} of {len(prompts)}")
             return stream_text(engine.tokenizer, prompts, states, first) if streams else None
 
-        warm_up(engine, variants, request)
         measured = [Measured(variant) for variant in variants]
         with progress:
             for _ in compare(engine, measured, request, on_states=begin):

@@ -98,7 +98,12 @@ def _parser(description: str | None, *, speaks: bool) -> _Parser:
     how = parser.add_argument_group("with what")
     how.add_argument("--model", help="HF folder, .gguf file or hub id (default: built in)")
     how.add_argument("--index", type=Path, metavar="DIR", help="index folder (default: cached)")
-    how.add_argument("--head", default="flashhead", help=f"one of {', '.join(HEAD_NAMES)}")
+    how.add_argument(
+        "--head",
+        default="flashhead",
+        metavar="A[,B]",
+        help=f"one or more, in turn: {', '.join(HEAD_NAMES)}",
+    )
     how.add_argument(
         "--lossless",
         type=int,
@@ -109,7 +114,7 @@ def _parser(description: str | None, *, speaks: bool) -> _Parser:
     how.add_argument(
         "--compare",
         action="store_true",
-        help=f"decode with {DENSE}, the head, and the head with --lossless in turn",
+        help=f"decode with {DENSE}, each head, and each head with --lossless in turn",
     )
     how.add_argument("--num-probes", type=int, metavar="P", help="default: the index's")
     how.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="default: fp32")
@@ -134,12 +139,14 @@ def _parser(description: str | None, *, speaks: bool) -> _Parser:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    check_head_names([arguments.head])
-    if arguments.temperature > 0 and arguments.head not in SAMPLING_HEADS:
-        raise UserError(
-            f"--head {arguments.head} does not sample: choose one of {', '.join(SAMPLING_HEADS)}, "
-            f"or leave out --temperature"
-        )
+    arguments.heads = [name for name in arguments.head.split(",") if name]
+    check_head_names(arguments.heads or [arguments.head])
+    for name in arguments.heads:
+        if arguments.temperature > 0 and name not in SAMPLING_HEADS:
+            raise UserError(
+                f"--head {name} does not sample: choose from {', '.join(SAMPLING_HEADS)}, or leave "
+                f"out --temperature"
+            )
     least = {
         "max_new_tokens": 1, "lossless": 0, "num_probes": 1, "tp_size": 1, "pp_size": 1,
         "batch_size": 1, "micro_batches": 1, "threads_per_rank": 1,
@@ -159,8 +166,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _variants(arguments: argparse.Namespace) -> list[Variant]:
-    checked = Variant(arguments.head, arguments.lossless)
-    if not arguments.compare:
-        return [checked]
-    variants = [Variant(DENSE), Variant(arguments.head), checked]
+    """What is decoded with, in order, each once."""
+    variants = [Variant(DENSE)] if arguments.compare else []
+    for name in arguments.heads:
+        if arguments.compare:
+            variants.append(Variant(name))
+        variants.append(Variant(name, arguments.lossless))
     return list(dict.fromkeys(variants))
