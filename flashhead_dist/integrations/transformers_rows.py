@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashhead_dist.heads.closed_form import sampling_ops
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.logits import PLAIN, FinalLogits
+from flashhead_kernels.sampling_dispatch import sampling_ops_for
 
 _GROUPS_AT_ONCE = 8
 """Probing groups whose rows are held in float32 while every token is scored."""
@@ -79,7 +79,7 @@ class LogitRows:
     def retrieve(self, hidden_states: Tensor, temperature: float = 1.0) -> Retrieved:
         """Probe, score the candidates, and estimate the mass of every other cluster."""
         head, shard = self.head, self.head.shard
-        ops = sampling_ops(hidden_states.device)
+        ops = sampling_ops_for(hidden_states.device)
         scores = ops.local_scores(
             hidden_states,
             shard.rows,
@@ -91,13 +91,16 @@ class LogitRows:
             shard.pinned_rows,
             shard.pinned_token_ids,
         )
+        final = FinalLogits(self.final.softcap, temperature)
+        scored = ops.final_logits(scores.logits, final)
         log_mass = ops.cluster_log_mass(
             hidden_states,
             scores.means,
             self._counts,
             shard.spread,
-            shard.manifest.curvature,
-            FinalLogits(self.final.softcap, temperature),
+            ops.group_log_mass(scored.view(len(scored), len(shard.token_ids), -1)),
+            shard.manifest.shrinkage,
+            final,
         )
         ids = scores.token_ids.long()
         return Retrieved(
