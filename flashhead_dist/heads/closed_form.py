@@ -200,15 +200,17 @@ def closed_form(
         hidden_states, shard.rows, shard.token_ids, shard.centroids, shard.spread, head.alpha,
         -(-head.num_probes // head.num_groups), shard.pinned_rows, shard.pinned_token_ids,
     )  # fmt: skip
+    logits = ops.final_logits(scores.logits, final)
+    groups = len(shard.token_ids)
     mass = ops.cluster_log_mass(
         hidden_states,
         scores.means,
         (shard.token_ids >= 0).sum(2),
         shard.spread,
-        shard.manifest.curvature,
+        ops.group_log_mass(logits.view(len(logits), groups, -1)),
+        shard.manifest.shrinkage,
         final,
     )
-    logits = ops.final_logits(scores.logits, final)
     return ClosedForm(
         hidden_states, final, logits, scores.token_ids, mass, ops.group_log_mass(mass), shard
     )

@@ -15,12 +15,12 @@ from torch import Tensor
 from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index.choose import choose, measure_fidelity
 from flashhead_dist.index.cluster import cluster_tokens
-from flashhead_dist.index.curvature import calibrate_curvature
 from flashhead_dist.index.layout import cohesion, lay_out
 from flashhead_dist.index.manifest import IndexManifest
 from flashhead_dist.index.metric import second_moment
 from flashhead_dist.index.options import HeadIndexError, IndexOptions
 from flashhead_dist.index.progress import Counter, Report, progress_bars
+from flashhead_dist.index.shrinkage import calibrate_shrinkage
 from flashhead_dist.index.store import check_target, save_index
 from flashhead_dist.model_source import ModelSource
 from flashhead_kernels.cpu_threads import compute_threads
@@ -75,7 +75,7 @@ def build_index(
         if calibration is not None and len(calibration):
             probes = -(-options.probes(model.vocab_size) // options.num_groups)
             advance = Counter(report, "Calibrating: unprobed clusters")
-            evidence = evidence | calibrate_curvature(
+            evidence = evidence | calibrate_shrinkage(
                 tensors, calibration, choice.alpha, probes, advance
             )
         fidelity = measure_fidelity(weights, tensors, options, choice.alpha, test, threads, report)

@@ -17,7 +17,7 @@ from flashhead_dist.index.options import HeadIndexError
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 DATA_NAME = "index.safetensors"
-_USUAL_CURVATURE = 0.625
+_USUAL_SHRINKAGE = 0.65
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +73,13 @@ class IndexManifest:
         return self.num_clusters // self.num_groups
 
     @property
-    def curvature(self) -> float:
-        """What an unprobed cluster's spread adds to its mass: see `flashhead_kernels.sampling`.
+    def shrinkage(self) -> float:
+        """Of the estimated mass of unprobed clusters: see `flashhead_kernels.sampling`.
 
         Calibrated when the index is built. One that was built before, or without hidden states, has
         what the default index of Gemma-3-270M was found to have.
         """
-        return float(self.calibration.get("curvature", _USUAL_CURVATURE))
+        return float(self.calibration.get("shrinkage", _USUAL_SHRINKAGE))
 
     @property
     def index_hash(self) -> str:

@@ -87,7 +87,8 @@ def cluster_log_mass(
     means: Tensor,
     num_tokens: Tensor,
     spread: Tensor,
-    curvature: float,
+    scored: Tensor,
+    shrinkage: float,
     final: FinalLogits,
 ) -> Tensor:
     """See `sampling.cluster_log_mass`."""
@@ -101,13 +102,13 @@ def cluster_log_mass(
     # By a table: torch's logarithm of an element may depend on its place in the tensor.
     table = [math.log(count) if count else -math.inf for count in range(int(num_tokens.max()) + 1)]
     log_tokens = flat(torch.tensor(table, dtype=torch.float32)[num_tokens])
-    flat_means, half = flat(means), np.float32(curvature / 2)
+    flat_means, flat_scored, full = flat(means), flat(scored), np.float32(shrinkage)
     softcap, inverse = np.float32(final.softcap), np.float32(1 / final.temperature)
     share(
         batch * groups,
         lambda first, last: loops.weigh_clusters(
-            first, last, flat_means, log_tokens, flat_spread, factor, half, softcap, inverse,
-            clusters, mass,
+            first, last, flat_means, log_tokens, flat_spread, flat_scored, factor, full,
+            softcap, inverse, clusters, mass,
         ),
     )  # fmt: skip
     return torch.from_numpy(mass).view(means.shape)

@@ -14,11 +14,12 @@ import numpy as np
 from flashhead_kernels.cpu_loops import scan_cluster
 from flashhead_kernels.cpu_noise import add_noise, exp, log
 from flashhead_kernels.cpu_primitives import jit, pack_key, score_slots, select_slots
-from flashhead_kernels.sampling import REACH
+from flashhead_kernels.sampling import BELOW, HALF_WAY
 
 _EMPTY = np.int64(-(2**63))
 _NONE = np.float32(-np.inf)
-_ZERO, _REACH = np.float32(0), np.float32(REACH)
+_ZERO, _BELOW, _HALF_WAY = np.float32(0), np.float32(BELOW), np.float32(HALF_WAY)
+_LEAST = np.float32(-1e30)
 
 
 @jit
@@ -95,31 +96,34 @@ def norms(states: Any, scale: float, out: Any) -> None:
 
 @jit
 def weigh_clusters(
-    first: int, last: int, means: Any, log_tokens: Any, spread: Any, norms: Any, half: float,
-    softcap: float, inverse_temperature: float, clusters: int, mass: Any,
+    first: int, last: int, means: Any, log_tokens: Any, spread: Any, scored: Any, norms: Any,
+    shrinkage: float, softcap: float, inverse_temperature: float, clusters: int, mass: Any,
 ) -> None:  # fmt: skip
     """Log masses of the clusters of `first..last` of the `B * N` groups.
 
-    log_tokens, spread: float32 `[N, M]`; norms: |h| / T, float32 `[B]`; half: of the curvature;
-    mass: `[B, N, M]`. All flat.
+    log_tokens, spread: float32 `[N, M]`; scored: `[B, N]`; norms: |h| / T, float32 `[B]`; mass:
+    `[B, N, M]`. All flat.
     """
     groups = spread.shape[0] // clusters
     for place in range(first, last):
         at, base = place * clusters, place % groups * clusters
         mean, own = means[at : at + clusters], mass[at : at + clusters]
         spare, tokens = spread[base : base + clusters], log_tokens[base : base + clusters]
-        norm = norms[place // groups]
+        norm, known = norms[place // groups], scored[place] - _BELOW
         if softcap > 0:
             for i in range(clusters):
                 t = np.float32(math.tanh(mean[i] / softcap))
-                deviation = norm * max(spare[i], _ZERO) * (np.float32(1) - t * t)
-                deviation = min(deviation, _REACH)
-                value = softcap * t * inverse_temperature + half * deviation * deviation
-                own[i] = value + tokens[i] if mean[i] > _NONE else _NONE
+                x = norm * max(spare[i], _ZERO) * (np.float32(1) - t * t)
+                estimate = softcap * t * inverse_temperature + tokens[i]
+                estimate += shrinkage * x / (x + _HALF_WAY) * max(known - estimate, _ZERO)
+                own[i] = estimate if mean[i] > _NONE else _NONE
         else:
             for i in range(clusters):
-                deviation = min(norm * max(spare[i], _ZERO), _REACH)
-                own[i] = mean[i] * inverse_temperature + half * deviation * deviation + tokens[i]
+                x = norm * max(spare[i], _ZERO)
+                # -inf, of a cluster without mass, must not meet its infinite gap.
+                estimate = max(mean[i] * inverse_temperature + tokens[i], _LEAST)
+                estimate += shrinkage * x / (x + _HALF_WAY) * max(known - estimate, _ZERO)
+                own[i] = estimate if mean[i] > _NONE else _NONE
 
 
 @jit

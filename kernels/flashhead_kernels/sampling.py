@@ -1,14 +1,16 @@
 """What sampling needs of a rank, in plain torch: the definition for `cpu_sampling`.
 
-A rank knows the exact logits of its candidates and, of every cluster that was not probed, an
-estimate of its mass: for n tokens whose logits have mean m,
+A rank knows the exact logits of its candidates and, of every cluster that was not probed, the mean
+m of its n tokens' logits and a spread. Log-sum-exp is above log n + m / T (Jensen), the more so the
+less the mean says of the best token, and estimates of it shrink toward what is known, the mass r of
+the group's candidates:
 
-    log sum exp(logit / T)  ~  log n + m / T + curvature / 2 * min(|h| * spread / T, REACH)^2
+    m_c = e + w * max(0, r - BELOW - e)        e = log n + m / T
+    w   = shrinkage * x / (x + HALF_WAY)       x = |h| * spread / T
 
-The last term is the second of the cumulant expansion, with the variance taken as a share of
-`(|h| * spread)^2`. Far out the expansion says nothing: without the bound, a few clusters of great
-spread take all the mass of a hidden state of great norm (docs/sampling.md). With soft-capping, m is
-capped and the spread shrinks by the slope there.
+Why not the next cumulant, x^2 / 2: the spreads of a cluster's logits have heavy tails, and a few
+clusters of great spread would take all the mass of a hidden state of great norm (docs/sampling.md).
+With soft-capping, m is capped and the spread shrinks by the slope there.
 
 Letters: `B` rows, `N` groups of `M` clusters of `S` tokens, `R` candidates, `n` draws.
 """
@@ -24,11 +26,12 @@ from flashhead_kernels import reference
 from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise, gumbel
 from flashhead_kernels.quantize import QuantizedCentroids
 
-REACH = 2.0
-"""Standard deviations, in logits over T, beyond which a spread adds no more mass."""
+BELOW = 2.0
+HALF_WAY = 4.0
 
 __all__ = [
-    "REACH",
+    "BELOW",
+    "HALF_WAY",
     "LocalScores",
     "cluster_log_mass",
     "dense_scores",
@@ -103,20 +106,24 @@ def cluster_log_mass(
     means: Tensor,
     num_tokens: Tensor,
     spread: Tensor,
-    curvature: float,
+    scored: Tensor,
+    shrinkage: float,
     final: FinalLogits,
 ) -> Tensor:
-    """Estimated log mass float32 `[B, N, M]` of clusters.
+    """Estimated log mass m_c float32 `[B, N, M]` of clusters.
 
-    means: as in LocalScores, whose -inf stay -inf; num_tokens: int64 `[N, M]`; spread: `[N, M]`.
+    means: as in LocalScores, whose -inf stay -inf; num_tokens: int64 `[N, M]`; spread: `[N, M]`;
+    scored: r, the log mass `[B, N]` of each group's candidates.
     """
     norms = torch.linalg.vector_norm(hidden_states.float(), dim=-1)[:, None, None]
     slope = torch.ones_like(means)
     if final.softcap:
         slope = 1 - torch.tanh(means / final.softcap) ** 2
-    deviation = (norms * spread.clamp(min=0) / final.temperature * slope).clamp(max=REACH)
-    mass: Tensor = final.without_noise(means) + 0.5 * curvature * deviation**2 + num_tokens.log()
-    return mass.masked_fill(means == -torch.inf, float("-inf"))
+    x = norms * spread.clamp(min=0) / final.temperature * slope
+    estimate: Tensor = final.without_noise(means) + num_tokens.log()
+    gap = (scored.unsqueeze(2) - BELOW - estimate).clamp(min=0)
+    mass: Tensor = estimate + shrinkage * x / (x + HALF_WAY) * gap
+    return mass.masked_fill(torch.isneginf(estimate), float("-inf"))
 
 
 def group_log_mass(log_mass: Tensor) -> Tensor:

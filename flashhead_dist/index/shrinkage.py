@@ -1,8 +1,9 @@
-"""How much mass an unprobed cluster's spread adds: calibrated on hidden states.
+"""How far the estimated mass of an unprobed cluster shrinks: calibrated on hidden states.
 
 Sampling estimates the mass of every cluster that it does not open (`flashhead_kernels.sampling`).
-The curvature of that estimate is the one whose distribution comes closest to the dense one: least
-mean total variation at temperature 1, over calibration states drawn evenly from all sources.
+The shrinkage of that estimate is the one whose distribution costs least in the likelihood of what
+the dense head would draw: least mean Kullback-Leibler divergence at temperature 1, over calibration
+states drawn evenly from all sources.
 
 G groups of M clusters of S tokens; N states, b of them at a time.
 """
@@ -20,46 +21,53 @@ from flashhead_dist.index.layout import IndexTensors
 from flashhead_kernels.logits import PLAIN
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
 
-CURVATURES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
+SHRINKAGES = (0.0, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8)
 _NUM_STATES = 192
 _BATCH = 64
 
 
-def calibrate_curvature(
+def calibrate_shrinkage(
     tensors: IndexTensors,
     states: HiddenStates,
     alpha: float,
     probes_per_group: int,
     advance: Advance = lambda share: None,
 ) -> dict[str, Any]:
-    """Evidence for the manifest, with the `curvature` chosen; ties go to the smaller one."""
+    """Evidence for the manifest, with the `shrinkage` chosen; ties go to the smaller one."""
     chosen = _spread_over_sources(states, _NUM_STATES)
-    distances = torch.zeros(len(CURVATURES), dtype=torch.float64)
+    sums = torch.zeros(2, len(SHRINKAGES), dtype=torch.float64)
     for rows in torch.split(chosen, _BATCH):
         hidden = states.states[rows].to(tensors.rows.device)
-        distances += _distances(tensors, hidden, alpha, probes_per_group).cpu()
+        sums += _divergences(tensors, hidden, alpha, probes_per_group).cpu()
         advance(len(rows) / len(chosen))
-    means = [round(float(total), 4) for total in distances / len(chosen)]
-    best = min(range(len(CURVATURES)), key=lambda i: (means[i], CURVATURES[i]))
-    return {
-        "curvature": CURVATURES[best],
-        "total_variation_by_curvature": [
-            {"curvature": curvature, "total_variation": mean}
-            for curvature, mean in zip(CURVATURES, means, strict=True)
-        ],
-    }
+    divergences, variations = (sums / len(chosen)).tolist()
+    evidence = [
+        {
+            "shrinkage": shrinkage,
+            "divergence_nats": round(divergence, 4),
+            "total_variation": round(variation, 4),
+        }
+        for shrinkage, divergence, variation in zip(
+            SHRINKAGES, divergences, variations, strict=True
+        )
+    ]
+    best = min(evidence, key=lambda item: (item["divergence_nats"], item["shrinkage"]))
+    return {"shrinkage": best["shrinkage"], "divergence_by_shrinkage": evidence}
 
 
-def _distances(
+def _divergences(
     tensors: IndexTensors, hidden: Tensor, alpha: float, probes_per_group: int
 ) -> Tensor:
-    """Total variation to the dense distribution, summed over `hidden [b, D]`, by curvature."""
+    """`[2, n]`: divergence from the dense distribution and total variation to it, summed over
+    `hidden [b, D]`, for each of SHRINKAGES.
+    """
     ops = sampling_ops_for(hidden.device)
     scores = ops.local_scores(
         hidden, tensors.rows, tensors.token_ids, tensors.centroids, tensors.spread, alpha,
         probes_per_group, tensors.pinned_rows, tensors.pinned_token_ids,
     )  # fmt: skip
-    scored = scores.logits.double().logsumexp(1)
+    of_groups = ops.group_log_mass(scores.logits.view(len(hidden), len(tensors.rows), -1))
+    scored = of_groups.double().logsumexp(1)
     shut = (scores.means > float("-inf")).flatten(1)
     exact = _exact_log_mass(tensors, hidden).flatten(1).masked_fill(~shut, float("-inf"))
     normalizer = torch.logaddexp(scored, exact.logsumexp(1))
@@ -67,16 +75,17 @@ def _distances(
     scored_share = (scored - normalizer).exp()
     num_tokens = (tensors.token_ids >= 0).sum(2)
     found = []
-    for curvature in CURVATURES:
+    for shrinkage in SHRINKAGES:
         mass = ops.cluster_log_mass(
-            hidden, scores.means, num_tokens, tensors.spread, curvature, PLAIN
+            hidden, scores.means, num_tokens, tensors.spread, of_groups, shrinkage, PLAIN
         ).flatten(1)
         estimate = torch.logaddexp(scored, mass.double().logsumexp(1))
         # Within a cluster, and among the scored tokens, both distributions have the same shape.
+        lost = torch.where(share > 0, share * (exact.float() - mass), 0).sum(1).double()
         off = (share - (mass - estimate.unsqueeze(1).float()).exp()).abs().sum(1).double()
         off = off + (scored_share - (scored - estimate).exp()).abs()
-        found.append(off.sum() / 2)
-    return torch.stack(found)
+        found.append(torch.stack([(lost + estimate - normalizer).sum(), off.sum() / 2]))
+    return torch.stack(found, dim=1)
 
 
 def _exact_log_mass(tensors: IndexTensors, hidden: Tensor) -> Tensor:
