@@ -113,7 +113,7 @@ def test_sampled_assisted_tokens_follow_the_targets_closed_form(zoo: Zoo, drafte
     assert misfit(drawn, form.unnormalized().softmax(-1)[0]) < 5
 
 
-class Unknown(LogitsProcessor):  # type: ignore[misc]
+class Unknown(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores
 

@@ -19,7 +19,7 @@ from tests.dist.transformers_zoo import Pair, Zoo
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 16}
 
 
-class Collector(BaseStreamer):  # type: ignore[misc]
+class Collector(BaseStreamer):
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.ended = False
@@ -31,7 +31,7 @@ class Collector(BaseStreamer):  # type: ignore[misc]
         self.ended = True
 
 
-class SeenThrice(StoppingCriteria):  # type: ignore[misc]
+class SeenThrice(StoppingCriteria):
     """Ends a text whose new tokens hold one token three times."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -184,7 +184,7 @@ def test_a_processor_that_does_nothing_changes_nothing(zoo: Zoo, alpha: float) -
     assert (above > 2) == (alpha > 0)
 
 
-class AsksAnother(LogitsProcessor):  # type: ignore[misc]
+class AsksAnother(LogitsProcessor):
     """Reads another replaced model in the middle of a decoding step, and leaves the scores."""
 
     def __init__(self, other: Any) -> None:
@@ -248,7 +248,7 @@ def test_a_forgotten_session_does_not_outlive_its_loop(zoo: Zoo) -> None:
         wanted = model(prompt).logits
     model.generate(prompt, **GREEDY)
 
-    class Fails(StoppingCriteria):  # type: ignore[misc]
+    class Fails(StoppingCriteria):
         def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
             raise KeyError("on purpose")
 

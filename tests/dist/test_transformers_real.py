@@ -118,3 +118,11 @@ def test_a_seed_gives_the_same_sampled_text_again(models: tuple[Any, Any, Any]) 
         texts.append(replaced.generate(**given, do_sample=True, top_p=0.9, max_new_tokens=NEW))
     assert torch.equal(texts[0], texts[1])
     assert not torch.equal(texts[0], texts[2])
+
+
+def test_assisted_texts_are_the_targets_own(models: tuple[Any, Any, Any]) -> None:
+    dense, replaced, tokenizer = models
+    given = tokenizer(TEXTS[1], return_tensors="pt")
+    for target, draft in ((dense, replaced), (replaced, dense), (replaced, replaced)):
+        own = target.generate(**given, **GREEDY)
+        assert torch.equal(target.generate(**given, assistant_model=draft, **GREEDY), own)

@@ -21,6 +21,8 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.closed_form import closed_form
 from flashhead_dist.heads.sampling import token_log_probs
 from flashhead_dist.integrations import transformers_generation as generation
+from flashhead_dist.integrations.transformers_head import RowKind, Session, open_session
+from flashhead_dist.integrations.transformers_settle import SettleTokens
 from tests.dist.transformers_models import PROMPT, VOCAB_SIZE
 from tests.dist.transformers_zoo import Pair, Zoo
 
@@ -87,6 +89,32 @@ def test_unopened_and_dropped_clusters_would_show(zoo: Zoo, monkeypatch: Any) ->
 
     monkeypatch.setattr(generation.SettleTokens, "__call__", drop)
     assert misfit(first_draws(model, temperature=1.0), wanted) > 10
+
+
+class CutsAll(LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, float("-inf"))
+
+
+def test_a_cluster_whose_exact_logits_are_all_cut_is_drawn_from_all_the_same(zoo: Zoo) -> None:
+    """The estimate passed a threshold that the exact logits do not: without them, no token is
+    left and the draw that follows fails."""
+    pair = zoo.pair("llama")
+    head = pair.replaced(num_probes=FEW).retrieval_head
+    session = Session(head, RowKind.ESTIMATED, 0.5, greedy=False)
+    with open_session(session):
+        scores = head(pair.last_hidden(torch.tensor([PROMPT])).expand(50, -1).contiguous()) / 0.5
+    assert session.found is not None
+    found, tokens = session.found, torch.arange(VOCAB_SIZE)
+    scores[:, torch.isin(tokens, found.token_ids)] = float("-inf")
+    torch.manual_seed(0)
+    settled = SettleTokens(session, [CutsAll()], one_by_one=False)(torch.zeros(50, 1), scores)
+    logits = pair.dense(torch.tensor([PROMPT])).logits[0, -1]
+    for row in settled:
+        left = row.isfinite().nonzero()[:, 0]
+        assert len(head.logit_rows.cluster_of_token[left].unique()) == 1
+        wanted = (logits[left] / 0.5).log_softmax(0)
+        assert torch.allclose(row[left].log_softmax(0), wanted, atol=1e-4)
 
 
 PROCESSORS = {
