@@ -3,6 +3,11 @@
     python launch/evaluate.py fidelity
     python launch/evaluate.py fidelity --head flashhead --tp-size 8 --json
     python launch/evaluate.py fidelity --index runs/my_index --hidden-states states.safetensors
+    python launch/evaluate.py sampling
+    python launch/evaluate.py likelihood --tokens 20000
+
+`sampling` holds 200,000 draws at temperatures 0.7 and 1.0 against the dense distribution, and draws
+them at tp 1, 2 and 3; `likelihood` compares perplexities under the closed form and the dense head.
 
 Without --index the default index of the model is used, and built where it is missing; without
 --hidden-states the test part of the shipped corpus, run through the model once. All ranks of
@@ -22,6 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import evaluate_sampling
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.fidelity import Fidelity, evaluate_fidelity
 from flashhead_dist.evaluate.truth import dense_truth
@@ -42,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, or 2 for a user's mistake."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.command != "fidelity":
+            return _finish(arguments, evaluate_sampling.run(arguments))
         document, fidelity = _fidelity(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -53,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(document))
     else:
         _print_table(document, fidelity)
+    return 0
+
+
+def _finish(arguments: argparse.Namespace, document: dict[str, Any]) -> int:
+    if arguments.json:
+        print(json.dumps(document))
+    else:
+        evaluate_sampling.show(document)
     return 0
 
 
@@ -78,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     fidelity.add_argument("--alpha", type=float, metavar="A", help="default: the index's")
     fidelity.add_argument("--device", default="cpu", help="where the head runs: cpu or cuda")
     fidelity.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    evaluate_sampling.add_commands(commands)
     return parser
 
 

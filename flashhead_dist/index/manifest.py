@@ -17,7 +17,7 @@ from flashhead_dist.index.options import HeadIndexError
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 DATA_NAME = "index.safetensors"
-_USUAL_SHRINKAGE = 0.65
+_USUAL_SHRINKAGE = 0.55
 
 
 @dataclass(frozen=True, kw_only=True)

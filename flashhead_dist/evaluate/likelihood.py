@@ -1,0 +1,178 @@
+"""Perplexity of texts under a head's closed form, beside the dense head's.
+
+Every token of a text but the first of a window is predicted from those before it, once by the
+head's closed form (`heads.closed_form`) and once by the softmax over all logits, from the same
+hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from flashhead_dist.errors import UserError
+from flashhead_dist.evaluate.truth import dense_truth
+from flashhead_dist.heads.base import Head
+from flashhead_dist.heads.sampling import token_log_probs
+from flashhead_dist.hidden_states.body import body_dtype, run_body
+from flashhead_dist.hidden_states.split import Passage
+from flashhead_dist.hidden_states.texts import Document
+from flashhead_dist.model_source import ModelSource
+
+CONTEXT = 512
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class PredictedTokens:
+    """Hidden states `[N, D]`, the token int64 `[N]` that follows each, and where it is from."""
+
+    states: Tensor
+    token_ids: Tensor
+    source_ids: Tensor
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Perplexities of N tokens, and their ratio; by source too."""
+
+    num_tokens: int
+    perplexity: float
+    dense_perplexity: float
+    ratio: float
+    ratio_by_source: dict[str, float]
+    worst_ratio: float
+    """Of the source whose ratio is farthest from 1."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict of every field."""
+        return asdict(self)
+
+
+def predict_tokens(
+    model: ModelSource, documents: list[Document], *, max_tokens: int, progress: bool = True
+) -> PredictedTokens:
+    """Run the body over windows of up to CONTEXT tokens, taken from all sources in turn.
+
+    Raises:
+        UserError: texts with no token to predict, or a model without a body.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    body, tokenizer = model.load_body(body_dtype(device))
+    passages = _windows(tokenizer, documents, max_tokens)
+    if not passages:
+        raise UserError("the texts hold no token that follows another: give longer texts")
+    states = run_body(body, passages, device=device, progress=progress)
+    sources = tuple(sorted({passage.source for passage in passages}))
+    return PredictedTokens(
+        torch.cat(states),
+        torch.tensor([token for p in passages for token in p.token_ids[1:]]),
+        torch.tensor([sources.index(p.source) for p in passages for _ in p.positions]),
+        sources,
+    )
+
+
+def evaluate_likelihood(
+    head: Head, model: ModelSource, predicted: PredictedTokens, *, progress: bool = True
+) -> Likelihood:
+    """Compare `head` with the dense head of `model`."""
+    dense = dense_log_probs(model, predicted, progress=progress)
+    found = head_log_probs(head, model, predicted, progress=progress)
+    ratios = {}
+    for number, source in enumerate(predicted.sources):
+        own = predicted.source_ids == number
+        ratios[source] = math.exp(float(dense[own].mean() - found[own].mean()))
+    return Likelihood(
+        num_tokens=len(found),
+        perplexity=math.exp(-float(found.mean())),
+        dense_perplexity=math.exp(-float(dense.mean())),
+        ratio=math.exp(float(dense.mean() - found.mean())),
+        ratio_by_source=ratios,
+        worst_ratio=max(ratios.values(), key=lambda ratio: abs(math.log(ratio))),
+    )
+
+
+def head_log_probs(
+    head: Head, model: ModelSource, predicted: PredictedTokens, *, progress: bool = True
+) -> Tensor:
+    """The head's log probability float64 `[N]` of every token."""
+    found = []
+    with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
+        task = bar.add_task(f"head {head.name}", total=len(predicted.states))
+        softcap = model.final_logit_softcap or 0.0
+        for first in range(0, len(predicted.states), _BATCH):
+            part = slice(first, first + _BATCH)
+            states, tokens = predicted.states[part], predicted.token_ids[part]
+            found.append(token_log_probs(head, states, tokens, softcap=softcap))
+            bar.advance(task, len(states))
+    return torch.cat(found).double()
+
+
+def dense_log_probs(
+    model: ModelSource, predicted: PredictedTokens, *, progress: bool = True
+) -> Tensor:
+    """The dense head's log probability float64 `[N]` of every token.
+
+    Raises:
+        UserError: a model that caps its logits, whose normaliser is not kept with the truth.
+    """
+    if model.final_logit_softcap:
+        raise UserError(
+            f"{model.name} caps its logits at {model.final_logit_softcap}, which this comparison "
+            f"does not: choose a model without"
+        )
+    truth = dense_truth(model, predicted.states, progress=progress)
+    logits = torch.empty(len(predicted.token_ids))
+    for token in torch.unique(predicted.token_ids).tolist():
+        places = predicted.token_ids == token
+        row = model.read_rows(token, token + 1)[0].float()
+        logits[places] = predicted.states[places].float() @ row
+    return logits.double() - truth.logsumexp.double()
+
+
+def _windows(tokenizer: Any, documents: list[Document], max_tokens: int) -> list[Passage]:
+    """Windows from all sources in turn, until they predict `max_tokens` tokens."""
+    by_source: dict[str, list[Passage]] = defaultdict(list)
+    for number, document in enumerate(documents):
+        for tokens in _cut(tokenizer, document.text):
+            positions = list(range(len(tokens) - 1))
+            by_source[document.source].append(
+                Passage(document.source, "test", number, tokens, positions)
+            )
+    chosen: list[Passage] = []
+    left = max_tokens
+    while left > 0 and any(by_source.values()):
+        for source in sorted(by_source):
+            if by_source[source] and left > 0:
+                window = by_source[source].pop(0)
+                kept = min(left, len(window.positions))
+                chosen.append(
+                    Passage(
+                        source,
+                        "test",
+                        window.document,
+                        window.token_ids[: kept + 1],
+                        window.positions[:kept],
+                    )
+                )
+                left -= kept
+    return chosen
+
+
+def _cut(tokenizer: Any, text: str) -> Iterator[list[int]]:
+    tokens = list(tokenizer(text).input_ids)
+    first = [tokens.pop(0)] if tokens and tokens[0] == tokenizer.bos_token_id else []
+    room = CONTEXT - len(first)
+    for start in range(0, len(tokens), room):
+        window = first + tokens[start : start + room]
+        if len(window) > 1:
+            yield window
