@@ -28,7 +28,8 @@ from flashhead_dist.integrations.pipeline_bubble import StageTimes
 from flashhead_dist.model_source import ModelSource
 
 DENSE = DenseLocalMax.name
-"""The head whose text the others are compared with, and that lossless mode confirms with."""
+"""The head whose text the others are compared with, and that lossless mode repeats."""
+_CONFIRMING = "confirming"
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,7 @@ class Engine:
         self.pad_token_id = 0
         self._index_dir, self._num_probes = index_dir, num_probes
         self._names = list(dict.fromkeys(variant.head for variant in variants))
-        if DENSE not in self._names and any(variant.check_every for variant in variants):
-            self._names.append(DENSE)
+        self._checks = any(variant.check_every for variant in variants)
         self._heads: dict[str, Head] = {}
         self._body: Any = None
         self._pipeline: PipelineDecoder | None = None
@@ -156,6 +156,9 @@ class Engine:
         for name in self._names:
             probes = None if name == DENSE else self._num_probes
             self._heads[name] = builder.build(name, num_probes=probes)
+        if self._checks:
+            self._heads[_CONFIRMING] = builder.build_confirming()
+        for name in self._heads:
             self._try_out(name)
 
     def _try_out(self, name: str) -> None:
@@ -186,7 +189,7 @@ class Engine:
         on_step: called with the number of a state that may have released tokens.
         """
         choose = self._chooser(variant.head)
-        confirm = self._chooser(DENSE) if variant.check_every else None
+        confirm = self._chooser(_CONFIRMING) if variant.check_every else None
         if self._pipeline is not None:
             times = self._pipeline.decode(states, choose, confirm=confirm, on_step=on_step)
             return Decoded(times.micro_batches, times.stages)

@@ -27,6 +27,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, Want
 from flashhead_dist.heads.dense import DenseLocalMax
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated
+from flashhead_dist.heads.index_scan import IndexScan
 from flashhead_dist.index import IndexShard
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import pack_keys, unpack_keys
@@ -34,6 +35,7 @@ from flashhead_kernels.logits import FinalLogits, GumbelNoise
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
 
 SAMPLING_HEADS = (FlashHead.name, FlashHeadReplicated.name, DenseLocalMax.name)
+"""Heads of the registry that sample; an `IndexScan` does too, as the dense head."""
 sampling_ops = sampling_ops_for
 _OPEN_ROWS = 1 << 15
 
@@ -106,10 +108,8 @@ class ClosedForm:
     def token_log_mass(self, token_ids: Tensor) -> Tensor:
         """log(P(t) Z) float64 `[B]` of a token of each row; -inf where another rank holds it."""
         if self.shard is None:
-            place = token_ids - int(self.token_ids[0, 0])
-            owned = (place >= 0) & (place < self.logits.shape[1])
-            found = self.logits.gather(1, torch.where(owned, place, 0).unsqueeze(1))[:, 0]
-            return found.double().masked_fill(~owned, float("-inf"))
+            others = self.token_ids != token_ids.unsqueeze(1)
+            return self.logits.masked_fill(others, float("-inf")).amax(1).double()
         rank, place = self.shard.token_location(token_ids)
         owned = rank == self.shard.tp_rank
         clusters, size = self.shard.token_ids.flatten(0, 1).shape
@@ -187,13 +187,16 @@ def closed_form(
     except ValueError as error:
         raise UserError(str(error)) from error
     ops = sampling_ops_for(hidden_states.device)
-    if isinstance(head, DenseLocalMax):
-        scores = ops.dense_scores(hidden_states, head.weight, head.shard.start)
-        logits = ops.final_logits(scores.logits, final)
+    if isinstance(head, DenseLocalMax | IndexScan):
+        rows = head.rows if isinstance(head, IndexScan) else head.weight
+        first = 0 if isinstance(head, IndexScan) else head.shard.start
+        scores = ops.dense_scores(hidden_states, rows, first)
+        logits, ids = ops.final_logits(scores.logits, final), scores.token_ids
+        if isinstance(head, IndexScan):
+            ids = head.token_ids.unsqueeze(0)
+            logits = logits.masked_fill(ids < 0, float("-inf"))
         groups = scores.means.flatten(1)
-        return ClosedForm(
-            hidden_states, final, logits, scores.token_ids, scores.means, groups, None
-        )
+        return ClosedForm(hidden_states, final, logits, ids, scores.means, groups, None)
     assert isinstance(head, FlashHead)
     shard = head.shard
     scores = ops.local_scores(
@@ -218,7 +221,7 @@ def closed_form(
 
 def require_sampling_head(head: Head) -> None:
     """Raise UserError unless the head's distribution has a closed form."""
-    if head.name not in SAMPLING_HEADS:
+    if head.name not in (*SAMPLING_HEADS, IndexScan.name):
         raise UserError(
             f"head {head.name} does not sample: choose one of {', '.join(SAMPLING_HEADS)}, or "
             f"temperature 0 for the best token"

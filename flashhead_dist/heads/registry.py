@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,8 +18,10 @@ from flashhead_dist.heads.faiss_ivf import FaissIvf
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated, IndexHead
 from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
 from flashhead_dist.heads.flashhead_global import FlashHeadGlobal
+from flashhead_dist.heads.index_scan import IndexScan
 from flashhead_dist.heads.kept_launches import keep_launches
 from flashhead_dist.index import IndexManifest, IndexShard, load_manifest, load_shard
+from flashhead_dist.index.row_block import with_row_dtype
 from flashhead_dist.model_source import ModelSource, cache_root
 from flashhead_kernels.cpu_memory import empty_on_large_pages
 from flashhead_kernels.dispatch import ops_for
@@ -115,6 +116,15 @@ class HeadBuilder:
             cache=self._faiss_cache(),
         )
 
+    def build_confirming(self) -> Head:
+        """A dense head that takes no further memory where an index is held already.
+
+        Its ids and logits are those of dense_local_max.
+        """
+        if "_index_shard" in vars(self) and "_rows" not in vars(self):
+            return IndexScan(self.tp, self._index_shard)
+        return self.build(DenseLocalMax.name)
+
     def _build_index_head(self, name: str, num_probes: int | None, alpha: float | None) -> Head:
         manifest = self.manifest
         shard = self._whole_index if name == FlashHeadReplicated.name else self._index_shard
@@ -154,13 +164,7 @@ class HeadBuilder:
             device=self.device,
             model=self.model,
         )
-        if shard.rows.dtype == self.dtype:
-            return shard
-        return replace(
-            shard,
-            rows=shard.rows.to(self.dtype),
-            pinned_rows=shard.pinned_rows.to(self.dtype),
-        )
+        return with_row_dtype(shard, self.dtype)
 
     @cached_property
     def _rows(self) -> Tensor:

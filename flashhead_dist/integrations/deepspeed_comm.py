@@ -46,7 +46,7 @@ def import_deepspeed() -> Any:
 
 
 class DeepSpeedCalls:
-    """Collectives, by default a head's, by `deepspeed.comm`, whose log then counts them under their name."""
+    """Collectives by `deepspeed.comm`, whose log then counts them under a name of their own."""
 
     def __init__(self, prefix: str = HEAD_PREFIX) -> None:
         """prefix: what their names in the log begin with."""
