@@ -60,10 +60,11 @@ _POINTERS = {
     "hidden_ptr": "*bf16", "rows_ptr": "*bf16", "ids_ptr": "*i32", "values_ptr": "*i32",
     "scales_ptr": "*bf16", "spread_ptr": "*fp32", "bias_ptr": "*fp32",
     "cluster_bias_ptr": "*fp32", "pinned_rows_ptr": "*bf16", "pinned_ids_ptr": "*i32",
-    "pinned_bias_ptr": "*fp32", "positions_ptr": "*i32", "words_ptr": "*i32",
-    "hidden_scales_ptr": "*fp32", "dots_ptr": "*fp32", "keys_ptr": "*i64", "sums_ptr": "*fp32",
-    "counter_ptr": "*i32", "counters_ptr": "*i32", "out_keys_ptr": "*i64",
-    "out_logsumexp_ptr": "*fp32", "out_ptr": "*i64", "addresses_ptr": "*i64", "epoch_ptr": "*i64",
+    "pinned_bias_ptr": "*fp32", "positions_ptr": "*i32", "sequences_ptr": "*i32",
+    "words_ptr": "*i32", "hidden_scales_ptr": "*fp32", "dots_ptr": "*fp32",
+    "keys_ptr": "*i64", "sums_ptr": "*fp32", "counter_ptr": "*i32",
+    "counters_ptr": "*i32", "out_keys_ptr": "*i64", "out_logsumexp_ptr": "*fp32",
+    "out_ptr": "*i64", "addresses_ptr": "*i64", "epoch_ptr": "*i64",
 }  # fmt: skip
 _FLOATS = ("alpha", "inverse_temperature", "softcap")
 _LOADS = re.compile(
@@ -161,8 +162,8 @@ def head_shapes(vocab_size: int, hidden_size: int, k: int = 1) -> tuple[HeadShap
 
 def every_kernel(models: Sequence[str], capability: int) -> Iterator[Resources]:
     """Compile all head kernels for `models`, and the exchange, which knows no model."""
-    greedy = {"BIAS": False, "SOFTCAP": False, "SAMPLE": False, "LOGSUMEXP": False}
-    whole = {"BIAS": True, "SOFTCAP": True, "SAMPLE": True, "LOGSUMEXP": True}
+    options = ("BIAS", "SOFTCAP", "SAMPLE", "SEQUENCES", "LOGSUMEXP")
+    greedy, whole = dict.fromkeys(options, False), dict.fromkeys(options, True)
     for model in models:
         vocab_size, hidden_size = MODELS[model]
         for batch, k, flags in ((1, 1, greedy), (8, 1, greedy), (1, 4, whole)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashhead_kernels.triton_pieces import EMPTY_KEY, gumbel, pack_key, transform
+from flashhead_kernels.triton_pieces import EMPTY_KEY, gumbel, noise_place, pack_key, transform
 from flashhead_kernels.triton_reduce import arrive, reduce_parts
 
 
@@ -49,13 +49,14 @@ def block_logits(
 
 @triton.jit
 def dense_kernel(
-    hidden_ptr, rows_ptr, ids_ptr, bias_ptr, positions_ptr,
+    hidden_ptr, rows_ptr, ids_ptr, bias_ptr, positions_ptr, sequences_ptr,
     keys_ptr, sums_ptr, counters_ptr, out_keys_ptr, out_logsumexp_ptr,
     num_tokens, first_token_id, num_rows, inverse_temperature, softcap, seed,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BATCH: tl.constexpr, BATCH_PAD: tl.constexpr, BEST: tl.constexpr, MATMUL: tl.constexpr,
     TABLE: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr,
-    LOGSUMEXP: tl.constexpr, PART_BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+    SEQUENCES: tl.constexpr, LOGSUMEXP: tl.constexpr, PART_BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid `[programs, blocks of B]`: a program takes every programs-th block of BLOCK_V tokens.
 
@@ -89,8 +90,9 @@ def dense_kernel(
             greatest = new
         ids = ids[None, :] + tl.zeros([BATCH_PAD, BLOCK_V], tl.int32)
         if SAMPLE:
-            position = tl.load(positions_ptr + batch, mask=real, other=0)
-            final += gumbel(seed, position[:, None], ids)
+            row = tl.minimum(batch, num_rows - 1)
+            position, sequence = noise_place(positions_ptr, sequences_ptr, row, SAMPLE, SEQUENCES)
+            final += gumbel(seed, position[:, None], sequence[:, None], ids)
         keys = pack_key(final, ids)
         if BEST == 1:
             best = tl.maximum(best, tl.max(keys, 1)[:, None])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashhead_kernels.triton_pieces import noise_place
 from flashhead_kernels.triton_reduce import arrive, probe_group, reduce_parts, write_part
 from flashhead_kernels.triton_scores import (
     float_dots,
@@ -49,14 +50,14 @@ def group_dots(
 @triton.jit
 def one_launch_kernel(
     hidden_ptr, rows_ptr, ids_ptr, values_ptr, scales_ptr, spread_ptr, bias_ptr, cluster_bias_ptr,
-    pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr, positions_ptr,
+    pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr, positions_ptr, sequences_ptr,
     words_ptr, hidden_scales_ptr, keys_ptr, sums_ptr, counter_ptr,
     out_keys_ptr, out_logsumexp_ptr,
     alpha, inverse_temperature, softcap, seed,
     group_values, group_scales,
     HEAD: tl.constexpr, CENTROIDS: tl.constexpr, BATCH: tl.constexpr, BATCH_PAD: tl.constexpr,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr, LOGSUMEXP: tl.constexpr,
-    PART_BLOCK: tl.constexpr, DP4A: tl.constexpr,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr, SEQUENCES: tl.constexpr,
+    LOGSUMEXP: tl.constexpr, PART_BLOCK: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
     """Grid `[N]`. Everything from hidden states to the rank's best keys and log-sum-exp.
 
@@ -75,15 +76,13 @@ def one_launch_kernel(
     )  # fmt: skip
     batch = tl.arange(0, BATCH_PAD)[:, None]
     for b in tl.range(0, BATCH):
-        position = tl.zeros([], tl.int32)
-        if SAMPLE:
-            position = tl.load(positions_ptr + b)
+        position, sequence = noise_place(positions_ptr, sequences_ptr, b, SAMPLE, SEQUENCES)
         best, greatest, total = probe_group(
             tl.sum(tl.where(batch == b, dots, 0.0), 0),
             hidden_norm(hidden_ptr, b, D, HEAD.hidden_pad), alpha, group,
             hidden_ptr + b * D, rows_ptr, ids_ptr, spread_ptr, bias_ptr, cluster_bias_ptr,
             pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr,
-            inverse_temperature, softcap, seed, position,
+            inverse_temperature, softcap, seed, position, sequence,
             HEAD, BIAS, SOFTCAP, SAMPLE, LOGSUMEXP,
         )  # fmt: skip
         write_part(b * num_groups + group, best, greatest, total, keys_ptr, sums_ptr, LOGSUMEXP)
@@ -124,11 +123,11 @@ def dots_kernel(
 @triton.jit
 def candidates_kernel(
     hidden_ptr, rows_ptr, ids_ptr, dots_ptr, spread_ptr, bias_ptr, cluster_bias_ptr,
-    pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr, positions_ptr,
+    pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr, positions_ptr, sequences_ptr,
     keys_ptr, sums_ptr, counters_ptr, out_keys_ptr, out_logsumexp_ptr,
     alpha, inverse_temperature, softcap, seed,
     HEAD: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr,
-    LOGSUMEXP: tl.constexpr, PART_BLOCK: tl.constexpr,
+    SEQUENCES: tl.constexpr, LOGSUMEXP: tl.constexpr, PART_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid `[N, B]`: from `dots [B, N, M]` to the rank's best keys and log-sum-exp."""
     M: tl.constexpr = HEAD.clusters
@@ -139,14 +138,12 @@ def candidates_kernel(
     slots = tl.arange(0, M_PAD)
     part = row * num_groups + group
     dots = tl.load(dots_ptr + part.to(tl.int64) * M + slots, mask=slots < M, other=0.0)
-    position = tl.zeros([], tl.int32)
-    if SAMPLE:
-        position = tl.load(positions_ptr + row)
+    position, sequence = noise_place(positions_ptr, sequences_ptr, row, SAMPLE, SEQUENCES)
     best, greatest, total = probe_group(
         dots, hidden_norm(hidden_ptr, row, D, HEAD.hidden_pad), alpha, group,
         hidden_ptr + row * D, rows_ptr, ids_ptr, spread_ptr, bias_ptr, cluster_bias_ptr,
         pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr,
-        inverse_temperature, softcap, seed, position,
+        inverse_temperature, softcap, seed, position, sequence,
         HEAD, BIAS, SOFTCAP, SAMPLE, LOGSUMEXP,
     )  # fmt: skip
     write_part(part, best, greatest, total, keys_ptr, sums_ptr, LOGSUMEXP)

@@ -181,6 +181,7 @@ class _Launch:
             inputs.pinned_token_ids,
             none if bias is None else bias.pinned,
             inputs.token_ids if noise is None else noise.positions,
+            inputs.token_ids if noise is None or noise.sequences is None else noise.sequences,
         )
 
     def _out(self, space: Workspace, counters: Tensor) -> tuple[Tensor, ...]:
@@ -201,6 +202,7 @@ class _Launch:
             "BIAS": self.inputs.bias is not None,
             "SOFTCAP": final.softcap > 0,
             "SAMPLE": final.noise is not None,
+            "SEQUENCES": final.noise is not None and final.noise.sequences is not None,
             "LOGSUMEXP": self.need_logsumexp,
             "PART_BLOCK": part_block(self.groups, self.head.best),
         }

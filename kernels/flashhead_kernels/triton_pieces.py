@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
+from flashhead_kernels.logits import NEVER_ONE
 
 EMPTY_KEY = tl.constexpr(-(2**63))
 _ID_MASK = tl.constexpr(0xFFFFFFFF)
 # Adding 1.5 * 2^23 and taking it away rounds a float32 below 2^22 to an integer, ties to even.
 _ROUNDING = tl.constexpr(12582912.0)
+_NEVER_ONE = tl.constexpr(NEVER_ONE)
 
 
 @triton.jit
@@ -46,13 +50,7 @@ def rounded_product(a, b, COMPILED: tl.constexpr):
     Left to itself the compiler fuses some products into the sum behind them, and which ones depends
     on the layout that it gives a kernel. PTX never fuses a product with a rounding modifier.
     """
-    if COMPILED:
-        product = tl.inline_asm_elementwise(
-            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1
-        )
-    else:
-        product = a * b
-    return product
+    return libdevice.mul_rn(a, b) if COMPILED else a * b
 
 
 @triton.jit
@@ -94,15 +92,31 @@ def transform(logits, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def gumbel(seed, position, token_ids):
-    """Gumbel noise float32 keyed by (seed, position, token id): Philox4x32-10, its first word.
-
-    Random123 (Salmon et al., 2011). The uniform is `(word >> 8) + 1/2` over 2^24: never 0 nor 1.
-    """
+def gumbel(seed, position, sequence, token_ids):
+    """`logits.gumbel` of int32 `token_ids`; position, sequence: int32 that broadcast with them."""
     zero = tl.zeros_like(token_ids)
-    word, _, _, _ = tl.philox(seed, token_ids, zero + position, zero, zero)
-    uniform = ((word >> 8).to(tl.float32) + 0.5) * (1.0 / 16777216.0)
-    return -tl.log(-tl.log(uniform))
+    # The last counter word is logits.Domain.TOKEN.
+    word, _, _, _ = tl.philox(seed, token_ids, zero + position, zero + sequence, zero)
+    v = tl.minimum(((~word).to(tl.float32) + 0.5) * (1.0 / 4294967296.0), _NEVER_ONE)
+    # log(1 - v) however small v is (Kahan): what 1 - v was rounded by is divided out.
+    rest = 1.0 - v
+    taken = 1.0 - rest
+    exact = tl.log(rest) * tl.div_rn(v, tl.where(taken > 0, taken, 1.0))
+    return -tl.log(tl.where(taken > 0, -exact, v))
+
+
+@triton.jit
+def noise_place(
+    positions_ptr, sequences_ptr, row, SAMPLE: tl.constexpr, SEQUENCES: tl.constexpr
+):  # fmt: skip
+    """Position and sequence of row(s) `row`, their low 32 bits; 0 where nothing is sampled."""
+    position = row * 0
+    sequence = row * 0
+    if SAMPLE:
+        position = tl.load(positions_ptr + row).to(tl.int32)
+        if SEQUENCES:
+            sequence = tl.load(sequences_ptr + row).to(tl.int32)
+    return position, sequence
 
 
 @triton.jit

@@ -43,14 +43,14 @@ def row_logits(
 @triton.jit
 def take(
     best, greatest, total, logits, ids, bias, inverse_temperature, softcap, seed, position,
-    SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr, LOGSUMEXP: tl.constexpr,
+    sequence, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr, LOGSUMEXP: tl.constexpr,
 ):  # fmt: skip
     """Take scored tokens (1-D, id -1 for none) into a program's best keys and log-sum-exp."""
     final = transform(logits + bias, inverse_temperature, softcap, SOFTCAP)
     if LOGSUMEXP:
         greatest, total = lse_add(greatest, total, tl.where(ids >= 0, final, float("-inf")))
     if SAMPLE:
-        final += gumbel(seed, position, ids)
+        final += gumbel(seed, position, sequence, ids)
     keys = pack_key(final, ids)
     count: tl.constexpr = best.shape[0]
     if count == 1:
@@ -65,7 +65,7 @@ def probe_group(
     dots, norm, alpha, group,
     hidden_ptr, rows_ptr, ids_ptr, spread_ptr, bias_ptr, cluster_bias_ptr,
     pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr,
-    inverse_temperature, softcap, seed, position,
+    inverse_temperature, softcap, seed, position, sequence,
     HEAD: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr,
     LOGSUMEXP: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +114,7 @@ def probe_group(
             bias = tl.load(bias_ptr + row, mask=chosen, other=0.0)
         best, greatest, total = take(
             best, greatest, total, logits, ids, bias, inverse_temperature, softcap, seed, position,
-            SOFTCAP, SAMPLE, LOGSUMEXP,
+            sequence, SOFTCAP, SAMPLE, LOGSUMEXP,
         )  # fmt: skip
     if PINNED > 0:
         slot = tl.arange(0, PINNED_PAD)
@@ -126,7 +126,7 @@ def probe_group(
             bias = tl.load(pinned_bias_ptr + row, mask=slot < PINNED, other=0.0)
         best, greatest, total = take(
             best, greatest, total, logits, ids, bias, inverse_temperature, softcap, seed, position,
-            SOFTCAP, SAMPLE, LOGSUMEXP,
+            sequence, SOFTCAP, SAMPLE, LOGSUMEXP,
         )  # fmt: skip
     if LOGSUMEXP:
         # Keys are distinct: what is not probed lies below the last that is.

@@ -16,7 +16,9 @@ from flashhead_kernels.logits import PLAIN, FinalLogits, GumbelNoise
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 cuda: ModuleType = ops_for("cuda")
 NOISY = FinalLogits(
-    softcap=30.0, temperature=0.7, noise=GumbelNoise(123456789012, torch.arange(70).int())
+    softcap=30.0,
+    temperature=0.7,
+    noise=GumbelNoise(123456789012, torch.arange(70).int(), torch.arange(70).flip(0)),
 )
 
 
@@ -25,8 +27,9 @@ def compare(
 ) -> None:
     states, rows = states.to(DEVICE), rows.to(DEVICE)
     if final.noise is not None:
-        positions = final.noise.positions[: len(states)].to(DEVICE)
-        final = replace(final, noise=replace(final.noise, positions=positions))
+        places = (final.noise.positions, final.noise.sequences)
+        positions, sequences = (place[: len(states)].to(DEVICE) for place in places)
+        final = replace(final, noise=GumbelNoise(final.noise.seed, positions, sequences))
     bias = torch.linspace(-2, 2, len(rows), device=DEVICE) if biased else None
     options = {"k": k, "need_logsumexp": True, "bias": bias, "final": final}
     found = cuda.dense_candidates(states, rows, 1000, **options)

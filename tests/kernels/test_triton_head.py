@@ -19,8 +19,9 @@ from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import EMPTY_KEY, unpack_keys
 from flashhead_kernels.logits import FinalLogits, GumbelNoise, OutputBias
+from flashhead_kernels.logits import gumbel as gumbel_twin
 from flashhead_kernels.triton_pieces import EMPTY_KEY as TRITON_EMPTY_KEY
-from flashhead_kernels.triton_pieces import pack_key
+from flashhead_kernels.triton_pieces import gumbel, pack_key
 from flashhead_kernels.triton_shapes import CentroidShape
 from tests.kernels.shards import Shard, make_shard, random_states
 
@@ -43,10 +44,15 @@ SHAPES = [
 NOISE = GumbelNoise(
     (7 << 40) + 5, torch.tensor([0, 1, 2**31 - 1, 9, 4, 4, 5, 6], dtype=torch.int32)
 )
+SEQUENCES = replace(
+    NOISE, positions=NOISE.positions.long() + 2**33, sequences=torch.tensor([3, 0, 2**31 - 1])
+)
+"""Rows of texts of their own; of a position, the low 32 bits count."""
 FINALS = [
     FinalLogits(softcap=30.0),
     FinalLogits(temperature=0.5, noise=NOISE),
     FinalLogits(softcap=5.0, temperature=1.7, noise=NOISE),
+    FinalLogits(noise=SEQUENCES),
 ]
 
 
@@ -58,8 +64,10 @@ def on_device(shard: Shard) -> Shard:
 def final_on_device(final: FinalLogits, batch: int) -> FinalLogits:
     if final.noise is None:
         return final
-    positions = final.noise.positions[:batch].to(DEVICE)
-    return replace(final, noise=replace(final.noise, positions=positions))
+    positions, sequences = final.noise.positions[:batch].to(DEVICE), final.noise.sequences
+    if sequences is not None:
+        sequences = sequences[:batch].to(DEVICE)
+    return replace(final, noise=replace(final.noise, positions=positions, sequences=sequences))
 
 
 def agree(found: Candidates, expected: Candidates) -> None:
@@ -107,6 +115,23 @@ def test_final_logits(final: FinalLogits, biased: bool, launches: int) -> None:
         bias = OutputBias(rows.to(DEVICE), rows.mean(-1).to(DEVICE), pinned.to(DEVICE))
     compare(shape, 3, 4, k=2, need_logsumexp=True, launches=launches, bias=bias,
             final=final_on_device(final, 3))  # fmt: skip
+
+
+@triton.jit
+def noise_kernel(out_ptr, seed, position, sequence, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + ids, gumbel(seed, position, sequence, ids))
+
+
+def test_noise_is_its_twin_s_however_great() -> None:
+    """From a uniform of 24 bits near 1, noise above 12 is off by a hundredth."""
+    count, seed = 1 << 20, (3 << 35) + 1
+    found = torch.empty(count, device=DEVICE)
+    noise_kernel[(16,)](found, seed, 77, 5, BLOCK=count // 16)
+    place = torch.tensor([77], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
+    expected = gumbel_twin(GumbelNoise(seed, *place), torch.arange(count).unsqueeze(0))[0]
+    assert expected.max() > 12
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=2e-6)
 
 
 def test_noise_draws_from_the_softmax() -> None:
