@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from flashhead_dist.integrations.pipeline_stage import PipelineStage, StageInput
+
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+SCRIPT = LAUNCH / "bench_pipeline.py"
 VOCAB = 97
 
 
@@ -37,17 +43,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(
-    cache: Path, num_ranks: int, model: Path, *arguments: str
-) -> subprocess.CompletedProcess[str]:
+def run(cache: Path, model: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command on two ranks."""
     given = ["--model", str(model), "--head", "dense_local_max", "--device", "cpu"]
     given += ["--new-tokens", "3", "--prompt-tokens", "4", "--repeats", "1", *arguments]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    script = str(LAUNCH / "bench_pipeline.py")
-    start = [*torchrun, script] if num_ranks > 1 else [script]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FLASHHEAD_CACHE": str(cache)}
     return subprocess.run(
-        [sys.executable, *start, *given],
+        [sys.executable, *torchrun, str(SCRIPT), *given],
         env=environment,
         capture_output=True,
         text=True,
@@ -56,7 +59,7 @@ def run(
 
 
 def test_every_schedule_is_shown_beside_its_theory(model: Path, tmp_path: Path) -> None:
-    done = run(tmp_path, 2, model, "--micro-batches", "1,3", "--layers-per-stage", "2,3", "--json")
+    done = run(tmp_path, model, "--micro-batches", "1,3", "--layers-per-stage", "2,3", "--json")
     assert done.returncode == 0, done.stderr
     assert "continuous" in done.stdout
     rows = json.loads(done.stdout.splitlines()[-1])["results"]
@@ -73,23 +76,48 @@ def test_every_schedule_is_shown_beside_its_theory(model: Path, tmp_path: Path) 
         assert 0 <= row["ideal_bubble"] < 1
 
 
-def test_stages_that_sleep_are_called_simulated(model: Path, tmp_path: Path) -> None:
-    done = run(tmp_path, 2, model, "--micro-batches", "2", "--sleep-ms", "9,2", "--json")
-    assert done.returncode == 0, done.stderr
-    assert "SIMULATED COMPUTE" in done.stdout
-    for row in json.loads(done.stdout.splitlines()[-1])["results"]:
-        slow, fast = row["stage_step_ms"]
-        assert slow >= 9
-        assert fast >= 2
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module, for one rank."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.syspath_prepend(str(LAUNCH))
+    spec = importlib.util.spec_from_file_location("bench_pipeline_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_mistakes_are_one_sentence(model: Path, tmp_path: Path) -> None:
-    for arguments, sentence in [
+def test_a_stage_that_sleeps_does_so_at_every_pass(bench: ModuleType) -> None:
+    stage = PipelineStage(lambda: bench.sleeping_model(3, 20), 1, 3)
+    start_s = time.perf_counter()
+    for _ in range(3):
+        stage(
+            StageInput(torch.zeros(1, 2, stage.hidden_size), None, stage.new_cache(recording=False))
+        )
+    assert time.perf_counter() - start_s >= 0.06
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
         ([], "error: a pipeline needs 2 stages or more, got pp_size 1: leave it out"),
         (["--micro-batches", "0,1"], "error: --micro-batches holds 0: give 1 or more"),
+        (["--sleep-ms", "5"], "error: a pipeline needs 2 stages or more"),
         (["--sleep-ms", "5,5"], "error: --sleep-ms 5,5 does not give each of 1 stages a time"),
-    ]:
-        done = run(tmp_path, 1, model, *arguments)
-        assert done.returncode == 2
-        assert sentence in done.stderr
-        assert "Traceback" not in done.stderr
+        (["--pp-size", "2"], "error: --pp-size 2 does not divide the 1 ranks"),
+        (["--head", "sparse"], "error: there is no head named 'sparse'"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    bench: ModuleType,
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    given = ["--model", str(model), "--head", "dense_local_max", "--device", "cpu", *arguments]
+    assert bench.main(given) == 2
+    assert sentence in capsys.readouterr().err
