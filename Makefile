@@ -51,6 +51,8 @@ check-gpu: ## All that only a GPU can show (ARGS=...); PY=python3 where no .venv
 			tests/kernels/test_triton_head.py tests/kernels/test_triton_dense.py -k "twin or order"; \
 	else echo "compute-sanitizer is not here: SKIPPED"; fi
 	$(GPU_ENV) $(PY) kernels/stress_exchange.py
+	$(GPU_ENV) $(PY) launch/scale.py --synthetic 32000,1024 --device cuda --tp-sizes 1 --remeasure \
+		--heads dense_local_max,flashhead,flashhead_auto --batch-sizes 1,8,64 --skip-plots
 	$(GPU_ENV) $(PY) kernels/bench.py $(ARGS)
 
 lint: setup ## Format and check

@@ -230,3 +230,24 @@ def test_the_cuda_clock_reads_its_scratch_before_each_run(monkeypatch: pytest.Mo
     reads = log.count("read")
     assert reads > 1
     assert log == ["device", *["read"] * reads, "event", "run", "event", "wait"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device to time and to capture")
+def test_a_gpu_is_timed_in_the_warm_up_of_a_graph(table: LaunchTable, shard: Shard) -> None:
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = run(shard).keys.clone()
+    stream.synchronize()
+    (choice,) = table.choices()
+    assert choice["origin"] == MEASURED_NOW
+    assert min(choice["one_us"], choice["two_us"]) > 0
+    states = random_states(2, 64).to(DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        found = shard.candidates(ops_for("cuda"), states, 1).keys
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found, expected)
+    assert table.choices() == [choice], "nothing is timed or chosen anew while it is captured"
