@@ -151,6 +151,8 @@ def test_run_folder_is_complete_and_agrees_with_the_document(
     assert all(how["reason"] for how in environment["key_exchange"].values())
     assert set(environment["crossovers"]) == {"1", "3"}
     assert all("1" in found["times_us"] for found in environment["crossovers"].values())
+    assert {found["origin"] for found in environment["crossovers"].values()} == {"measured now"}
+    assert environment["launches"] == {"choices": [], "not_kept": None}, "none without CUDA"
     assert sum(note.startswith("flashhead_auto") for note in document["notes"]) in (2, 3)
     assert folder.name.endswith(f"_{environment['machine']['host_class']}_{environment['commit']}")
 
