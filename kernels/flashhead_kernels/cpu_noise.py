@@ -69,7 +69,8 @@ def _two_rounds(c0: int, c1: int, c2: int, c3: int, k0: int, k1: int) -> Any:
 
 
 @jit
-def _from_word(word: int) -> Any:
+def from_word(word: int) -> Any:
+    """Noise float32 of a Philox word, which the greatest word makes greatest."""
     v = min((np.float32(word ^ _WORD) + _HALF) * _UNIT, _NEVER_ONE)
     u = _ONE - v
     # What rounding took from u is given back: log1p(-v).
@@ -90,4 +91,4 @@ def add_noise(
         c = _two_rounds(c[0], c[1], c[2], c[3], k0 + 4 * _STEP0, k1 + 4 * _STEP1)
         c = _two_rounds(c[0], c[1], c[2], c[3], k0 + 6 * _STEP0, k1 + 6 * _STEP1)
         c = _two_rounds(c[0], c[1], c[2], c[3], k0 + 8 * _STEP0, k1 + 8 * _STEP1)
-        values[i] += _from_word(c[0])
+        values[i] += from_word(c[0])

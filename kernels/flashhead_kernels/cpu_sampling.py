@@ -57,8 +57,8 @@ def local_scores(
             ),
         )  # fmt: skip
     return LocalScores(
-        torch.from_numpy(logits).view(batch, -1),
-        torch.from_numpy(ids).view(batch, -1),
+        torch.from_numpy(logits).view(batch, groups * width),
+        torch.from_numpy(ids).view(batch, groups * width),
         torch.from_numpy(means).view(batch, groups, clusters),
     )
 

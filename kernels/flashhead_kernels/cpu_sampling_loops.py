@@ -115,15 +115,17 @@ def weigh_clusters(
                 t = np.float32(math.tanh(mean[i] / softcap))
                 x = norm * max(spare[i], _ZERO) * (np.float32(1) - t * t)
                 estimate = softcap * t * inverse_temperature + tokens[i]
-                estimate += shrinkage * x / (x + _HALF_WAY) * max(known - estimate, _ZERO)
-                own[i] = estimate if mean[i] > _NONE else _NONE
+                shrunk = shrinkage * x / (x + _HALF_WAY) * max(known - estimate, _ZERO)
+                exists = mean[i] > _NONE and tokens[i] > _NONE
+                own[i] = estimate + shrunk if exists else _NONE
         else:
             for i in range(clusters):
                 x = norm * max(spare[i], _ZERO)
+                estimate = mean[i] * inverse_temperature + tokens[i]
                 # -inf, of a cluster without mass, must not meet its infinite gap.
-                estimate = max(mean[i] * inverse_temperature + tokens[i], _LEAST)
-                estimate += shrinkage * x / (x + _HALF_WAY) * max(known - estimate, _ZERO)
-                own[i] = estimate if mean[i] > _NONE else _NONE
+                gap = max(known - max(estimate, _LEAST), _ZERO)
+                shrunk = shrinkage * x / (x + _HALF_WAY) * gap
+                own[i] = estimate + shrunk if estimate > _NONE else _NONE
 
 
 @jit

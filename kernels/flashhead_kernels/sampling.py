@@ -123,7 +123,7 @@ def cluster_log_mass(
     estimate: Tensor = final.without_noise(means) + num_tokens.log()
     gap = (scored.unsqueeze(2) - BELOW - estimate).clamp(min=0)
     mass: Tensor = estimate + shrinkage * x / (x + HALF_WAY) * gap
-    return mass.masked_fill(torch.isneginf(estimate), float("-inf"))
+    return mass.masked_fill(torch.isneginf(means) | torch.isneginf(estimate), float("-inf"))
 
 
 def group_log_mass(log_mass: Tensor) -> Tensor:
