@@ -210,7 +210,7 @@ def closed_form(
         scores.means,
         (shard.token_ids >= 0).sum(2),
         shard.spread,
-        ops.group_log_mass(logits.view(len(logits), groups, -1)),
+        ops.group_log_mass(logits.unflatten(1, (groups, -1))),
         shard.manifest.shrinkage,
         final,
     )
