@@ -79,22 +79,26 @@ def plan_session(
     drafted tokens are accepted by the ratio of two probabilities, so rows are read whole.
     """
     greedy = not config.do_sample
-    values = config.return_dict_in_generate and (config.output_scores or config.output_logits)
-    values = values or getattr(config, "assistant_ensemble_weight", None) is not None
-    temperature = 1.0
-    # output_logits is what the model says before any temperature.
-    if not (greedy or (values and config.output_logits)):
-        warpers = [item for item in processors if isinstance(item, TemperatureLogitsWarper)]
-        temperature = math.prod(warper.temperature for warper in warpers)
+    scores = config.return_dict_in_generate and config.output_scores
+    logits = config.return_dict_in_generate and config.output_logits
+    weighed = getattr(config, "assistant_ensemble_weight", None) is not None
+    known = all(type(item) in WORK_ON_ESTIMATES for item in processors)
+    settles = known and not drafts_are_weighed
+    chooses = greedy and not processors
     if config.is_assistant:
         # A draft is verified: estimates only have to be the distribution that it drew from.
         kind = RowKind.ESTIMATED
-    elif greedy and not processors and not values:
-        kind = RowKind.CHOICE
-    elif values or drafts_are_weighed or any(type(p) not in WORK_ON_ESTIMATES for p in processors):
+    elif scores or weighed or not (settles or (chooses and not logits)):
         kind = RowKind.CLOSED_FORM
+    elif logits:
+        kind = RowKind.CLOSED_FORM_BESIDE
     else:
-        kind = RowKind.ESTIMATED
+        kind = RowKind.CHOICE if chooses else RowKind.ESTIMATED
+    temperature = 1.0
+    # Where logits are kept and tokens taken from the same rows, these are before any temperature.
+    if not (greedy or (logits and kind is RowKind.CLOSED_FORM)):
+        warpers = [item for item in processors if isinstance(item, TemperatureLogitsWarper)]
+        temperature = math.prod(warper.temperature for warper in warpers)
     return Session(head, kind, temperature, greedy)
 
 
@@ -120,7 +124,7 @@ class RetrievalGeneration:
         session = plan_session(
             self.retrieval_head, logits_processor, generation_config, drafts_are_weighed=False
         )
-        if session.kind is RowKind.ESTIMATED and not generation_config.is_assistant:
+        if session.settles and not generation_config.is_assistant:
             settle = SettleTokens(session, logits_processor, one_by_one=False)
             logits_processor = LogitsProcessorList([*logits_processor, settle])
         with open_session(session):
@@ -146,7 +150,7 @@ class RetrievalGeneration:
             generation_config,
             drafts_are_weighed=(drafted and generation_config.do_sample) or whole_passes,
         )
-        if session.kind is RowKind.ESTIMATED:
+        if session.settles:
             settle = SettleTokens(session, logits_processor, one_by_one=True)
             logits_processor = LogitsProcessorList([*logits_processor, settle])
         with open_session(session):

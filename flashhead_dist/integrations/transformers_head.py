@@ -21,9 +21,11 @@ _ROWS_AT_ONCE = 64
 
 
 class RowKind(Enum):
-    """What `RetrievalHead` returns; only the first may be read as log-probabilities."""
+    """What `RetrievalHead` returns; only the first two may be read as log-probabilities."""
 
     CLOSED_FORM = "closed form"
+    CLOSED_FORM_BESIDE = "closed form beside estimates"
+    """At temperature 1, to be kept; tokens are settled on estimates as if no one had asked."""
     ESTIMATED = "estimated"
     CHOICE = "choice"
     """1 at the head's greedy token and 0 elsewhere: for an argmax, soft-capped or not."""
@@ -39,9 +41,14 @@ class Session:
     greedy: bool
     found: Retrieved | None = None
     rows: Tensor | None = None
-    """Final logits `[n, V]` as the last forward pass returned them. Assisted decoding writes over
-    a row once its logits processors have had it, `generate` makes a copy."""
+    """Estimated rows `[n, V]` of the last forward pass. Where these were returned, assisted
+    decoding writes over a row once its logits processors have had it; `generate` makes a copy."""
     next_row: int = 0
+
+    @property
+    def settles(self) -> bool:
+        """Whether tokens are taken from estimates, so that clusters have to be opened."""
+        return self.kind in (RowKind.ESTIMATED, RowKind.CLOSED_FORM_BESIDE)
 
 
 _OPEN_SESSIONS: ContextVar[tuple[Session, ...]] = ContextVar("open_sessions", default=())
@@ -103,6 +110,8 @@ class RetrievalHead(nn.Module):
         session.found = self.logit_rows.retrieve(flat, session.temperature)
         session.rows = self.logit_rows.estimated(session.found, below_best=session.greedy)
         session.next_row = 0
+        if session.kind is RowKind.CLOSED_FORM_BESIDE:
+            return self._closed_form(flat, 1.0)
         return session.rows
 
     def _closed_form(self, flat: Tensor, temperature: float) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from flashhead_dist.integrations.transformers_head import Session
+from flashhead_dist.integrations.transformers_head import RowKind, Session
 from flashhead_dist.integrations.transformers_rows import Retrieved
 
 _NEVER = float("-inf")
@@ -43,6 +43,8 @@ class SettleTokens(LogitsProcessor):
         if found is None:
             return scores
         work = _Settling(self._session, found, self._take(len(scores), found), scores)
+        if self._session.kind is RowKind.CLOSED_FORM_BESIDE:
+            scores = self._again(work, input_ids)
         scores = self._score_few(work, input_ids, scores)
         if self._session.greedy:
             return self._settle_greedy(work, input_ids, scores)

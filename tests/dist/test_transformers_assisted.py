@@ -120,6 +120,7 @@ class Unknown(LogitsProcessor):
 
 GREEDY, DRAWN = {"do_sample": False}, {"do_sample": True}
 VALUES = {"return_dict_in_generate": True, "output_scores": True}
+LOGITS = {"return_dict_in_generate": True, "output_logits": True}
 ENSEMBLE = {"assistant_ensemble_weight": 0.5}
 PLANS: dict[str, tuple[dict[str, Any], list[Any], bool, RowKind]] = {
     "greedy": (GREEDY, [], False, RowKind.CHOICE),
@@ -128,6 +129,10 @@ PLANS: dict[str, tuple[dict[str, Any], list[Any], bool, RowKind]] = {
     "greedy, values": (GREEDY | VALUES, [], False, RowKind.CLOSED_FORM),
     "greedy, values dropped": (GREEDY | {"output_scores": True}, [], False, RowKind.CHOICE),
     "greedy, ensemble": (GREEDY | ENSEMBLE, [], False, RowKind.CLOSED_FORM),
+    "greedy, logits": (GREEDY | LOGITS, [], False, RowKind.CLOSED_FORM_BESIDE),
+    "greedy, logits, drafted": (GREEDY | LOGITS, [], True, RowKind.CLOSED_FORM),
+    "drawn, logits": (DRAWN | LOGITS, [TopKLogitsWarper(3)], False, RowKind.CLOSED_FORM_BESIDE),
+    "drawn, both": (DRAWN | LOGITS | VALUES, [], False, RowKind.CLOSED_FORM),
     "drawn": (DRAWN, [], False, RowKind.ESTIMATED),
     "drawn, drafted": (DRAWN, [], True, RowKind.CLOSED_FORM),
     "drawn, unknown processor": (DRAWN, [Unknown()], False, RowKind.CLOSED_FORM),
@@ -147,8 +152,7 @@ def test_rows_are_estimates_only_where_no_one_reads_them(zoo: Zoo, name: str) ->
 def test_a_session_has_the_temperature_that_tokens_are_drawn_at(zoo: Zoo) -> None:
     head = zoo.pair("llama").replaced().retrieval_head
     warpers = [TemperatureLogitsWarper(0.5)]
-    values = {"return_dict_in_generate": True, "output_logits": True}
-    for settings, wanted in ((DRAWN, 0.5), (GREEDY, 1.0), (DRAWN | values, 1.0)):
+    for settings, wanted in ((DRAWN, 0.5), (GREEDY, 1.0), (DRAWN | LOGITS | VALUES, 1.0)):
         config = GenerationConfig(**settings)
         session = plan_session(head, warpers, config, drafts_are_weighed=False)
         assert session.temperature == wanted
