@@ -121,7 +121,7 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
             dense,
             states.states[chosen],
             temperature=temperature,
-            draws_per_state=-(-arguments.draws // count),
+            num_draws=arguments.draws,
             seed=arguments.seed,
             softcap=model.final_logit_softcap or 0.0,
         )

@@ -1,8 +1,9 @@
 """Draws of a head against the dense head's distribution, from real hidden states.
 
-Draws are pooled over states: the dense distribution that they are held against is the mean of the
-states' softmaxes. How near a sample of that size comes by chance alone is shown by samples of the
-dense distribution itself, drawn by torch's generator and not by our noise.
+Every draw is from a state chosen by chance, and draws are pooled over states: they are a sample of
+the mean of the states' distributions, and are held against the mean of their softmaxes. How near a
+sample of that size comes by chance alone is shown by samples of the dense distribution itself,
+drawn by torch's generator and not by our noise.
 """
 
 from __future__ import annotations
@@ -69,32 +70,38 @@ def evaluate_sampling(
     hidden_states: Tensor,
     *,
     temperature: float,
-    draws_per_state: int,
+    num_draws: int,
     seed: int = 0,
     softcap: float = 0.0,
     progress: bool = True,
 ) -> SamplingEvaluation:
-    """Draw `draws_per_state` tokens from each of `hidden_states [N, D]` with the first of `heads`.
+    """Draw `num_draws` tokens from `hidden_states [N, D]` with the first of `heads`.
 
     heads: the same head at several tp sizes, one of them 1 and first; dense: the dense head of the
     same model. Noise: sequence is the number of the state, position that of the draw.
     """
-    size, count = dense.vocab_size, len(hidden_states) * draws_per_state
+    size, states = dense.vocab_size, len(hidden_states)
     pooled, pooled_dense = torch.zeros(2, size, dtype=torch.float64)
     drawn, first_dense, second_dense = torch.zeros(3, size, dtype=torch.float64)
     exact, opened, same = 0.0, 0.0, 0.0
     unequal: set[int] = set()
     generator = torch.Generator().manual_seed(seed)
-    paired = min(_PAIRED_DRAWS, draws_per_state)
+    # Draws of the head and of both dense samples from each state: int64 [3, N].
+    shares = torch.stack(
+        [
+            torch.bincount(
+                torch.randint(states, (num_draws,), generator=generator), minlength=states
+            )
+            for _ in range(3)
+        ]
+    )
+    paired_draws = 0
     with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
         task = bar.add_task(f"drawing at T = {temperature}", total=len(hidden_states))
         for number in range(len(hidden_states)):
             state = hidden_states[number : number + 1]
-            noise = GumbelNoise(
-                seed,
-                torch.arange(draws_per_state),
-                torch.full((draws_per_state,), number),
-            )
+            count = int(shares[0, number])
+            noise = GumbelNoise(seed, torch.arange(count), torch.full((count,), number))
             forms = [
                 closed_form(rank, state, temperature=temperature, softcap=softcap)
                 for rank in heads[0].ranks
@@ -108,8 +115,10 @@ def evaluate_sampling(
                 if not torch.equal(_draw(others, noise), tokens):
                     unequal.add(head.tp_size)
             truth = closed_form(dense, state, temperature=temperature, softcap=softcap)
-            few = GumbelNoise(seed, noise.positions[:paired], torch.full((paired,), number))
-            same += float((_draw([truth], few) == tokens[:paired]).double().mean())
+            few = slice(0, min(_PAIRED_DRAWS, count))
+            paired = GumbelNoise(seed, noise.positions[few], torch.full_like(tokens[few], number))
+            same += int((_draw([truth], paired) == tokens[few]).sum())
+            paired_draws += len(tokens[few])
             own = forms[0].unnormalized()[0].double().softmax(0)
             softmax = truth.unnormalized()[0].double().softmax(0)
             exact += _total_variation(own, softmax)
@@ -119,27 +128,29 @@ def evaluate_sampling(
             pooled += own
             pooled_dense += softmax
             drawn += torch.bincount(tokens, minlength=size)
-            for sample in (first_dense, second_dense):
-                chosen = torch.multinomial(softmax, draws_per_state, True, generator=generator)
-                sample += torch.bincount(chosen, minlength=size)
+            for sample, share in zip((first_dense, second_dense), shares[1:, number], strict=True):
+                if int(share):
+                    chosen = torch.multinomial(softmax, int(share), True, generator=generator)
+                    sample += torch.bincount(chosen, minlength=size)
             bar.advance(task)
-    states = len(hidden_states)
     expected = pooled_dense / states
     chi_square, p_value = top_chi_square(drawn, expected)
     return SamplingEvaluation(
         head=heads[0].name,
         temperature=temperature,
         num_states=states,
-        num_draws=count,
-        total_variation=_total_variation(drawn / count, expected),
-        dense_total_variation=_total_variation(first_dense / count, expected),
-        dense_pair_total_variation=_total_variation(first_dense / count, second_dense / count),
+        num_draws=num_draws,
+        total_variation=_total_variation(drawn / num_draws, expected),
+        dense_total_variation=_total_variation(first_dense / num_draws, expected),
+        dense_pair_total_variation=_total_variation(
+            first_dense / num_draws, second_dense / num_draws
+        ),
         exact_total_variation=exact / states,
         pooled_exact_total_variation=_total_variation(pooled / states, expected),
         chi_square=chi_square,
         p_value=p_value,
         dense_p_value=top_chi_square(first_dense, expected)[1],
-        same_as_dense=same / states,
+        same_as_dense=same / max(1, paired_draws),
         opened_share=opened / states,
         equal_tp_sizes=[head.tp_size for head in heads if head.tp_size not in unequal],
     )

@@ -35,8 +35,9 @@ def probe_and_keep(
     """
     ordered = np.empty(clusters, np.int32)
     scores = np.empty(clusters, np.float32)
-    slots = np.empty(probes + 1, np.int64)
-    unused = np.empty(1, np.int64)
+    slots = np.empty((last - first) * probes + 1, np.int64)
+    slots[(last - first) * probes] = -1
+    unused = np.full(1, _EMPTY, np.int64)
     width = probes * tokens + pinned
     for b in range(batch):
         for group in range(first, last):
@@ -50,20 +51,22 @@ def probe_and_keep(
                 scores[slot] = spread[base + slot] if only_pads else score
                 if only_pads:
                     means[at + slot] = _NONE
-            select_slots(scores, probes, ordered, slots)
+            chosen = slots[(group - first) * probes : (group - first + 1) * probes]
+            select_slots(scores, probes, ordered, chosen)
             for i in range(probes):
-                means[at + slots[i]] = _NONE
-                slots[i] += base
-            slots[probes] = -1
+                means[at + chosen[i]] = _NONE
+                chosen[i] += base
+        # All groups are scored by now, so that the scan of rows can look ahead across groups.
+        for group in range(first, last):
             out = (b * groups + group) * width
             for i in range(probes):
-                unused[0] = _EMPTY
+                place = (group - first) * probes + i
                 scan_cluster(
-                    slots[i], slots[i + 1], rows, token_ids, tokens, query[0], b, size, 1, unused,
-                    0, logits, out + i * tokens,
+                    slots[place], slots[place + 1], rows, token_ids, tokens, query[0], b, size, 1,
+                    unused, 0, logits, out + i * tokens,
                 )  # fmt: skip
                 for j in range(tokens):
-                    ids[out + i * tokens + j] = token_ids[slots[i] * tokens + j]
+                    ids[out + i * tokens + j] = token_ids[slots[place] * tokens + j]
             if pinned:
                 scan_cluster(
                     group, -1, pinned_rows, pinned_ids, pinned, query[0], b, size, 1, unused, 0,

@@ -177,7 +177,7 @@ def test_evaluation_compares_with_dense_draws(
         heads["dense_local_max"],
         states,
         temperature=1.0,
-        draws_per_state=2000,
+        num_draws=4000,
         progress=False,
     )
     assert found.equal_tp_sizes == [1, 2, 3]
