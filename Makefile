@@ -7,7 +7,7 @@ GPU_ENV := PYTHONPATH=.:kernels:topology:profiles
 # One thread a rank: torchrun would set it anyway, and say so at length.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup scale test verify verify-fidelity lint bench bench-gpu check-gpu clean
+.PHONY: help setup scale generate test verify verify-fidelity lint bench bench-gpu check-gpu clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -23,6 +23,9 @@ setup: .venv/installed ## Make .venv and install the project with what `scale` a
 scale: setup ## Measure all heads over tensor-parallel ranks on Gemma-3-270M (args: ARGS=...)
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python launch/build_index.py
 	$(BIN)/torchrun --nproc-per-node $(RANKS) launch/scale.py $(ARGS)
+
+generate: setup ## Decode 20 prompts with the dense head, flashhead, and flashhead checked (ARGS=...)
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python launch/generate.py --compare --lossless 16 $(ARGS)
 
 test: setup ## Lint, types and all tests but those on the real model
 	$(BIN)/ruff check .

@@ -21,9 +21,11 @@ from flashhead_dist.generation.engine import Engine, Variant
 from flashhead_dist.generation.prompts import read_prompts
 from flashhead_dist.generation.text_log import TextLog
 from flashhead_dist.generation.traffic import Traffic, count_traffic
+from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
 from flashhead_dist.heads.registry import needs_index
 from flashhead_dist.index import ensure_index
 from flashhead_dist.measure.control import Control
+from flashhead_dist.measure.kept_crossover import find_crossover_of
 from flashhead_dist.measure.setup import Setup, decide_setup
 from flashhead_dist.model_source import ModelSource, open_model
 from flashhead_dist.report.generation import (
@@ -89,12 +91,13 @@ class _Run:
                 request = self._request(engine, prompts)
                 log_path = self.arguments.out if control.is_first else None
                 self.log = TextLog(engine.tokenizer, log_path)
+            self._change_over(engine, control, request.batch_size)
             progress.stage("warming up")
             warm_up(engine, self.arguments.variants, request)
         measured, traffic = self._measure(engine, request, prompts, control)
         # Only ranks of the last stage know what the head took.
         everywhere = control.gather([_times_of(item) for item in measured])
-        for item, times in zip(measured, everywhere[engine.layout.head_rank], strict=True):
+        for item, times in zip(measured, everywhere[engine.layout.head_ranks[0]], strict=True):
             vars(item).update(times)
         if control.is_first:
             notes = [*setup.notes, *_oversubscription(setup, self.world)]
@@ -154,6 +157,14 @@ class _Run:
         )
         request.check(engine.model.vocab_size, engine.context_length)
         return request
+
+    def _change_over(self, engine: Engine, control: Control, largest: int) -> None:
+        """Let flashhead_auto scan where launch/scale.py has measured that it should."""
+        head = engine.head(FlashHeadAuto.name)
+        if isinstance(head, FlashHeadAuto):
+            ranks = control.among(engine.layout.head_ranks, "head")
+            found = find_crossover_of(head, ranks, largest=largest)
+            head.changes_at = () if found is None else found.changes_at
 
     def _measure(
         self, engine: Engine, request: Request, prompts: Sequence[str], control: Control

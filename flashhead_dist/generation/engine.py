@@ -66,9 +66,9 @@ class Layout:
             )
 
     @property
-    def head_rank(self) -> int:
-        """The first of the ranks that hold the head."""
-        return (self.pp_size - 1) * self.tp_size
+    def head_ranks(self) -> range:
+        """The ranks that hold the head: those of the last stage."""
+        return range((self.pp_size - 1) * self.tp_size, self.pp_size * self.tp_size)
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,10 @@ class Engine:
         self.stop_token_ids = frozenset([stops] if isinstance(stops, int) else stops or [])
         self.pad_token_id = self.tokenizer.pad_token_id or 0
         return body
+
+    def head(self, name: str) -> Head | None:
+        """This rank's part of a head; None on a stage that holds none, or if it is not loaded."""
+        return self._heads.get(name)
 
     def decode(
         self,

@@ -71,7 +71,7 @@ def test_medians_and_percentiles() -> None:
 
 
 def test_layouts_and_labels() -> None:
-    assert Layout(2, 3).head_rank == 3
+    assert list(Layout(2, 3).head_ranks) == [3, 4, 5]
     Layout(2, 3).check(6)
     with pytest.raises(UserError, match="needs 6 ranks, but 4 started"):
         Layout(2, 3).check(4)
