@@ -208,7 +208,7 @@ def closed_form(
     mass = ops.cluster_log_mass(
         hidden_states,
         scores.means,
-        (shard.token_ids >= 0).sum(2),
+        shard.num_tokens,
         shard.spread,
         ops.group_log_mass(logits.unflatten(1, (groups, -1))),
         shard.manifest.shrinkage,

@@ -64,6 +64,11 @@ class IndexShard:
         return None if rows is None or token_ids is None else (rows, token_ids)
 
     @cached_property
+    def num_tokens(self) -> Tensor:
+        """Tokens in each cluster, pads left out: int64 `[N, M]`."""
+        return (self.token_ids >= 0).sum(2)
+
+    @cached_property
     def token_map(self) -> TokenMap:
         """Where every token's row is; read on first use (4 bytes a token).
 

@@ -22,6 +22,8 @@ from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.sampling import LocalScores
 
 _HALF = 2**63
+_BLOCK = 64
+"""Rows of a dense shard that are scored as one cluster."""
 _CHUNK = 4096
 """Candidates that one thread takes at a time."""
 
@@ -65,9 +67,13 @@ def local_scores(
 
 def dense_scores(hidden_states: Tensor, rows: Tensor, first_token_id: int) -> LocalScores:
     """See `sampling.dense_scores`."""
-    batch = len(hidden_states)
-    every = torch.arange(len(rows)).expand(batch, -1)
-    logits = score_rows(hidden_states, rows.unsqueeze(1), every).flatten(1)
+    batch, whole = len(hidden_states), len(rows) - len(rows) % _BLOCK
+    parts = []
+    for part, size in ((rows[:whole], _BLOCK), (rows[whole:], 1)):
+        blocks = part.view(-1, size, rows.shape[1])
+        every = torch.arange(len(blocks)).expand(batch, -1)
+        parts.append(score_rows(hidden_states, blocks, every).flatten(1))
+    logits = torch.cat(parts, dim=1)
     ids = torch.arange(first_token_id, first_token_id + len(rows), dtype=torch.int32)
     return LocalScores(logits, ids.unsqueeze(0), torch.empty(batch, 0, 0))
 
@@ -101,13 +107,13 @@ def cluster_log_mass(
     flat_spread = flat(spread)
     # By a table: torch's logarithm of an element may depend on its place in the tensor.
     table = [math.log(count) if count else -math.inf for count in range(int(num_tokens.max()) + 1)]
-    log_tokens = flat(torch.tensor(table, dtype=torch.float32)[num_tokens])
+    log_of, counts = np.array(table, np.float32), flat(num_tokens)
     flat_means, flat_scored, full = flat(means), flat(scored), np.float32(shrinkage)
     softcap, inverse = np.float32(final.softcap), np.float32(1 / final.temperature)
     share(
         batch * groups,
         lambda first, last: loops.weigh_clusters(
-            first, last, flat_means, log_tokens, flat_spread, flat_scored, factor, full,
+            first, last, flat_means, counts, log_of, flat_spread, flat_scored, factor, full,
             softcap, inverse, clusters, mass,
         ),
     )  # fmt: skip

@@ -99,32 +99,34 @@ def norms(states: Any, scale: float, out: Any) -> None:
 
 @jit
 def weigh_clusters(
-    first: int, last: int, means: Any, log_tokens: Any, spread: Any, scored: Any, norms: Any,
-    shrinkage: float, softcap: float, inverse_temperature: float, clusters: int, mass: Any,
+    first: int, last: int, means: Any, counts: Any, log_of: Any, spread: Any, scored: Any,
+    norms: Any, shrinkage: float, softcap: float, inverse_temperature: float, clusters: int,
+    mass: Any,
 ) -> None:  # fmt: skip
     """Log masses of the clusters of `first..last` of the `B * N` groups.
 
-    log_tokens, spread: float32 `[N, M]`; scored: `[B, N]`; norms: |h| / T, float32 `[B]`; mass:
+    counts: int64 `[N, M]`, tokens of each cluster, whose logarithm is `log_of[count]`; spread:
+    float32 `[N, M]`; scored: `[B, N]`; norms: |h| / T, float32 `[B]`; mass:
     `[B, N, M]`. All flat.
     """
     groups = spread.shape[0] // clusters
     for place in range(first, last):
         at, base = place * clusters, place % groups * clusters
         mean, own = means[at : at + clusters], mass[at : at + clusters]
-        spare, tokens = spread[base : base + clusters], log_tokens[base : base + clusters]
+        spare, count = spread[base : base + clusters], counts[base : base + clusters]
         norm, known = norms[place // groups], scored[place] - _BELOW
         if softcap > 0:
             for i in range(clusters):
                 t = np.float32(math.tanh(mean[i] / softcap))
                 x = norm * max(spare[i], _ZERO) * (np.float32(1) - t * t)
-                estimate = softcap * t * inverse_temperature + tokens[i]
+                estimate = softcap * t * inverse_temperature + log_of[count[i]]
                 shrunk = shrinkage * x / (x + _HALF_WAY) * max(known - estimate, _ZERO)
-                exists = mean[i] > _NONE and tokens[i] > _NONE
+                exists = mean[i] > _NONE and count[i] > 0
                 own[i] = estimate + shrunk if exists else _NONE
         else:
             for i in range(clusters):
                 x = norm * max(spare[i], _ZERO)
-                estimate = mean[i] * inverse_temperature + tokens[i]
+                estimate = mean[i] * inverse_temperature + log_of[count[i]]
                 # -inf, of a cluster without mass, must not meet its infinite gap.
                 gap = max(known - max(estimate, _LEAST), _ZERO)
                 shrunk = shrinkage * x / (x + _HALF_WAY) * gap
