@@ -9,26 +9,26 @@ See docs/transformers.md for what a retrieval head gives exactly and what it est
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from accelerate.hooks import remove_hook_from_module  # type: ignore[import-untyped]
 from accelerate.utils import align_module_device  # type: ignore[import-untyped]
-from torch import Tensor, nn
+from torch import nn
 
 from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.index import load_manifest, load_shard
+from flashhead_dist.index.row_block import with_row_dtype
 from flashhead_dist.integrations.transformers_checks import (
     check_rows,
     check_sizes,
     find_linear_head,
     find_tied_embedding,
 )
-from flashhead_dist.integrations.transformers_embedding import SharedEmbedding, gather_rows
+from flashhead_dist.integrations.transformers_embedding import SharedEmbedding
 from flashhead_dist.integrations.transformers_generation import (
     RetrievalGeneration,
     retrieval_class,
@@ -77,11 +77,7 @@ def replace_head(
         check_rows(model, linear.weight, shard)
         embedding = find_tied_embedding(model, linear)
     final = measure_final_logits(model, linear)
-    block: Tensor | None = None
-    if embedding is not None:
-        shard, block = gather_rows(shard, dtype)
-    else:
-        shard = replace(shard, rows=shard.rows.to(dtype), pinned_rows=shard.pinned_rows.to(dtype))
+    shard = with_row_dtype(shard, dtype)
     flashhead = FlashHead(
         TensorParallel.single(device),
         shard,
@@ -91,10 +87,10 @@ def replace_head(
     head = RetrievalHead(
         LogitRows(flashhead, final), serves_closed_form=full_logits == "closed_form"
     )
-    if embedding is not None and block is not None:
+    if embedding is not None and shard.table is not None:
         remove_hook_from_module(embedding)
         row_of_token = shard.token_map.packed  # one rank: the packed code is the row
-        model.set_input_embeddings(SharedEmbedding(embedding, block, row_of_token))
+        model.set_input_embeddings(SharedEmbedding(embedding, shard.table[0], row_of_token))
     if final.softcap:
         # The head caps its logits itself, so that closed-form rows can be shifted after the cap.
         model.config.get_text_config().final_logit_softcapping = None

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
 from torch import Tensor, nn
-
-from flashhead_dist.index import IndexShard
-from flashhead_kernels.cpu_memory import empty_on_large_pages
 
 
 class SharedEmbedding(nn.Module):
@@ -45,18 +39,3 @@ class SharedEmbedding(nn.Module):
         embedding.num_embeddings = len(weight)
         embedding.padding_idx = self.padding_idx
         return embedding
-
-
-def gather_rows(shard: IndexShard, dtype: torch.dtype) -> tuple[IndexShard, Tensor]:
-    """`shard` with its rows in `dtype` and in one block `[r, D]`, clustered rows before pinned."""
-    clustered, pinned = shard.rows.flatten(0, 2), shard.pinned_rows.flatten(0, 1)
-    shape = (len(clustered) + len(pinned), shard.rows.shape[-1])
-    if shard.rows.device.type == "cpu":
-        block = empty_on_large_pages(shape, dtype)
-    else:
-        block = shard.rows.new_empty(shape, dtype=dtype)
-    block[: len(clustered)] = clustered
-    block[len(clustered) :] = pinned
-    rows = block[: len(clustered)].view(shard.rows.shape)
-    pinned_rows = block[len(clustered) :].view(shard.pinned_rows.shape)
-    return replace(shard, rows=rows, pinned_rows=pinned_rows), block
