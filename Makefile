@@ -7,7 +7,7 @@ GPU_ENV := PYTHONPATH=.:kernels:topology:profiles
 # One thread a rank: torchrun would set it anyway, and say so at length.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup scale generate test verify verify-fidelity lint bench bench-gpu check-gpu clean
+.PHONY: help setup scale generate test verify verify-fidelity lint bench bench-pipeline bench-gpu check-gpu clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -43,6 +43,9 @@ verify-fidelity: setup ## The claims on the real model but sharding exactness, w
 
 bench: setup ## Time the head on one CPU thread beside dense heads and the published scheme (ARGS=...)
 	$(BIN)/python launch/bench_cpu.py $(ARGS)
+
+bench-pipeline: setup ## How well two pipeline stages overlap, against theory (ARGS=...)
+	$(BIN)/torchrun --nproc-per-node 2 launch/bench_pipeline.py $(ARGS)
 
 bench-gpu: setup ## Time the head kernels on a CUDA GPU, into docs/kernels/<GPU> (ARGS=...)
 	$(BIN)/python kernels/bench.py $(ARGS)

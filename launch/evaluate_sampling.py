@@ -17,7 +17,12 @@ from flashhead_dist.evaluate.likelihood import evaluate_likelihood, predict_toke
 from flashhead_dist.evaluate.sampling import evaluate_sampling
 from flashhead_dist.heads.closed_form import SAMPLING_HEADS, require_sampling_head
 from flashhead_dist.heads.registry import build_head, emulate_head
-from flashhead_dist.hidden_states import collect_hidden_states, load_hidden_states
+from flashhead_dist.hidden_states import (
+    collect_hidden_states,
+    load_hidden_states,
+    require_hidden_size,
+    synthetic_hidden_states,
+)
 from flashhead_dist.hidden_states.texts import read_texts
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.model_source import open_model
@@ -36,6 +41,7 @@ def add_commands(commands: Any) -> None:
             "--num-probes", type=int, metavar="P", help="clusters probed (default: the index's)"
         )
         parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    sampling.add_argument("--synthetic", metavar="V,D", help="a made-up embedding, marked as such")
     sampling.add_argument("--head", default="flashhead", help=f"one of {', '.join(SAMPLING_HEADS)}")
     sampling.add_argument("--draws", type=int, default=200_000, metavar="N", help="in all")
     sampling.add_argument("--states", type=int, default=50, metavar="N", help="hidden states")
@@ -94,7 +100,7 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{name} {value} is too small: give at least 1")
     if 1 not in arguments.tp_sizes:
         raise UserError("--tp-sizes must hold 1, which the others are compared with: add it")
-    model = open_model(arguments.model)
+    model = open_model(arguments.model, synthetic=arguments.synthetic)
     index = arguments.index or ensure_index(model)
     tp_sizes = [1, *(size for size in arguments.tp_sizes if size != 1)]
     heads = [
@@ -111,8 +117,11 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     dense = build_head("dense_local_max", tp=TensorParallel.single(), model=model)
     if arguments.hidden_states is not None:
         states = load_hidden_states(arguments.hidden_states)
+    elif model.synthetic:
+        states = synthetic_hidden_states(model)[1]
     else:
         states = collect_hidden_states(model)[1]
+    require_hidden_size(states, model.hidden_size, model.name)
     count = min(arguments.states, len(states))
     chosen = (2 * torch.arange(count) + 1) * len(states) // (2 * count)
     found = [
@@ -129,6 +138,7 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     return {
         "model": model.name,
+        "synthetic": model.synthetic,
         "head": arguments.head,
         "index_hash": load_manifest(index).index_hash,
         "num_probes": arguments.num_probes or load_manifest(index).num_probes,

@@ -143,6 +143,7 @@ class _Run:
             device=setup.device,
             parameters=arguments.parameters,
             num_probes=arguments.num_probes,
+            layers_per_stage=arguments.layers_per_stage,
         )
 
     def _request(self, engine: Engine, prompts: Sequence[str]) -> Request:

@@ -25,6 +25,13 @@ examples:
 """
 
 
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+_integers.__name__ = "comma-separated integers"  # argparse names it so where it fails
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises where argparse exits, and is silent on all ranks but one."""
 
@@ -121,6 +128,9 @@ def _parser(description: str | None, *, speaks: bool) -> _Parser:
     where = parser.add_argument_group("on which ranks")
     where.add_argument("--tp-size", type=int, metavar="N", help="default: all ranks of a stage")
     where.add_argument("--pp-size", type=int, default=1, metavar="N", help="pipeline stages")
+    where.add_argument(
+        "--layers-per-stage", type=_integers, metavar="N,N", help="default: as even as can be"
+    )
     where.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts at once")
     where.add_argument(
         "--micro-batches",
@@ -156,6 +166,8 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and value < minimum:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is {value}: give {minimum} or more")
+    if arguments.layers_per_stage is not None and arguments.pp_size == 1:
+        raise UserError("--layers-per-stage splits pipeline stages: give --pp-size 2 or more")
     if arguments.micro_batches is None:
         arguments.micro_batches = arguments.pp_size
     elif arguments.pp_size == 1 and arguments.micro_batches > 1:

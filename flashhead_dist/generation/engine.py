@@ -97,8 +97,10 @@ class Engine:
         device: torch.device,
         parameters: SamplingParameters,
         num_probes: int | None = None,
+        layers_per_stage: Sequence[int] | None = None,
     ) -> None:
         """Loads nothing yet: see `load`."""
+        self._layers_per_stage = layers_per_stage
         self.model, self.layout, self.device, self.dtype = model, layout, device, dtype
         self.parameters = parameters
         self.tokenizer: Any = None
@@ -123,6 +125,7 @@ class Engine:
                 self._load_body,
                 pp_size=self.layout.pp_size,
                 tp_size=self.layout.tp_size,
+                layers_per_stage=self._layers_per_stage,
                 device=self.device,
             )
             if self._pipeline.is_last:

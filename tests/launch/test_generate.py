@@ -157,6 +157,7 @@ def test_text_is_streamed_and_written(
         (["--top-k", "5"], "give --temperature too"),
         (["--temperature", "-1"], "temperature -1.0"),
         (["--micro-batches", "2"], "--micro-batches are in flight over pipeline stages"),
+        (["--layers-per-stage", "1,3"], "splits pipeline stages"),
         (["--prompts", "nosuch.txt"], "nosuch.txt cannot be read"),
         (["--prompt", "a" * CONTEXT], f"more than the model's context of {CONTEXT}"),
         (["--prompt", ""], "prompt 1 has no tokens"),
@@ -198,7 +199,8 @@ def test_two_stages_of_two_ranks_write_what_one_rank_writes(
 ) -> None:
     options = ["--prompts", str(prompts), "--compare", "--lossless", "5"]
     alone = run(*options)
-    job = torchrun(4, *files, *options, "--pp-size", "2", "--json", cwd=tmp_path)
+    stages = ["--pp-size", "2", "--layers-per-stage", "3,1"]
+    job = torchrun(4, *files, *options, *stages, "--json", cwd=tmp_path)
     out, err = job.communicate(timeout=200)
     assert job.returncode == 0, err
     found = json.loads(out.splitlines()[-1])
