@@ -50,17 +50,10 @@ from flashhead_dist.model_source import ModelSource, open_model
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 from pipeline_inputs import corpus_prompts, made_up_prompts, sleeping_model
+from rank_parser import DTYPES, integers
 from ranks import Ranks, World, refuse_together, run_ranks
-from scale_arguments import DTYPES
 
 _SCHEDULES = {"continuous": False, "flushed": True}
-
-
-def _integers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
-_integers.__name__ = "comma-separated integers"  # argparse names it so where it fails
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--pp-size", type=int, metavar="P", help="stages (default: all ranks)")
-    parser.add_argument("--layers-per-stage", type=_integers, metavar="N,N", help="default: even")
-    parser.add_argument("--micro-batches", type=_integers, default=[1, 2, 4], metavar="N,N")
+    parser.add_argument("--layers-per-stage", type=integers, metavar="N,N", help="default: even")
+    parser.add_argument("--micro-batches", type=integers, default=[1, 2, 4], metavar="N,N")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="of each of them")
     parser.add_argument("--model", help="HF folder, .gguf file or hub id (default: built in)")
     parser.add_argument("--head", default="flashhead", help=f"one of {', '.join(HEAD_NAMES)}")
@@ -80,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=16, metavar="N")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
-    parser.add_argument("--sleep-ms", type=_integers, metavar="N,N", help="simulate; by stage")
+    parser.add_argument("--sleep-ms", type=integers, metavar="N,N", help="simulate; by stage")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
     return parser

@@ -38,7 +38,8 @@ from flashhead_dist.report.progress import SweepProgress
 from flashhead_dist.report.streaming import stream_text
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
-from generate_arguments import DTYPES, parse_arguments
+from generate_arguments import parse_arguments
+from rank_parser import DTYPES
 from ranks import Ranks, World, refuse_together, run_ranks
 
 

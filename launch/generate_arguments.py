@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.generation.engine import DENSE, Layout, Variant
 from flashhead_dist.heads.closed_form import SAMPLING_HEADS
 from flashhead_dist.heads.registry import HEAD_NAMES, check_head_names
 from flashhead_dist.heads.sampling import SamplingParameters
+from rank_parser import DTYPES, RankParser, integers
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _EXAMPLES = """
 examples:
   launch/generate.py --prompt "The capital of France is"
@@ -23,26 +20,6 @@ examples:
   launch/generate.py --compare --lossless 16                 dense, flashhead, and flashhead checked
   torchrun --nproc-per-node 4 launch/generate.py --pp-size 2 --tp-size 2 --batch-size 2
 """
-
-
-def _integers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
-_integers.__name__ = "comma-separated integers"  # argparse names it so where it fails
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse exits, and is silent on all ranks but one."""
-
-    speaks = True
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; launch/generate.py --help lists what can be given")
-
-    def print_help(self, file: Any = None) -> None:
-        if self.speaks:
-            super().print_help(file)
 
 
 def parse_arguments(
@@ -77,15 +54,10 @@ def parse_arguments(
     return arguments
 
 
-def _parser(description: str | None, *, speaks: bool) -> _Parser:
-    # A flag that is a prefix of one of torchrun's own would be taken by torchrun.
-    parser = _Parser(
-        description=description,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def _parser(description: str | None, *, speaks: bool) -> RankParser:
+    parser = RankParser(
+        "launch/generate.py", speaks=speaks, description=description, epilog=_EXAMPLES
     )
-    parser.speaks = speaks
     what = parser.add_argument_group("what to decode")
     given = what.add_mutually_exclusive_group()
     given.add_argument("--prompt", metavar="TEXT", help="a single prompt")
@@ -129,7 +101,7 @@ def _parser(description: str | None, *, speaks: bool) -> _Parser:
     where.add_argument("--tp-size", type=int, metavar="N", help="default: all ranks of a stage")
     where.add_argument("--pp-size", type=int, default=1, metavar="N", help="pipeline stages")
     where.add_argument(
-        "--layers-per-stage", type=_integers, metavar="N,N", help="default: as even as can be"
+        "--layers-per-stage", type=integers, metavar="N,N", help="default: as even as can be"
     )
     where.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts at once")
     where.add_argument(

@@ -51,8 +51,9 @@ from flashhead_dist.report.present import print_report, report_console, write_re
 from flashhead_dist.report.progress import SweepProgress
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
+from rank_parser import DTYPES
 from ranks import Ranks, World, refuse_together, run_ranks
-from scale_arguments import DTYPES, parse_arguments
+from scale_arguments import parse_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,14 +6,10 @@ import argparse
 from collections.abc import Sequence
 from math import inf
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.registry import HEAD_NAMES, check_head_names
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from rank_parser import DTYPES, RankParser, integers
 
 
 def parse_arguments(
@@ -29,27 +25,8 @@ def parse_arguments(
     return arguments
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse exits, and is silent on all ranks but one."""
-
-    speaks = True
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; launch/scale.py --help lists what can be given")
-
-    def print_help(self, file: Any = None) -> None:
-        if self.speaks:
-            super().print_help(file)
-
-
-def _parser(description: str | None, *, speaks: bool) -> argparse.ArgumentParser:
-    # A flag that is a prefix of one of torchrun's own would be taken by torchrun.
-    parser = _Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.speaks = speaks
+def _parser(description: str | None, *, speaks: bool) -> RankParser:
+    parser = RankParser("launch/scale.py", speaks=speaks, description=description)
     what = parser.add_argument_group("what to measure")
     what.add_argument("--model", help="HF folder, .gguf file or hub id (default: built in)")
     what.add_argument("--synthetic", metavar="V,D", help="a made-up embedding, marked as such")
@@ -61,9 +38,9 @@ def _parser(description: str | None, *, speaks: bool) -> argparse.ArgumentParser
         "--heads", type=_names, metavar="A,B", help=f"default: all of {', '.join(HEAD_NAMES)}"
     )
     what.add_argument(
-        "--tp-sizes", type=_integers, metavar="N,N", help="default: 1, 2, 4, ... and all ranks"
+        "--tp-sizes", type=_ascending, metavar="N,N", help="default: 1, 2, 4, ... and all ranks"
     )
-    what.add_argument("--batch-sizes", type=_integers, default=[1, 4, 16], metavar="N,N")
+    what.add_argument("--batch-sizes", type=_ascending, default=[1, 4, 16], metavar="N,N")
     what.add_argument("--dtype", choices=sorted(DTYPES), help="of the rows (default: as stored)")
     what.add_argument("--num-probes", type=int, metavar="P", help="default: the index's")
     what.add_argument("--alpha", type=float, metavar="A", help="default: the index's")
@@ -102,11 +79,11 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _integers(text: str) -> list[int]:
-    return sorted({int(number) for number in text.split(",")})
+def _ascending(text: str) -> list[int]:
+    return sorted(set(integers(text)))
 
 
-_integers.__name__ = "comma-separated integers"  # argparse names it so where it fails
+_ascending.__name__ = integers.__name__
 
 
 def _check(arguments: argparse.Namespace, world_size: int) -> None:
