@@ -7,7 +7,7 @@ GPU_ENV := PYTHONPATH=.:kernels:topology:profiles
 # One thread a rank: torchrun would set it anyway, and say so at length.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup scale generate test verify verify-fidelity lint bench bench-pipeline bench-gpu check-gpu clean
+.PHONY: help setup scale generate test verify verify-fidelity lint bench bench-pipeline bench-ranges bench-gpu check-gpu clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -46,6 +46,9 @@ bench: setup ## Time the head on one CPU thread beside dense heads and the publi
 
 bench-pipeline: setup ## How well two pipeline stages overlap, against theory (ARGS=...)
 	$(BIN)/torchrun --nproc-per-node 2 launch/bench_pipeline.py $(ARGS)
+
+bench-ranges: setup ## What the ranges of a step cost where no profiler listens
+	$(BIN)/python profiles/bench_ranges.py
 
 bench-gpu: setup ## Time the head kernels on a CUDA GPU, into docs/kernels/<GPU> (ARGS=...)
 	$(BIN)/python kernels/bench.py $(ARGS)
