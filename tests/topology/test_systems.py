@@ -5,7 +5,7 @@ Each refusal was seen to fail with its check taken out of `system_document` or `
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from flashhead_topology.systems import (
     System,
     SystemFileError,
     levels_within,
+    list_systems,
     load_link,
     load_system,
     save_system,
@@ -164,3 +165,54 @@ def test_a_group_crosses_the_levels_that_it_needs(ranks: int, names: int) -> Non
 def test_a_group_that_the_system_does_not_join_is_refused(ranks: int, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         BOX.levels_for(ranks)
+
+
+@pytest.mark.parametrize("name", list_systems())
+def test_every_shipped_figure_says_where_it_is_from(name: str) -> None:
+    system = load_system(name)
+    assert system.name == name
+    assert system.max_ranks == 1024
+    for holder in (system, *system.levels):
+        figures = {field.name for field in fields(holder) if is_figure(holder, field.name)}
+        assert figures == set(holder.sources), holder.name
+        for source in holder.sources.values():
+            published = source.kind in ("data sheet", "published", "measured")
+            assert source.source.startswith("https://") or not published
+            assert source.note or source.kind != "derived"
+
+
+def is_figure(holder: System | Level, name: str) -> bool:
+    """Whether the field holds a figure that is not left at its default."""
+    value, default = getattr(holder, name), type(holder).__dataclass_fields__[name].default
+    return isinstance(value, float) and value != default
+
+
+def test_shipped_systems_cover_what_the_model_is_asked_for() -> None:
+    names = list_systems()
+    for gpu in ("l40", "a100", "h100", "h200", "b200"):
+        assert {f"{gpu}-infiniband", f"{gpu}-ethernet"} <= set(names)
+    inner = {load_system(name).levels[0].name for name in names}
+    assert inner == {"pcie_4", "nvlink_3", "nvlink_4", "nvlink_5"}
+
+
+def test_newer_and_faster_parts_have_the_better_figures() -> None:
+    """A slipped exponent in a file would show here: mutated 2.70e-12 to 2.70e-11, it did."""
+    bandwidths = [
+        load_system(f"{gpu}-infiniband").memory_bandwidth_bytes_per_s
+        for gpu in ("l40", "a100", "h100", "h200", "b200")
+    ]
+    assert bandwidths == sorted(bandwidths)
+    assert 1.5 < bandwidths[2] / bandwidths[1] < 2
+    betas = [
+        load_link(name, 8).beta_s_per_byte
+        for name in ("pcie_4", "nvlink_3", "nvlink_4", "nvlink_5")
+    ]
+    assert betas == sorted(betas, reverse=True)
+    assert 1.3 < betas[1] / betas[2] < 2
+    assert 1.3 < betas[2] / betas[3] < 2.2
+    networks = ("infiniband_ndr_x8", "roce_400g_x8", "infiniband_hdr_x8", "roce_100g_x8")
+    wide = [load_link(name, 1024).beta_s_per_byte for name in networks]
+    assert wide == sorted(wide)
+    tcp, rdma = load_link("ethernet_100g_x1", 1024), load_link("roce_100g_x8", 1024)
+    assert tcp.alpha_s > 5 * rdma.alpha_s
+    assert 4 < tcp.beta_s_per_byte / rdma.beta_s_per_byte < 10

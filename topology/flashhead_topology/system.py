@@ -48,8 +48,9 @@ class Level:
         node of 8, 1024 for a network of 128 such nodes.
     alpha_s: seconds that one message takes before its first byte arrives, as one step of a ring or
         tree costs it, the library's own work included.
-    beta_s_per_byte: seconds a byte, one direction of one rank's own link: the inverse of its
-        achieved rate.
+    beta_s_per_byte: seconds a byte in one direction, the inverse of the achieved rate. Of the
+        innermost level, of one rank's link; further out, of all links together by which one group
+        of the level inside leaves it: of a node's 8 network adapters, an eighth of one's.
     base_s: seconds that a collective costs beside its steps where this is its outermost level.
     one_shot_alpha_s: seconds of an exchange in which every rank writes to every other directly and
         waits once, as through symmetric memory; None where ranks cannot map each other's memory.
@@ -86,6 +87,7 @@ class System:
     peak_flop_per_s: dense bfloat16 operations; None leaves arithmetic out.
     memory_bytes: of one rank; None where not known.
     levels: empty for a single rank.
+    algorithm: of collectives, one of `collective_cost.ALGORITHMS`; None for the quickest.
     sources: by the name of the figure.
     """
 
@@ -98,6 +100,7 @@ class System:
     gather_share: float = 1.0
     peak_flop_per_s: float | None = None
     memory_bytes: float | None = None
+    algorithm: str | None = None
     description: str = ""
     sources: Mapping[str, Source] = field(default_factory=dict)
 

@@ -27,6 +27,7 @@ _SYSTEM_KEYS = {
     "description",
     "processor",
     "device",
+    "algorithm",
     "levels",
     *_SYSTEM_FIGURES,
 }
@@ -45,6 +46,8 @@ def system_document(system: System) -> dict[str, Any]:
     """
     document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "name": system.name}
     document |= {"description": system.description, "device": system.device}
+    if system.algorithm is not None:
+        document["algorithm"] = system.algorithm
     document |= _figures_out(system, _SYSTEM_FIGURES, system.sources)
     document["levels"] = [
         {"name": level.name, "ranks": level.ranks}
@@ -101,6 +104,7 @@ def parse_system(
         name=_text(document, "name"),
         device=_text(document, "device"),
         description=str(document.get("description") or ""),
+        algorithm=None if document.get("algorithm") is None else _text(document, "algorithm"),
         levels=tuple(parse_level(item, load_link) for item in levels),
         sources=sources,
         **figures,
