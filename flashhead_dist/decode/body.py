@@ -7,8 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flashhead_dist.decode.recording import record_past
-from flashhead_dist.errors import UserError
+from flashhead_dist.decode.recording import new_cache, record_past, token_positions
 
 
 class Body(Protocol):
@@ -52,14 +51,7 @@ class TransformersBody:
         return found
 
     def prefill(self, token_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        from transformers import DynamicCache
-
-        self._cache = DynamicCache(config=self._config)
-        if self._recording and not self._cache.is_croppable:
-            raise UserError(
-                f"a {self._config.model_type} model keeps a state that cannot be rolled back, so "
-                "lossless mode cannot serve it: leave it out"
-            )
+        self._cache = new_cache(self._config, recording=self._recording)
         hidden = self._forward(token_ids, attention_mask)
         if self._recording:
             record_past(self._cache)
@@ -74,8 +66,7 @@ class TransformersBody:
     def _forward(self, token_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         positions = None
         if attention_mask is not None:
-            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -token_ids.shape[1] :]
-            positions = positions.to(self.device)
+            positions = token_positions(attention_mask, token_ids.shape[1]).to(self.device)
             attention_mask = attention_mask.to(self.device)
         output = self._decoder(
             input_ids=token_ids.to(self.device),

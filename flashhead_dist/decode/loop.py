@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -74,7 +74,7 @@ def decode(
         if state.check_every:
             pending.append(hidden)
             if state.check_due:
-                body.rollback(_check(state, pending, confirm))
+                body.rollback(state.settle(confirm_unsettled(state, pending, confirm)))
                 pending = []
                 times.check_s += time.perf_counter() - now_s
         if on_step is not None:
@@ -87,12 +87,14 @@ def decode(
     return times
 
 
-def _check(state: DecodeState, pending: list[Tensor], confirm: Choose | None) -> int:
-    """One dense pass over the n unconfirmed steps; the tokens to take back."""
+def confirm_unsettled(
+    state: DecodeState, hidden: Sequence[Tensor], confirm: Choose | None
+) -> Tensor:
+    """What `confirm` chooses from the n unconfirmed steps' states `[B, D]`: int64 `[n, B]`."""
     if confirm is None:
         raise ValueError("lossless mode needs a head that confirms")
-    count = len(pending)
+    count = len(hidden)
     dense = confirm(
-        torch.cat(pending), state.unsettled_positions.flatten(), state.sequences.repeat(count)
+        torch.cat(list(hidden)), state.unsettled_positions.flatten(), state.sequences.repeat(count)
     )
-    return state.settle(dense.cpu().view(count, state.batch_size))
+    return dense.cpu().view(count, state.batch_size)

@@ -1,4 +1,7 @@
-"""KV caches that can be taken back by tokens, on every supported version of transformers."""
+"""KV caches that can be taken back by tokens, on every supported version of transformers.
+
+Also where a padded batch's tokens stand: what a whole body and a pipeline stage feed alike.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,32 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+
+from flashhead_dist.errors import UserError
+
+
+def new_cache(config: Any, *, recording: bool) -> Any:
+    """An empty KV cache for the layers of `config`, a transformers decoder's.
+
+    recording: `record_past` is to be called on it.
+
+    Raises:
+        UserError: recording a state that cannot be rolled back.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=config)
+    if recording and not cache.is_croppable:
+        raise UserError(
+            f"a {config.model_type} model keeps a state that cannot be rolled back, so lossless "
+            "mode cannot serve it: leave it out"
+        )
+    return cache
+
+
+def token_positions(attention_mask: Tensor, num_fed: int) -> Tensor:
+    """Positions int64 `[B, num_fed]` of the last tokens under a left-padded mask `[B, n]`."""
+    return (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -num_fed:]
 
 
 def record_past(cache: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashhead_dist.decode.loop import Choose, DecodeTimes
+from flashhead_dist.decode.loop import Choose, DecodeTimes, confirm_unsettled
 from flashhead_dist.decode.recording import record_past
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.integrations.pipeline_bubble import StageTimes
@@ -129,17 +129,10 @@ class StageLoop:
         if state.check_every:
             batch.unconfirmed.append(hidden)
         if state.check_due:
-            if self._confirm is None:
-                raise ValueError("lossless mode needs a head that confirms")
             start_s = time.perf_counter()
-            count = len(batch.unconfirmed)
-            positions = state.unsettled_positions.flatten()
-            dense = self._confirm(
-                torch.cat(batch.unconfirmed), positions, state.sequences.repeat(count)
-            )
+            dense = confirm_unsettled(state, batch.unconfirmed, self._confirm)
             batch.times.check_s += time.perf_counter() - start_s
             batch.unconfirmed = []
-            dense = dense.cpu().view(count, state.batch_size)
             batch.sends += self._links.announce(dense)
             self._settle(batch, dense)
         self._tell(batch)

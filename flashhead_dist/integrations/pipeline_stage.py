@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flashhead_dist.decode.recording import new_cache, token_positions
 from flashhead_dist.errors import UserError
 from flashhead_dist.integrations.deepspeed_tp import drop_head, shard_body
 
@@ -127,23 +128,14 @@ class PipelineStage(nn.Module):
         Raises:
             UserError: recording a state that cannot be rolled back.
         """
-        from transformers import DynamicCache
-
-        config = self.model.get_decoder().config
-        cache = DynamicCache(config=config)
-        if recording and not cache.is_croppable:
-            raise UserError(
-                f"a {config.model_type} model keeps a state that cannot be rolled back, so "
-                "lossless mode cannot serve it: leave it out"
-            )
-        return cache
+        return new_cache(self.model.get_decoder().config, recording=recording)
 
     def forward(self, fed: StageInput) -> Tensor:
         """Hidden states `[B, L, D]` after this stage's layers."""
         name = "input_ids" if self.is_first else "inputs_embeds"
         mask, positions = fed.attention_mask, None
         if mask is not None:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -fed.inputs.shape[1] :]
+            positions = token_positions(mask, fed.inputs.shape[1])
         output = self.model.get_decoder()(
             **{name: fed.inputs},
             attention_mask=mask,
