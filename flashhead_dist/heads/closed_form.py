@@ -36,7 +36,6 @@ from flashhead_kernels.sampling_dispatch import sampling_ops_for
 
 SAMPLING_HEADS = (FlashHead.name, FlashHeadReplicated.name, DenseLocalMax.name)
 """Heads of the registry that sample; an `IndexScan` does too, as the dense head."""
-sampling_ops = sampling_ops_for
 _OPEN_ROWS = 1 << 15
 
 

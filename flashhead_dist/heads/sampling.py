@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from flashhead_dist.collectives import Exchange, Operation, Steps
+from flashhead_dist.collectives import Exchange, Operation, Steps, TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, Want
 from flashhead_dist.heads.closed_form import (
@@ -152,7 +152,6 @@ def sampling_steps(
 ) -> Steps[Tensor]:
     """One rank's part of `choose_tokens`, whose arguments these are."""
     head.check(hidden_states, Want(k=max(1, parameters.top_k)))
-    noise = _noise(parameters.seed, positions, sequences, hidden_states)
     if not parameters.is_greedy:
         require_sampling_head(head)
         _check_top_k(head, parameters.top_k)
@@ -161,12 +160,14 @@ def sampling_steps(
     if parameters.is_greedy:
         output = yield from head.steps(hidden_states, Want())
         return output.token_ids[:, 0]
+    # Reads positions, for which a GPU has to be waited for: greedy steps need none.
+    noise = _noise(parameters.seed, positions, sequences, hidden_states)
     if parameters.top_k:
         return (yield from _top_k_steps(head, hidden_states, noise, parameters, softcap))
     form = closed_form(head, hidden_states, temperature=parameters.temperature, softcap=softcap)
     if parameters.top_p < 1:
         steps = draw_from_nucleus(form, noise, parameters.top_p)
-        return (yield from steps) if _shares(head) else _alone(steps)
+        return (yield from steps) if _shares(head) else TensorParallel.single().run(steps)
     keys = form.draw(noise)
     if _shares(head):
         keys = (yield Exchange(Operation.MAX, keys.unsqueeze(1)))[:, 0]
@@ -246,16 +247,3 @@ def _run(head: Head | EmulatedHead, steps_of: Callable[[Head], Steps[T]]) -> T:
     if isinstance(head, EmulatedHead):
         return run_in_lock_step([steps_of(rank) for rank in head.ranks])[0]
     return head.tp.run(steps_of(head))
-
-
-def _alone(steps: Steps[T]) -> T:
-    """Drive steps whose rank holds the whole vocabulary: every exchange is with itself."""
-    answer: Tensor | None = None
-    try:
-        while True:
-            exchange = next(steps) if answer is None else steps.send(answer)
-            gathers = exchange.operation is Operation.GATHER
-            answer = exchange.tensor.unsqueeze(0) if gathers else exchange.tensor
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
