@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from flashhead_dist.collectives import Steps
 from flashhead_dist.heads.base import HeadOutput, Want
 from flashhead_dist.heads.flashhead import FlashHead
+from flashhead_dist.heads.index_scan import IndexScan
 from flashhead_dist.heads.merge import merge_candidates
 from flashhead_kernels.candidates import Candidates
-from flashhead_kernels.dispatch import ops_for
 
 
 def scans_at(changes_at: Sequence[int], batch_size: int) -> bool:
@@ -60,30 +60,13 @@ class FlashHeadAuto(FlashHead):
 
     def scan(self, hidden_states: Tensor, want: Want) -> Candidates:
         """This rank's candidates of `hidden_states [B, D]`, by scoring every token it holds."""
-        ops, shard = ops_for(hidden_states.device), self.shard
-        if shard.table is not None:
-            rows, ids = shard.table
-            whole: Candidates = ops.dense_candidates(
-                hidden_states, rows, 0, k=want.k, need_logsumexp=want.logsumexp, token_ids=ids
-            )
-            return whole
-        tables = [(self._rows.flatten(0, 1), self._token_ids.flatten())]
-        if shard.pinned_token_ids.numel():
-            tables.append((shard.pinned_rows.flatten(0, 1), shard.pinned_token_ids.flatten()))
-        found = [
-            ops.dense_candidates(
-                hidden_states, rows, 0, k=want.k, need_logsumexp=want.logsumexp, token_ids=ids
-            )
-            for rows, ids in tables
-        ]
-        keys = torch.cat([item.keys for item in found], dim=1).topk(want.k, dim=1).values
-        if not want.logsumexp:
-            return Candidates(keys, None)
-        return Candidates(keys, torch.stack([item.logsumexp for item in found]).logsumexp(0))
+        return self._scan.candidates(hidden_states, want)
 
     def read_bytes_per_step(self, batch_size: int) -> int:
         if not self.scans(batch_size):
             return super().read_bytes_per_step(batch_size)
-        shard = self.shard
-        tables = (shard.rows, shard.token_ids, shard.pinned_rows, shard.pinned_token_ids)
-        return sum(table.nbytes for table in tables)
+        return self._scan.read_bytes_per_step(batch_size)
+
+    @cached_property
+    def _scan(self) -> IndexScan:
+        return IndexScan(self.tp, self.shard)

@@ -16,6 +16,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.merge import merge_candidates
 from flashhead_dist.index import IndexShard
+from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.dispatch import ops_for
 
 
@@ -38,7 +39,12 @@ class IndexScan(Head):
         self.rows, self.token_ids = shard.table
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
-        found = ops_for(hidden_states.device).dense_candidates(
+        found = self.candidates(hidden_states, want)
+        return (yield from merge_candidates(found.keys, found.logsumexp))
+
+    def candidates(self, hidden_states: Tensor, want: Want) -> Candidates:
+        """This rank's best of `hidden_states [B, D]` among every token that it holds."""
+        found: Candidates = ops_for(hidden_states.device).dense_candidates(
             hidden_states,
             self.rows,
             0,
@@ -46,7 +52,7 @@ class IndexScan(Head):
             need_logsumexp=want.logsumexp,
             token_ids=self.token_ids,
         )
-        return (yield from merge_candidates(found.keys, found.logsumexp))
+        return found
 
     @property
     def weight_bytes(self) -> int:
