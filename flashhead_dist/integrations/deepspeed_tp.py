@@ -78,7 +78,7 @@ def shard_body(model: Any, group: dist.ProcessGroup | None, dtype: torch.dtype) 
             engine = deepspeed.init_inference(
                 model, tensor_parallel=parallel, dtype=dtype, replace_with_kernel_inject=False
             )
-    except (ValueError, AssertionError, KeyError, NotImplementedError) as error:
+    except (AssertionError, ValueError, NotImplementedError) as error:
         raise UserError(
             f"DeepSpeed cannot shard {type(model).__name__} over {tp_size} ranks ({error}): choose "
             "another --tp-size"
