@@ -7,7 +7,7 @@ GPU_ENV := PYTHONPATH=.:kernels:topology:profiles
 # One thread a rank: torchrun would set it anyway, and say so at length.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup scale generate test verify verify-fidelity lint bench bench-pipeline bench-ranges bench-gpu check-gpu clean
+.PHONY: help setup scale generate test test-network verify verify-fidelity lint bench bench-pipeline bench-ranges bench-gpu check-gpu clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -31,7 +31,10 @@ test: setup ## Lint, types and all tests but those on the real model
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not real"
+	$(BIN)/python -m pytest -m "not real and not network"
+
+test-network: setup ## Several hosts over links of set rate and delay, as network namespaces (root)
+	$(BIN)/python -m pytest tests/topology/shaped $(ARGS)
 
 verify: setup ## All claims on the real model: fidelity, and sharding exactness for every state
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python launch/build_index.py
