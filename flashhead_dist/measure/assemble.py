@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from flashhead_dist.measure.agreement import Agreement
+from flashhead_dist.measure.bandwidth import MemoryBandwidth, roofline_share
 from flashhead_dist.measure.cell import HeadCell
 from flashhead_dist.measure.records import Provenance, Record
 from flashhead_topology.machine import Oversubscription
@@ -20,7 +21,7 @@ class HeadFacts:
     name: str
     tp_size: int
     weight_bytes_by_rank: tuple[int, ...]
-    peak_bytes_per_rank: int | None
+    peak_bytes_by_rank: tuple[int | None, ...]
     peak_reason: str | None
     agreement: Agreement | None
 
@@ -32,6 +33,7 @@ def assemble_record(
     fit: Oversubscription,
     provenance: Provenance,
     *,
+    bandwidth: MemoryBandwidth,
     alone_us: float | None,
     baseline_us: float | None,
 ) -> Record:
@@ -39,11 +41,15 @@ def assemble_record(
 
     alone_us: latency of the same head at `tp_size` 1 and this batch size, where measured.
     baseline_us: latency of `dense_local_max` at this `tp_size` and batch size, where known.
+    bandwidth: of the ranks' memory, measured as the cell's compute was.
     """
     median_us, projection = latency_us(cell)
     compute = cell.alone or cell.wall
     agreement, counted = facts.agreement, cell.counted
     senders = facts.tp_size * batch_size
+    sent_bytes_per_row = cell.sent_bytes / batch_size
+    counted_bytes_per_row = _each(counted.per_step if counted else None, senders)
+    longest = max(range(facts.tp_size), key=compute.compute_us_by_rank.__getitem__)
     return Record(
         **asdict(provenance),
         head=facts.name,
@@ -65,17 +71,33 @@ def assemble_record(
         wall_median_us=cell.wall.median_us,
         wall_p10_us=cell.wall.p10_us,
         wall_p90_us=cell.wall.p90_us,
+        split=cell.split,
         num_collectives=cell.num_collectives,
         payload_bytes_per_row=cell.payload_bytes / batch_size,
-        sent_bytes_per_row=cell.sent_bytes / batch_size,
-        counted_bytes_per_row=_each(counted.per_step if counted else None, senders),
+        sent_bytes_per_row=sent_bytes_per_row,
+        counted_bytes_per_row=counted_bytes_per_row,
         counted_bytes_per_row_least=_each(counted.least if counted else None, senders),
         counted_bytes_per_row_greatest=_each(counted.greatest if counted else None, senders),
         counted_reason=counted.reason if counted else "one rank: nothing is sent",
+        protocol_bytes_per_row=(
+            None if counted_bytes_per_row is None else counted_bytes_per_row - sent_bytes_per_row
+        ),
+        device_counts=list(cell.device_counts),
+        device_counts_reason=cell.device_counts_reason,
         weight_bytes_per_rank=max(facts.weight_bytes_by_rank),
         total_weight_bytes=sum(facts.weight_bytes_by_rank),
-        peak_bytes_per_rank=facts.peak_bytes_per_rank,
+        weight_bytes_by_rank=list(facts.weight_bytes_by_rank),
+        peak_bytes_per_rank=_greatest(facts.peak_bytes_by_rank),
+        peak_bytes_by_rank=list(facts.peak_bytes_by_rank),
         peak_reason=facts.peak_reason,
+        read_bytes_by_rank=list(cell.read_bytes_by_rank),
+        memory_bandwidth_bytes_per_s_by_rank=list(bandwidth.bytes_per_s_by_rank),
+        memory_bandwidth_method=bandwidth.method,
+        roofline_share=roofline_share(
+            cell.read_bytes_by_rank[longest],
+            compute.compute_us_by_rank[longest],
+            bandwidth.bytes_per_s_by_rank[longest],
+        ),
         top1_agreement=agreement.overall if agreement else None,
         top1_agreement_worst_source=agreement.worst if agreement else None,
         worst_source=agreement.worst_source if agreement else None,
@@ -114,6 +136,11 @@ def find_median_us(
 
 def _each(total: float | None, senders: int) -> float | None:
     return None if total is None else total / senders
+
+
+def _greatest(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return max(known) if len(known) == len(values) else None
 
 
 def _ratio(numerator: float | None, denominator: float | None, times: int = 1) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -16,8 +17,16 @@ from flashhead_dist.collectives import Operation
 from flashhead_dist.heads.base import Head
 from flashhead_dist.measure.alone import Recording, alone_step, record_step
 from flashhead_dist.measure.control import Control
+from flashhead_dist.measure.device_counts import ON_CPU, DeviceCount, count_on_devices
 from flashhead_dist.measure.graph import can_capture, graphed_step
 from flashhead_dist.measure.projection import ExchangeCost, projected_communication_us
+from flashhead_dist.measure.split import RankParts, StepSplit
+from flashhead_dist.measure.split_timing import (
+    alone_work,
+    split_over_ranks,
+    time_parts,
+    together_work,
+)
 from flashhead_dist.measure.timing import (
     Latency,
     RankTimes,
@@ -55,6 +64,9 @@ class HeadCell:
     projected_communication_us: where oversubscribed and the model is known.
     payload_bytes, sent_bytes: analytic, of one rank, as `collectives` defines them.
     counted: by the interface, all ranks together; None at `tp_size` 1.
+    split: where the time goes, from rounds of their own, alone where `alone` is.
+    read_bytes_by_rank: weights that each rank reads in a step, analytic.
+    device_counts: what the ranks' GPUs counted; empty for a `device_counts_reason`.
     """
 
     wall: Latency
@@ -64,6 +76,10 @@ class HeadCell:
     payload_bytes: float
     sent_bytes: float
     counted: CountedBytes | None
+    split: StepSplit
+    read_bytes_by_rank: tuple[int, ...]
+    device_counts: tuple[DeviceCount, ...] = ()
+    device_counts_reason: str | None = ON_CPU
 
 
 def measure_cell(
@@ -87,7 +103,8 @@ def measure_cell(
         name: [record_step(head, batch) for batch in batches[:num_recordings]]
         for name, head in heads.items()
     }
-    flush = cache_flusher(any_head.tp.device)
+    device, meet = any_head.tp.device, any_head.tp.barrier
+    flush = cache_flusher(device)
     wall = _time_together(
         {
             name: graphed_step(head, batches, flush)
@@ -97,15 +114,25 @@ def measure_cell(
         },
         control,
         effort,
-        meet=any_head.tp.barrier,
+        meet=meet,
         before_step=flush,
     )
-    alone = _time_alone(heads, batches, recordings, control, effort) if oversubscribed else {}
+    if oversubscribed:
+        alone, splits = _time_alone(heads, batches, recordings, control, effort)
+    else:
+        alone = {}
+        rounds = _split_rounds(next(iter(wall.values())).num_iterations)
+        work = together_work(heads, batches)
+        parts = time_parts(work, rounds, device, meet=meet, before_step=flush)
+        splits = split_over_ranks(parts, control, alone=False)
+    batch_size = batches[0].shape[0]
+    reads = control.gather({n: head.read_bytes_per_step(batch_size) for n, head in heads.items()})
     cells: dict[str, HeadCell] = {}
     for name, head in heads.items():
         head.tp.reset()
         head.forward(batches[0])
         account = (head.tp.num_collectives, float(head.tp.payload_bytes), head.tp.sent_bytes)
+        read_bytes = tuple(rank[name] for rank in reads)
         cells[name] = HeadCell(
             wall=wall[name],
             alone=alone.get(name),
@@ -114,6 +141,9 @@ def measure_cell(
             payload_bytes=account[1],
             sent_bytes=account[2],
             counted=_count(head, batches[0], wall[name].median_us, wire),
+            split=splits[name],
+            read_bytes_by_rank=read_bytes,
+            **_device_counts(head, batches[0], wall[name].median_us, account[2], control),
         )
     return cells
 
@@ -150,17 +180,19 @@ def _time_alone(
     recordings: Mapping[str, Sequence[Recording]],
     control: Control,
     effort: Effort,
-) -> dict[str, Latency]:
+) -> tuple[dict[str, Latency], dict[str, StepSplit]]:
     """Each rank in its turn replays its steps while the others sleep in the store."""
     steps = {
         name: alone_step(head, batches[:_NUM_ALONE_BATCHES], recordings[name])
         for name, head in heads.items()
     }
+    work = alone_work(heads, batches, recordings)
 
     def rounds(number: int) -> dict[str, RankTimes]:
-        return time_interleaved(steps, number, meet=lambda: None)
+        return time_interleaved(steps, number, meet=_nobody)
 
     mine: dict[str, RankTimes] = {}
+    parts: dict[str, RankParts] = {}
     number = 0
     for turn in control.ranks:
         control.barrier()
@@ -173,8 +205,19 @@ def _time_alone(
             number = int(control.broadcast(chosen))
         if turn == control.rank:
             mine = rounds(number)
+            device = next(iter(heads.values())).tp.device
+            parts = time_parts(work, _split_rounds(number), device, meet=_nobody)
     control.barrier()
-    return _over_ranks(mine, control)
+    return _over_ranks(mine, control), split_over_ranks(parts, control, alone=True)
+
+
+def _nobody() -> None:
+    """Meet no other rank: they sleep."""
+
+
+def _split_rounds(num_iterations: int) -> int:
+    """Rounds that take a step apart: half as many as time it."""
+    return max(MIN_ITERATIONS, num_iterations // 2)
 
 
 def _agreed_iterations(
@@ -202,3 +245,21 @@ def _count(
         return None
     num_steps = min(_MAX_BURST_STEPS, max(2, int(_BURST_S * 1e6 / wall_us)))
     return wire.count(lambda: head.forward(batch), num_steps, _NUM_BURSTS)
+
+
+def _device_counts(
+    head: Head, batch: Tensor, wall_us: float, sent_bytes: float, control: Control
+) -> dict[str, Any]:
+    """`device_counts` of a cell, or why there are none."""
+    device = head.tp.device
+    if device.type != "cuda":
+        return {"device_counts": (), "device_counts_reason": ON_CPU}
+    counts = count_on_devices(
+        lambda: head.forward(batch),
+        wall_us,
+        control,
+        device,
+        sent_bytes=sent_bytes,
+        read_bytes=head.read_bytes_per_step(batch.shape[0]),
+    )
+    return {"device_counts": tuple(counts), "device_counts_reason": None}

@@ -77,13 +77,12 @@ def gather_facts(
             agreement = top1_agreement(
                 best_tokens(head, states), inputs.dense_ids, inputs.source_ids, inputs.sources
             )
-        known = [rank[name][0] for rank in all_peaks if rank[name][0] is not None]
         reasons = [rank[name][1] for rank in all_peaks if rank[name][0] is None]
         facts[name] = HeadFacts(
             name=name,
             tp_size=head.tp.tp_size,
             weight_bytes_by_rank=tuple(rank[name] for rank in weights),
-            peak_bytes_per_rank=None if reasons else max(known),
+            peak_bytes_by_rank=tuple(rank[name][0] for rank in all_peaks),
             peak_reason=reasons[0] if reasons else None,
             agreement=agreement,
         )

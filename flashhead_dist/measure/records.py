@@ -14,8 +14,10 @@ from types import TracebackType
 from typing import Any
 
 from flashhead_dist.errors import UserError
+from flashhead_dist.measure.device_counts import DeviceCount
+from flashhead_dist.measure.split import StepSplit
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RECORDS_NAME = "records.jsonl"
 
 
@@ -69,6 +71,9 @@ class Record(Provenance):
     wall_p10_us: float
     wall_p90_us: float
 
+    split: StepSplit
+    """Where the time goes: centroids, candidates, exchange, waiting; and a slow rank's number."""
+
     num_collectives: int
     payload_bytes_per_row: float
     sent_bytes_per_row: float
@@ -76,11 +81,21 @@ class Record(Provenance):
     counted_bytes_per_row_least: float | None
     counted_bytes_per_row_greatest: float | None
     counted_reason: str | None
+    protocol_bytes_per_row: float | None
+    device_counts: list[DeviceCount]
+    device_counts_reason: str | None
 
     weight_bytes_per_rank: int
     total_weight_bytes: int
+    weight_bytes_by_rank: list[int]
     peak_bytes_per_rank: int | None
+    peak_bytes_by_rank: list[int | None]
     peak_reason: str | None
+
+    read_bytes_by_rank: list[int]
+    memory_bandwidth_bytes_per_s_by_rank: list[float]
+    memory_bandwidth_method: str
+    roofline_share: float
 
     top1_agreement: float | None
     top1_agreement_worst_source: float | None
@@ -102,21 +117,39 @@ class Record(Provenance):
         return json.dumps(asdict(self), allow_nan=False)
 
 
+class SchemaError(ValueError):
+    """A record of another schema; the text says what to do about it."""
+
+    def __init__(self, version: object, commit: object) -> None:
+        older = isinstance(version, int) and version < SCHEMA_VERSION
+        remedy = (
+            f"measure again, or read it with the version of this program that wrote it (commit "
+            f"{commit})"
+            if older
+            else "update this program"
+        )
+        super().__init__(
+            f"its schema_version is {version} and this program reads {SCHEMA_VERSION}: {remedy}"
+        )
+
+
 def record_from_json(value: dict[str, Any]) -> Record:
     """Build a record from a decoded line.
 
     Raises:
-        ValueError: another schema version, or keys missing or unknown.
+        SchemaError: another schema version.
+        ValueError: keys missing or unknown. TypeError, KeyError: a nested value without its form.
     """
     version = value.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise ValueError(f"its schema_version is {version}, this program reads {SCHEMA_VERSION}")
+        raise SchemaError(version, value.get("commit"))
     known = {field.name for field in fields(Record)}
     if missing := sorted(known - value.keys()):
         raise ValueError(f"it lacks {', '.join(missing)}")
     if unknown := sorted(value.keys() - known):
         raise ValueError(f"it has the unknown keys {', '.join(unknown)}")
-    return Record(**value)
+    counts = [DeviceCount(**count) for count in value["device_counts"]]
+    return Record(**value | {"split": StepSplit.from_json(value["split"]), "device_counts": counts})
 
 
 class RecordWriter:
@@ -191,7 +224,9 @@ def read_records(path: Path) -> list[Record]:
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             records.append(record_from_json(json.loads(line)))
-        except (ValueError, TypeError, AttributeError) as error:
+        except SchemaError as error:
+            raise UserError(f"line {number} of {file} cannot be read: {error}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"line {number} of {file} is not a record: {error}; remove it or measure again"
             ) from error

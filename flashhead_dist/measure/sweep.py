@@ -24,6 +24,7 @@ from flashhead_dist.measure.assemble import (
     find_median_us,
     latency_us,
 )
+from flashhead_dist.measure.bandwidth import MemoryBandwidth, measure_bandwidth
 from flashhead_dist.measure.cell import HeadCell, measure_cell
 from flashhead_dist.measure.control import Control
 from flashhead_dist.measure.crossover import Crossover
@@ -130,6 +131,7 @@ class Sweep:
         # What NCCL moves over NVLink, PCIe or shared memory, no network interface sees.
         counts = tp_size > 1 and place.device.type == "cpu"
         wire = WireCounter(group, self.host) if counts else None
+        bandwidth = measure_bandwidth(place, group, in_turn=self._oversubscribed(tp_size))
         for batch_size in plan.batch_sizes:
             self.progress.stage(f"tp {tp_size}: batch {batch_size}")
             cells = measure_cell(
@@ -143,7 +145,7 @@ class Sweep:
             )
             with group.phase():
                 if group.is_first:
-                    self._record(facts, cells, tp_size, batch_size)
+                    self._record(facts, cells, bandwidth, tp_size, batch_size)
         heads.clear()
         release_memory(place.device)
 
@@ -151,6 +153,7 @@ class Sweep:
         self,
         facts: Mapping[str, HeadFacts],
         cells: Mapping[str, HeadCell],
+        bandwidth: MemoryBandwidth,
         tp_size: int,
         batch_size: int,
     ) -> None:
@@ -163,6 +166,7 @@ class Sweep:
                 batch_size,
                 self.plan.fit(tp_size),
                 self.provenance(),
+                bandwidth=bandwidth,
                 alone_us=latency_us(cell)[0] if tp_size == 1 else alone_us,
                 baseline_us=baseline_us,
             )

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from flashhead_dist.measure.assemble import HeadFacts, assemble_record, find_median_us
+from flashhead_dist.measure.bandwidth import MemoryBandwidth
 from flashhead_dist.measure.cell import HeadCell
 from flashhead_dist.measure.records import Provenance, Record, read_records
+from flashhead_dist.measure.split import RankParts, split_together
 from flashhead_dist.measure.timing import Latency
 from flashhead_profiles.counters import CountedBytes
 from flashhead_topology.machine import Oversubscription
@@ -18,6 +20,8 @@ DATA = Path(__file__).parent / "data" / "records.jsonl"
 WALL = Latency(5000.0, 4000.0, 9000.0, 1000.0, 4000.0, (900.0, 1000.0), 7)
 ALONE = Latency(300.0, 290.0, 310.0, 300.0, 0.0, (300.0, 280.0), 9)
 FITS = Oversubscription(False, "2 ranks on 2 cores: a core for every thread")
+SPLIT = split_together([RankParts((1.0,), (0.0,), (1.0,), ((),))] * 2, "how")
+BANDWIDTH = MemoryBandwidth((1e9, 2e9), "how")
 DOES_NOT_FIT = Oversubscription(True, "2 ranks on 1 core")
 
 
@@ -30,6 +34,8 @@ def cell(*, alone: Latency | None = None, projected: float | None = None) -> Hea
         payload_bytes=32.0,
         sent_bytes=32.0,
         counted=CountedBytes(8000.0, 7600.0, 9600.0, 5),
+        split=SPLIT,
+        read_bytes_by_rank=(400_000, 300_000),
     )
 
 
@@ -40,12 +46,19 @@ def record(found: HeadCell, fit: Oversubscription) -> Record:
         name="flashhead",
         tp_size=2,
         weight_bytes_by_rank=(510, 490),
-        peak_bytes_per_rank=None,
+        peak_bytes_by_rank=(7, None),
         peak_reason="unknown",
         agreement=None,
     )
     return assemble_record(
-        facts, found, 4, fit, Provenance(**provenance), alone_us=6000.0, baseline_us=10_000.0
+        facts,
+        found,
+        4,
+        fit,
+        Provenance(**provenance),
+        bandwidth=BANDWIDTH,
+        alone_us=6000.0,
+        baseline_us=10_000.0,
     )
 
 
@@ -87,11 +100,29 @@ def test_bytes_are_a_rank_and_row() -> None:
     assert found.counted_bytes_per_row == 1000.0
     assert found.counted_bytes_per_row_least == 950.0
     assert found.counted_bytes_per_row_greatest == 1200.0
+    assert found.protocol_bytes_per_row == 992.0
+    assert found.device_counts == []
+    assert found.device_counts_reason is not None
 
 
 def test_weights_are_the_largest_ranks_and_the_sum() -> None:
     found = record(cell(), FITS)
     assert (found.weight_bytes_per_rank, found.total_weight_bytes) == (510, 1000)
+    assert found.weight_bytes_by_rank == [510, 490]
+
+
+def test_a_peak_that_one_rank_does_not_know_is_not_known() -> None:
+    found = record(cell(), FITS)
+    assert (found.peak_bytes_per_rank, found.peak_bytes_by_rank) == (None, [7, None])
+
+
+def test_the_roofline_is_that_of_the_rank_that_computes_longest() -> None:
+    """Rank 1: 300 kB in 1000 us at 2 GB/s. Rank 0 alone: 400 kB in 300 us at 1 GB/s."""
+    assert record(cell(), FITS).roofline_share == pytest.approx(0.15)
+    alone = record(cell(alone=ALONE, projected=200.0), DOES_NOT_FIT)
+    assert alone.roofline_share == pytest.approx(400 / 300)
+    assert alone.memory_bandwidth_bytes_per_s_by_rank == [1e9, 2e9]
+    assert alone.read_bytes_by_rank == [400_000, 300_000]
 
 
 def test_earlier_records_are_found_by_head_size_and_batch() -> None:

@@ -55,10 +55,16 @@ def test_a_line_cut_short_is_passed_over(tmp_path: Path) -> None:
     [
         (lambda line: line.replace('"head"', '"heed"'), "lacks head"),
         (
-            lambda line: line.replace('{"schema_version": 1', '{"extra": 2, "schema_version": 1'),
+            lambda line: line.replace('{"schema_version": 2', '{"extra": 2, "schema_version": 2'),
             "extra",
         ),
-        (lambda line: line.replace('"schema_version": 1', '"schema_version": 7'), "version is 7"),
+        (lambda line: line.replace('"schema_version": 2', '"schema_version": 7'), "update this"),
+        (
+            lambda line: line.replace('"schema_version": 2', '"schema_version": 1'),
+            r"schema_version is 1 and this program reads 2: measure again.*commit abcdef0123",
+        ),
+        (lambda line: line.replace('"by_rank_us"', '"by_rank"'), "by_rank_us"),
+        (lambda line: line.replace('"device_counts": []', '"device_counts": [{"a": 1}]'), "line 2"),
         (lambda line: line[:100], "line 2"),
         (lambda line: "[]", "line 2"),
     ],
