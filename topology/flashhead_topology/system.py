@@ -11,6 +11,8 @@ from itertools import pairwise
 from math import isfinite
 from typing import Literal, get_args
 
+from flashhead_topology.machine import DeviceType
+
 SourceKind = Literal["data sheet", "published", "measured", "derived", "assumed"]
 """data sheet: the maker's figure. published: measured by others. measured: by this project, here.
 derived: computed from other figures, `note` says how. assumed: nobody said so, `note` says why."""
@@ -87,6 +89,7 @@ class System:
     peak_flop_per_s: dense bfloat16 operations; None leaves arithmetic out.
     memory_bytes: of one rank; None where not known.
     levels: empty for a single rank.
+    device_type: says which kernels a head consists of.
     algorithm: of collectives, one of `collective_cost.ALGORITHMS`; None for the quickest.
     sources: by the name of the figure.
     """
@@ -101,6 +104,7 @@ class System:
     peak_flop_per_s: float | None = None
     memory_bytes: float | None = None
     algorithm: str | None = None
+    device_type: DeviceType = "cuda"
     description: str = ""
     sources: Mapping[str, Source] = field(default_factory=dict)
 
@@ -117,6 +121,8 @@ class System:
             value = getattr(self, name)
             if value is not None:
                 _check_figure(name, value, above=0.0)
+        if self.device_type not in get_args(DeviceType):
+            raise ValueError(f"device_type is {self.device_type!r}: choose cpu or cuda")
         sizes = [level.ranks for level in self.levels]
         if any(outer <= inner for inner, outer in pairwise(sizes)):
             raise ValueError(

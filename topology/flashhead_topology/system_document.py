@@ -6,8 +6,9 @@ Every figure is `{value, kind, source}`, with `note` and `relative_error` where 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
+from flashhead_topology.machine import DeviceType
 from flashhead_topology.system import Level, Source, System, SystemFileError
 
 SCHEMA_VERSION = 1
@@ -27,6 +28,7 @@ _SYSTEM_KEYS = {
     "description",
     "processor",
     "device",
+    "device_type",
     "algorithm",
     "levels",
     *_SYSTEM_FIGURES,
@@ -46,6 +48,7 @@ def system_document(system: System) -> dict[str, Any]:
     """
     document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "name": system.name}
     document |= {"description": system.description, "device": system.device}
+    document["device_type"] = system.device_type
     if system.algorithm is not None:
         document["algorithm"] = system.algorithm
     document |= _figures_out(system, _SYSTEM_FIGURES, system.sources)
@@ -104,6 +107,7 @@ def parse_system(
         name=_text(document, "name"),
         device=_text(document, "device"),
         description=str(document.get("description") or ""),
+        device_type=cast(DeviceType, str(document.get("device_type", "cuda"))),
         algorithm=None if document.get("algorithm") is None else _text(document, "algorithm"),
         levels=tuple(parse_level(item, load_link) for item in levels),
         sources=sources,

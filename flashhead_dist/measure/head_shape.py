@@ -1,0 +1,45 @@
+"""The shape of a run's heads, as the cost model takes it."""
+
+from __future__ import annotations
+
+import torch
+
+from flashhead_dist.index import IndexManifest
+from flashhead_dist.model_source import ModelSource
+from flashhead_topology.head_shape import HeadShape
+
+
+def head_shape_of(
+    model: ModelSource,
+    manifest: IndexManifest | None = None,
+    *,
+    num_probes: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> HeadShape:
+    """The shape of the heads over `model` and an index of it.
+
+    num_probes: as given to the heads; the index's own where None.
+    dtype: of the rows and columns; the model's where None.
+    """
+    row_type = dtype or model.dtype
+    embedding = HeadShape(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        row_bits=8 * row_type.itemsize,
+        logit_bytes=row_type.itemsize,
+    )
+    if manifest is None:
+        return embedding
+    return HeadShape(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        num_clusters=manifest.num_clusters,
+        cluster_size=manifest.cluster_size,
+        num_probes=manifest.num_probes if num_probes is None else num_probes,
+        centroid_bits=manifest.bits,
+        group_size=manifest.group_size,
+        num_groups=manifest.num_groups,
+        pinned_per_group=manifest.num_pinned,
+        row_bits=embedding.row_bits,
+        logit_bytes=embedding.logit_bytes,
+    )
