@@ -41,6 +41,11 @@ def style_of(head: str) -> dict[str, Any]:
     return {"color": color, "marker": marker, "markersize": size, "linewidth": 1.5}
 
 
+def is_head(name: str) -> bool:
+    """Whether a head of that name has a style of its own."""
+    return name in _STYLES
+
+
 def key(label: str, **style: Any) -> Line2D:
     """An entry of the legend that says what a kind of mark means, whatever its head."""
     from matplotlib.lines import Line2D

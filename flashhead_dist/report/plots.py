@@ -67,15 +67,7 @@ def latency_figure(records: Sequence[Record]) -> Figure:
     figure, panels = make_panels(len(by_batch(records)))
     heads = heads_of(records)
     for axes, (_, batch) in zip(panels, by_batch(records), strict=True):
-        _ground(axes, batch)
-        _ideal_line(axes, batch)
-        for position, head in enumerate(heads):
-            # Points of one size stand side by side, so that no bar hides another.
-            shift = 2 ** (0.03 * (position - (len(heads) - 1) / 2))
-            _latency_line(axes, head, [r for r in batch if r.head == head], shift)
-        axes.set_yscale("log")
-        _plain_numbers(axes)
-        _size_axis(axes, sorted({record.tp_size for record in batch}))
+        draw_latency(axes, batch, heads)
     notes = ["Bars: p10 to p90 over iterations."]
     kinds = [key("measured", marker="o", linestyle="-")]
     over = {r.tp_size: r.oversubscription for r in records if r.oversubscribed}
@@ -93,6 +85,23 @@ def latency_figure(records: Sequence[Record]) -> Figure:
     finish(figure, panels, records, "Latency of the output head", kinds, notes)
     figure.supylabel("microseconds a step: slowest rank, median", fontsize=10)
     return figure
+
+
+def draw_latency(axes: Axes, batch: Sequence[Record], heads: Sequence[str]) -> None:
+    """One panel of latencies: the records of one batch size, with bars and the ideal line."""
+    projected_ground(axes, batch)
+    _ideal_line(axes, batch)
+    for position, head in enumerate(heads):
+        mine = [record for record in batch if record.head == head]
+        _latency_line(axes, head, mine, side_by_side(position, len(heads)))
+    axes.set_yscale("log")
+    plain_numbers(axes)
+    size_axis(axes, sorted({record.tp_size for record in batch}))
+
+
+def side_by_side(position: int, number: int) -> float:
+    """A factor of `tp_size` at which points of one size do not hide each other's bars."""
+    return float(2 ** (0.03 * (position - (number - 1) / 2)))
 
 
 def _latency_line(axes: Axes, head: str, records: Sequence[Record], shift: float) -> None:
@@ -131,8 +140,8 @@ def _latency_line(axes: Axes, head: str, records: Sequence[Record], shift: float
         )
 
 
-def _ground(axes: Axes, batch: Sequence[Record]) -> None:
-    """Grey behind the sizes that are projected, from half-way to the last one measured."""
+def projected_ground(axes: Axes, batch: Sequence[Record], word: str = "PROJECTED") -> None:
+    """Grey behind the oversubscribed sizes, from half-way to the last one measured."""
     projected = [record.tp_size for record in batch if not record.measured]
     if not projected:
         return
@@ -144,7 +153,7 @@ def _ground(axes: Axes, batch: Sequence[Record]) -> None:
     axes.text(
         (start * stop) ** 0.5,
         0.985,
-        "PROJECTED",
+        word,
         transform=axes.get_xaxis_transform(),
         ha="center",
         va="top",
@@ -168,15 +177,7 @@ def bytes_figure(records: Sequence[Record]) -> Figure:
     sizes = sorted({record.tp_size for record in records if record.tp_size > 1})
     heads = heads_of(records)
     for axes, (_, batch) in zip(panels, by_batch(records), strict=True):
-        for position, head in enumerate(heads):
-            shift = 0.78 * (position - (len(heads) - 1) / 2) / len(heads)
-            _bytes_points(axes, head, [r for r in batch if r.head == head], sizes, shift)
-        axes.set_yscale("log")
-        axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
-        axes.set_xlim(-0.5, len(sizes) - 0.5)
-        for edge in range(1, len(sizes)):
-            axes.axvline(edge - 0.5, color="#BBBBBB", linewidth=0.8)
-        _byte_numbers(axes)
+        draw_bytes(axes, batch, heads, sizes)
     kinds = [
         key("counted by the\nnetwork interface", marker="o"),
         key("analytic: operands\nof a ring", marker="o", markersize=9, markerfacecolor="none"),
@@ -194,6 +195,26 @@ def bytes_figure(records: Sequence[Record]) -> Figure:
     finish(figure, panels, records, "Bytes on the wire", kinds, notes)
     figure.supylabel("bytes that a rank sends for one row", fontsize=10)
     return figure
+
+
+def draw_bytes(
+    axes: Axes, batch: Sequence[Record], heads: Sequence[str], sizes: Sequence[int]
+) -> None:
+    """One panel of bytes: the records of one batch size, a column for each of `sizes`."""
+    for position, head in enumerate(heads):
+        mine = [record for record in batch if record.head == head]
+        _bytes_points(axes, head, mine, sizes, byte_shift(position, len(heads)))
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    axes.set_xlim(-0.5, len(sizes) - 0.5)
+    for edge in range(1, len(sizes)):
+        axes.axvline(edge - 0.5, color="#BBBBBB", linewidth=0.8)
+    _byte_numbers(axes)
+
+
+def byte_shift(position: int, number: int) -> float:
+    """How far beside the middle of its column a head's bytes are drawn."""
+    return 0.78 * (position - (number - 1) / 2) / number
 
 
 def _sends(record: Record) -> bool:
@@ -227,14 +248,16 @@ def _bytes_points(
     )
 
 
-def _size_axis(axes: Axes, sizes: Sequence[int]) -> None:
+def size_axis(axes: Axes, sizes: Sequence[int]) -> None:
+    """A horizontal axis of base 2 that is marked at `sizes` alone."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.xaxis.minorticks_off()
     axes.set_xlim(sizes[0] / _HALF_STEP, sizes[-1] * _HALF_STEP)
 
 
-def _plain_numbers(axes: Axes) -> None:
+def plain_numbers(axes: Axes) -> None:
+    """A logarithmic vertical axis marked 1, 2, 5, 10 in plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

@@ -1,0 +1,168 @@
+"""The ranks of a group against each other: who is slow, and how long the others wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from flashhead_dist.measure.records import Record
+from flashhead_dist.measure.split import PARTS
+from flashhead_dist.report.chart import Chart
+from flashhead_dist.report.plot_frame import PROJECTED_GROUND
+from flashhead_dist.report.runs import Run
+from flashhead_dist.report.section import Plot, Section, frame_of
+from flashhead_dist.report.sections.split import PART_COLORS
+from flashhead_dist.report.verdict import PRODUCT
+
+KEY = "ranks"
+_TITLE = "Ranks against each other"
+
+
+@dataclass(frozen=True)
+class SlowRank:
+    """`rank` stands out in `num_heads` of the `of_heads` heads of a cell.
+
+    excess_us: what it computes beyond the others' median, median over those heads. waiting_us: how
+    long the rank waits that waits longest, likewise; None where not known.
+    """
+
+    tp_size: int
+    batch_size: int
+    rank: int
+    num_heads: int
+    of_heads: int
+    excess_us: float
+    waiting_us: float | None
+    measured: bool
+
+
+def ranks_section(run: Run) -> Section:
+    """Each rank's parts of a step, for the product or the first head that exchanges."""
+    records = [record for record in run.records if record.tp_size > 1]
+    if not records:
+        return Section(key=KEY, title=_TITLE, missing="one rank has no other to compare with")
+    slow = slow_ranks(records)
+    notes = [_words(found) for found in slow] or [
+        "No rank stands out: none computes over 10 % longer than the others' median and beyond "
+        "their p90, for half of the heads or more."
+    ]
+    if any(not record.measured for record in records):
+        notes.append("On grey: each rank alone; its waiting is PROJECTED from the others' compute.")
+    head = PRODUCT if PRODUCT in run.heads else run.heads[0]
+    notes.append(f"The plots show {head}; the figures are of all heads.")
+    drawn = [record for record in records if record.head == head]
+    return Section(
+        key=KEY,
+        title=_TITLE,
+        notes=tuple(notes),
+        frame=frame_of([row for record in records for row in _rows(record)]),
+        plots=tuple(_plot(run, record) for record in drawn if record.split.by_rank_us["other"]),
+        marks=tuple((f"color:{PART_COLORS[part]}", part) for part in PARTS),
+    )
+
+
+def slow_ranks(records: Sequence[Record]) -> list[SlowRank]:
+    """The rank of each cell that stands out for half of its heads or more, where there is one."""
+    found = []
+    for batch_size, tp_size in sorted({(r.batch_size, r.tp_size) for r in records}):
+        cell = [r for r in records if (r.batch_size, r.tp_size) == (batch_size, tp_size)]
+        named = [(r.split.slow_rank, r) for r in cell]
+        slow = [(s, r) for s, r in named if s is not None]
+        if not slow or tp_size == 1:
+            continue
+        ranks = [s.rank for s, _ in slow]
+        rank = max(sorted(set(ranks)), key=ranks.count)
+        mine = [(s, r) for s, r in slow if s.rank == rank]
+        if 2 * len(mine) < len(cell):
+            continue
+        waits = [r.split.step_us["waiting"] for _, r in mine]
+        known = [wait.median for wait in waits if wait is not None]
+        found.append(
+            SlowRank(
+                tp_size=tp_size,
+                batch_size=batch_size,
+                rank=rank,
+                num_heads=len(mine),
+                of_heads=len(cell),
+                excess_us=median(s.excess_us for s, _ in mine),
+                waiting_us=median(known) if known else None,
+                measured=cell[0].measured,
+            )
+        )
+    return found
+
+
+def over_others(compute_us: Sequence[float]) -> list[float]:
+    """Each rank's compute over the median of the others'; for two ranks or more."""
+    others = [
+        median([*compute_us[:rank], *compute_us[rank + 1 :]]) for rank in range(len(compute_us))
+    ]
+    return [mine / other for mine, other in zip(compute_us, others, strict=True)]
+
+
+def _words(slow: SlowRank) -> str:
+    text = (
+        f"Rank {slow.rank} is SLOW at tp {slow.tp_size}, batch {slow.batch_size}: for "
+        f"{slow.num_heads} of {slow.of_heads} heads it computes longer than every other rank, by "
+        f"{slow.excess_us:,.0f} µs (median over heads)"
+    )
+    if slow.waiting_us is None:
+        return f"{text}."
+    kind = "" if slow.measured else "PROJECTED to "
+    verb = "wait" if kind else "waits"
+    return f"{text}; the rank that waits longest {'is ' if kind else ''}{kind}{verb} " + (
+        f"{slow.waiting_us:,.0f} µs a step for it."
+    )
+
+
+def _rows(record: Record) -> list[dict[str, object]]:
+    waiting = record.split.by_rank_us["waiting"]
+    kind = "measured" if record.measured else "projected"
+    ratios = over_others(record.compute_us_by_rank)
+    return [
+        {
+            "batch_size": record.batch_size,
+            "tp_size": record.tp_size,
+            "head": record.head,
+            "rank": rank,
+            "compute_us": compute_us,
+            "over_others": ratio,
+            f"{kind}_waiting_us": None if waiting is None else waiting[rank].median,
+        }
+        for rank, (compute_us, ratio) in enumerate(
+            zip(record.compute_us_by_rank, ratios, strict=True)
+        )
+    ]
+
+
+def _plot(run: Run, record: Record) -> Plot:
+    words = f"{record.head} by rank, tp {record.tp_size}, batch {record.batch_size}"
+    key = f"{KEY}-{run.letter}-tp{record.tp_size}-b{record.batch_size}"
+    chart = Chart(key, words)
+    if not record.measured:
+        chart.axes.set_facecolor(PROJECTED_GROUND)
+    slow = record.split.slow_rank
+    tops = []
+    for rank in range(record.tp_size):
+        bottom = 0.0
+        for part in PARTS:
+            found = record.split.by_rank_us[part]
+            if found is None or not found[rank].median:
+                continue
+            us = found[rank].median
+            bar = chart.axes.bar(rank, us, 0.7, bottom, color=PART_COLORS[part], linewidth=0)
+            projected = part == "waiting" and not record.measured
+            kind = " (PROJECTED)" if projected else ""
+            chart.mark(list(bar), f"rank {rank}: {part} {us:,.0f} µs{kind}")
+            bottom += us
+        tops.append(bottom)
+    if slow is not None:
+        chart.axes.annotate(
+            "slow", (slow.rank, tops[slow.rank]), ha="center", va="bottom", color="#B91C1C"
+        )
+    chart.axes.set_ylim(0, 1.12 * max(tops))
+    chart.axes.set_xticks(range(record.tp_size))
+    chart.axes.set_xlabel("rank")
+    chart.axes.set_ylabel("µs of a step")
+    return chart.plot()

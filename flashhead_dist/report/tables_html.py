@@ -1,0 +1,68 @@
+"""A section's frame as tables of a page: measured and projected figures in tables of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from flashhead_dist.report.columns import MISSING, column_of
+
+_TEXT = ("head", "worst_source", "schedule", "verdict", "figure", "fact", "counted_reason")
+_LEFT_OUT = ("counted_reason",)
+"""Columns of the CSV file that a table has no room for; notes tell what they say."""
+_FEW_ROWS = 12
+
+
+@dataclass(frozen=True)
+class TableView:
+    """What the template writes: headings, and rows of (text, whether it is a number)."""
+
+    title: str
+    projected: bool
+    headings: tuple[tuple[str, bool], ...]
+    rows: tuple[tuple[tuple[str, bool], ...], ...]
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the table starts folded."""
+        return len(self.rows) > _FEW_ROWS
+
+
+def table_views(frame: pd.DataFrame) -> list[TableView]:
+    """One table, or one of the measured and one of the projected rows where the frame has both."""
+    if frame.empty:
+        return []
+    measured = [str(name) for name in frame if str(name).startswith("measured_")]
+    projected = [str(name) for name in frame if str(name).startswith("projected_")]
+    if not projected:
+        return [_view("Figures", frame, projected=False)]
+    # A row without any of either kind is an oversubscribed one whose exchange nobody knows.
+    is_measured = frame[measured].notna().any(axis="columns") if measured else frame.index < 0
+    views = []
+    if is_measured.any():
+        views.append(_view("Measured", frame[is_measured].drop(columns=projected), projected=False))
+    if not is_measured.all():
+        rest = frame[~is_measured].drop(columns=measured)
+        views.append(_view("PROJECTED, not measured", rest, projected=True))
+    return views
+
+
+def _view(title: str, frame: pd.DataFrame, *, projected: bool) -> TableView:
+    shown = frame.dropna(axis="columns", how="all")
+    names = [str(name) for name in shown if str(name) not in _LEFT_OUT]
+    return TableView(
+        title=title,
+        projected=projected,
+        headings=tuple((column_of(name).heading, name not in _TEXT) for name in names),
+        rows=tuple(
+            tuple((_cell(name, row[name]), name not in _TEXT) for name in names)
+            for _, row in shown.iterrows()
+        ),
+    )
+
+
+def _cell(name: str, value: object) -> str:
+    if value is None or pd.isna(value):  # type: ignore[call-overload]
+        return MISSING
+    return column_of(name).write(value)  # type: ignore[arg-type]

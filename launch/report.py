@@ -1,0 +1,92 @@
+"""One or many runs as a page: where the time goes, and what another machine would cost.
+
+    python launch/report.py runs/2026-11-21T14-04-42_cpu-2c_5505d1775f
+    python launch/report.py BEFORE AFTER --output comparison         the first is the baseline
+    python launch/report.py RUN --project h100-infiniband --tp-sizes 1,8,64
+    python launch/report.py RUN --fail-if 'flashhead.top1_agreement<0.995' --fail-if ...
+
+A RUN is a folder that launch/scale.py wrote. Writes report.html, which needs no network, and the
+same figures as CSV files to --output (default: `report` in the last RUN). An earlier report there
+is replaced; nothing else is, and nothing is written where a run cannot be read. docs/report.md
+explains every part of the page, the noise of a comparison and what --fail-if can ask.
+
+Exit codes: 0; 1 where a condition of --fail-if holds, with the figure on standard error; 2 for a
+mistake in what was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flashhead_dist.errors import UserError
+from flashhead_dist.report.comparison import Change, compare_runs
+from flashhead_dist.report.conditions import check_conditions, parse_condition
+from flashhead_dist.report.page import make_report
+from flashhead_dist.report.runs import Run, load_runs
+from flashhead_dist.report.section import Section
+from flashhead_dist.report.sections.compared import comparison_section
+from flashhead_dist.report.verdict import verdict
+from flashhead_dist.report.write import check_output, write_output
+
+_CONDITION_HOLDS = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _report(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/report")
+    parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION")
+    parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
+    return parser
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    conditions = [parse_condition(text) for text in arguments.fail_if]
+    runs = load_runs(arguments.runs)
+    output = arguments.output or runs[-1].folder / "report"
+    check_output(output)
+    changes = [change for run in runs[1:] for change in compare_runs(runs[0], run)]
+    report = make_report(runs, _extra_sections(runs, changes))
+    failures = check_conditions(conditions, runs, changes)
+    paths = write_output(report, output)
+    for run in runs:
+        for paragraph in verdict(run):
+            print(f"{run.letter}: {paragraph}" if len(runs) > 1 else paragraph)
+    for path in paths:
+        print(f"wrote {path}")
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    if arguments.json:
+        document = {
+            "page": str(paths[0]),
+            "files": [str(path) for path in paths[1:]],
+            "failures": [str(failure) for failure in failures],
+        }
+        print(json.dumps(document))
+    return _CONDITION_HOLDS if failures else 0
+
+
+def _extra_sections(runs: Sequence[Run], changes: Sequence[Change]) -> list[Section]:
+    return [comparison_section(runs, changes)] if len(runs) > 1 else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())
