@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from flashhead_dist.errors import UserError
 from flashhead_dist.measure.control import Control, PeerError
 from flashhead_dist.measure.environment import boot_id
+from flashhead_dist.measure.host_watch import HostWatch, Place, lost_after_s
 from flashhead_dist.measure.watch import INTERRUPTED, PeerWatch
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -72,11 +75,9 @@ def run_ranks(world: World, work: Callable[[Ranks], None], parting_words: Callab
     """
     store = _open_store(world)
     control = Control(store, world.rank, range(world.size))
-    places = control.gather([_process_space(), os.getpid()])
-    pids = {rank: pid for rank, (space, pid) in enumerate(places) if space == _process_space()}
     code = 0
     try:
-        with PeerWatch(world.rank, pids, parting_words):
+        with _watch_all(control, store, parting_words):
             try:
                 work(Ranks(world, control, store))
             finally:
@@ -96,6 +97,33 @@ def run_ranks(world: World, work: Callable[[Ranks], None], parting_words: Callab
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+@contextmanager
+def _watch_all(control: Control, store: Store, parting_words: Callable[[], str]) -> Iterator[None]:
+    """Watch the other ranks of this host by their processes, and the other hosts by the store.
+
+    Raises:
+        PeerError: what the environment says of watching cannot be.
+    """
+    with control.phase():
+        patience_s = lost_after_s()
+    facts = control.gather([_process_space(), socket.gethostname(), os.getpid()])
+    places = [Place(space, host) for space, host, _ in facts]
+    pids = {rank: pid for rank, (space, _, pid) in enumerate(facts) if space == _process_space()}
+    spread = len({place.space for place in places}) > 1
+    hosts = HostWatch(
+        PrefixStore("host-watch", store.clone()) if spread else None,  # type: ignore[attr-defined]
+        control.rank,
+        places,
+        store_place=os.environ.get("MASTER_ADDR", "this host"),
+        parting_words=parting_words,
+        silence=lambda: peers.silence(),
+        lost_after_s=patience_s,
+    )
+    peers = PeerWatch(control.rank, pids, parting_words, tell=hosts.announce)
+    with hosts, peers:
+        yield
 
 
 def refuse_together(world: World, mistake: UserError) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from types import FrameType, TracebackType
@@ -18,6 +19,9 @@ from flashhead_dist.errors import UserError
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
+
+LOST = 1
+"""Exit code of a rank that ends because another one was lost."""
 
 _GRACE_S = 3.0
 _SETTLE_MS = 100
@@ -28,6 +32,7 @@ class PeerWatch:
 
     pids: process id by rank, this host's ranks only, this one included.
     parting_words: what to add to the message, asked for when it is written.
+    tell: given the message without them, to pass on to other hosts.
 
     On the death of a peer the lowest rank left says which, and every rank exits with 1. On SIGINT
     the lowest rank says so, the main thread gets its KeyboardInterrupt, and the process ends with
@@ -36,12 +41,18 @@ class PeerWatch:
     """
 
     def __init__(
-        self, rank: int, pids: Mapping[int, int], parting_words: Callable[[], str] | None = None
+        self,
+        rank: int,
+        pids: Mapping[int, int],
+        parting_words: Callable[[], str] | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         self._rank = rank
         self._ranks = sorted(pids)
         self._pids = dict(pids)
         self._parting_words = parting_words or (lambda: "")
+        self._tell = tell or (lambda sentence: None)
+        self._silenced = False
         self._thread = threading.Thread(target=self._watch, name="peer-watch", daemon=True)
 
     def __enter__(self) -> PeerWatch:
@@ -77,6 +88,10 @@ class PeerWatch:
             # The main thread was here before the watching one had seen the signal.
             self._tell_interrupt()
 
+    def silence(self) -> None:
+        """From now on end without a word: why has been said already."""
+        self._silenced = True
+
     def _watch(self) -> None:
         poll = select.poll()
         for descriptor in (self._stop_read, self._signal_read, *self._peers):
@@ -94,7 +109,7 @@ class PeerWatch:
         numbers = os.read(self._signal_read, 64)
         if signal.SIGTERM in numbers:
             if len(self._ranks) == 1:
-                _say(f"ended by SIGTERM.{self._parting_words()}")
+                say(f"ended by SIGTERM.{self._parting_words()}")
             os._exit(128 + signal.SIGTERM)
         if signal.SIGINT in numbers:
             self._interrupted()
@@ -108,8 +123,9 @@ class PeerWatch:
         os._exit(INTERRUPTED)
 
     def _tell_interrupt(self) -> None:
-        if self._rank == self._ranks[0]:
-            _say(f"interrupted.{self._parting_words()}")
+        if self._rank == self._ranks[0] and not self._silenced:
+            say(f"interrupted.{self._parting_words()}")
+            self._tell(f"the run was interrupted on {socket.gethostname()}.")
 
     def _on_death(self, dead: set[int]) -> None:
         # A signal to the whole job, or an orderly end, shows first as the exit of a faster peer.
@@ -121,16 +137,19 @@ class PeerWatch:
             return
         if self._signal_read in ready and signal.SIGINT in os.read(self._signal_read, 64):
             self._interrupted()
-        if self._rank == min(rank for rank in self._ranks if rank not in dead):
+        speaks = self._rank == min(rank for rank in self._ranks if rank not in dead)
+        if speaks and not self._silenced:
             names = " and ".join(f"rank {rank} (pid {self._pids[rank]})" for rank in sorted(dead))
-            _say(f"{names} ended before the run did, so the run stops.{self._parting_words()}")
-        os._exit(1)
+            say(f"{names} ended before the run did, so the run stops.{self._parting_words()}")
+            self._tell(f"{names} on {socket.gethostname()} ended before the run did, so it stops.")
+        os._exit(LOST)
 
 
 def _leave_to_the_thread(signum: int, frame: FrameType | None) -> None:
     """Replace the default action, so that the signal reaches the wake-up pipe instead."""
 
 
-def _say(sentence: str) -> None:
+def say(sentence: str) -> None:
+    """Write an error's sentence to stderr, whatever the main thread is in the middle of."""
     # One write to the descriptor: the main thread may hold the lock of sys.stderr.
     os.write(2, f"\nerror: {sentence}\n".encode())
