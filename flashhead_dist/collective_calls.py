@@ -32,3 +32,15 @@ class TorchCalls:
         # torch 2.13 renamed all_gather_into_tensor and deprecates the old name.
         call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         call(gathered, tensor, group=group)
+
+
+def round_trip(tensor: Tensor, peer: int, group: dist.ProcessGroup, *, begins: bool) -> None:
+    """Send `tensor` to a rank of the group and take it back; the one that `begins` sends first.
+
+    peer: the other's rank within `group`. The other one calls it with `begins` false.
+    """
+    if begins:
+        dist.send(tensor, group=group, group_dst=peer)
+    dist.recv(tensor, group=group, group_src=peer)
+    if not begins:
+        dist.send(tensor, group=group, group_dst=peer)

@@ -22,11 +22,8 @@ NODES = [Level("node", 4, 0.1, 1e-4), Level("network", 64, 10.0, 1e-2, base_s=5.
         ("all_gather", "ring", 8, 7 + 3.5),
         ("all_reduce", "ring", 8, 2 * (7 + 3.5)),
         ("all_reduce", "ring", 2, 2 * (1 + 2)),
-        # Up three halvings and down again; the buffer leaves each rank twice.
-        ("all_reduce", "tree", 8, 2 * (3 + 4)),
-        # The quicker of the two.
-        ("all_reduce", None, 8, 14),
-        ("all_reduce", None, 2, 6),
+        # A chain of 8 up and down again; the buffer leaves each rank twice.
+        ("all_reduce", "tree", 8, 2 * (7 + 4)),
         ("send_recv", None, 8, 1 + 4),
         ("send_recv", "gloo_ring", 2, 1 + 4),
     ],
@@ -57,6 +54,19 @@ def test_ranks_of_one_node_never_see_the_network() -> None:
 def test_a_tree_is_a_chain_within_a_node_and_halves_the_nodes() -> None:
     took_s = collective_time_s("all_reduce", 100, tp_size=16, levels=NODES, algorithm="tree")
     assert took_s == pytest.approx(5 + 2 * (3 * 0.1 + 2 * 10.0 + 100 * 1e-2))
+
+
+def test_the_quicker_of_ring_and_tree_is_taken() -> None:
+    """16 nodes: a tree has fewer delays, a ring moves half the bytes."""
+    for num_bytes, quicker in ((8, "tree"), (1 << 22, "ring")):
+        times_s = {
+            name: collective_time_s(
+                "all_reduce", num_bytes, tp_size=64, levels=NODES, algorithm=name
+            )
+            for name in ("ring", "tree", None)
+        }
+        assert times_s[None] == min(times_s.values()) == times_s[quicker]
+        assert times_s["ring"] != times_s["tree"]
 
 
 def test_one_shot_waits_once_and_sends_to_every_peer() -> None:

@@ -117,9 +117,9 @@ def _ring_s(
 
 
 def _tree_s(payload_bytes: float, tp_size: int, crossed: Sequence[Level]) -> float:
-    """Up and down: a chain in an innermost group where there are outer ones, binary trees above."""
+    """Up and down: a chain within an innermost group, binary trees above it."""
     joined = min(crossed[0].ranks, tp_size)
-    depth_s = crossed[0].alpha_s * (joined - 1 if len(crossed) > 1 else log2(joined))
+    depth_s = crossed[0].alpha_s * (joined - 1)
     for level in crossed[1:]:
         here = min(level.ranks, tp_size)
         depth_s += level.alpha_s * log2(here / joined)
