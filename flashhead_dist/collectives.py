@@ -31,6 +31,7 @@ from flashhead_kernels.exchange_choice import (
     ExchangeUnavailableError,
     choose_exchange,
 )
+from flashhead_profiles.ranges import EXCHANGE, annotate
 
 T = TypeVar("T")
 _NO_CHOICE = "nothing is sent: one rank, or emulated ranks"
@@ -221,17 +222,18 @@ class TensorParallel:
         return result
 
     def _call(self, operation: Operation, tensor: Tensor) -> Tensor:
-        if operation is Operation.GATHER:
-            gathered = tensor.new_empty((self.tp_size, *tensor.shape))
-            self._calls.all_gather(gathered.view(-1), tensor.contiguous().view(-1), self.group)
-            return gathered
-        result = tensor.contiguous()
-        symmetric = self._symmetric if operation is Operation.MAX else None
-        if symmetric is not None and symmetric.accepts(result):
-            return symmetric.all_reduce_max(result)
-        reduction = dist.ReduceOp.MAX if operation is Operation.MAX else dist.ReduceOp.SUM
-        self._calls.all_reduce(result, reduction, self.group)
-        return result
+        with annotate(EXCHANGE, tensor.nbytes):
+            if operation is Operation.GATHER:
+                gathered = tensor.new_empty((self.tp_size, *tensor.shape))
+                self._calls.all_gather(gathered.view(-1), tensor.contiguous().view(-1), self.group)
+                return gathered
+            result = tensor.contiguous()
+            symmetric = self._symmetric if operation is Operation.MAX else None
+            if symmetric is not None and symmetric.accepts(result):
+                return symmetric.all_reduce_max(result)
+            reduction = dist.ReduceOp.MAX if operation is Operation.MAX else dist.ReduceOp.SUM
+            self._calls.all_reduce(result, reduction, self.group)
+            return result
 
     def barrier(self) -> None:
         """Wait for every rank of the group; neither counted nor timed."""

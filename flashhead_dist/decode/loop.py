@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashhead_dist.decode.body import Body
 from flashhead_dist.decode.sequences import DecodeState
+from flashhead_profiles.ranges import BODY, CONFIRM, STEP, annotate
 
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(hidden_states [B, D], positions int64 [B], sequences int64 [B]) -> token ids int64 [B]`."""
@@ -59,30 +60,34 @@ def decode(
     start_s = time.perf_counter()
     pending: list[Tensor] = []
     token_ids, mask = state.prompt_ids()
-    hidden = body.prefill(token_ids, mask if state.is_padded else None)
+    with annotate(BODY, token_ids.numel()):
+        hidden = body.prefill(token_ids, mask if state.is_padded else None)
     last_s = start_s
     while True:
-        head_start_s = time.perf_counter()
-        chosen = choose(hidden, state.positions, state.sequences).cpu()
-        now_s = time.perf_counter()
-        times.head_s += now_s - head_start_s
-        if state.num_steps == 0:
-            times.first_token_s = now_s - start_s
-        else:
-            times.step_s.append(now_s - last_s)
-        state.advance(chosen)
-        if state.check_every:
-            pending.append(hidden)
-            if state.check_due:
-                body.rollback(state.settle(confirm_unsettled(state, pending, confirm)))
-                pending = []
-                times.check_s += time.perf_counter() - now_s
-        if on_step is not None:
-            on_step()
-        if state.done:
-            break
-        last_s = time.perf_counter()
-        hidden = body.step(state.next_tokens(), state.attention_mask() if state.is_padded else None)
+        with annotate(STEP, state.num_steps):
+            head_start_s = time.perf_counter()
+            chosen = choose(hidden, state.positions, state.sequences).cpu()
+            now_s = time.perf_counter()
+            times.head_s += now_s - head_start_s
+            if state.num_steps == 0:
+                times.first_token_s = now_s - start_s
+            else:
+                times.step_s.append(now_s - last_s)
+            state.advance(chosen)
+            if state.check_every:
+                pending.append(hidden)
+                if state.check_due:
+                    body.rollback(state.settle(confirm_unsettled(state, pending, confirm)))
+                    pending = []
+                    times.check_s += time.perf_counter() - now_s
+            if on_step is not None:
+                on_step()
+            if state.done:
+                break
+            last_s = time.perf_counter()
+            with annotate(BODY, state.batch_size):
+                seen = state.attention_mask() if state.is_padded else None
+                hidden = body.step(state.next_tokens(), seen)
     times.total_s = time.perf_counter() - start_s
     return times
 
@@ -94,7 +99,10 @@ def confirm_unsettled(
     if confirm is None:
         raise ValueError("lossless mode needs a head that confirms")
     count = len(hidden)
-    dense = confirm(
-        torch.cat(list(hidden)), state.unsettled_positions.flatten(), state.sequences.repeat(count)
-    )
-    return dense.cpu().view(count, state.batch_size)
+    with annotate(CONFIRM, count):
+        dense = confirm(
+            torch.cat(list(hidden)),
+            state.unsettled_positions.flatten(),
+            state.sequences.repeat(count),
+        )
+        return dense.cpu().view(count, state.batch_size)

@@ -10,6 +10,7 @@ from flashhead_dist.decode.sequences import CheckCounts, DecodeState
 from flashhead_dist.errors import UserError
 from flashhead_dist.generation.engine import DENSE, Decoded, Engine, Variant
 from flashhead_dist.integrations.pipeline_bubble import StageTimes
+from flashhead_profiles.ranges import CAPTURE, annotate
 
 _WARMUP_TOKENS = 4
 
@@ -131,7 +132,9 @@ def compare(
             entry = measured[(place + turn) % len(measured)]
             states = _states(request, start, start + span, entry.variant.check_every)
             step = on_states(entry.variant, states, start)
-            _record(entry, engine.decode(entry.variant, states, step), states)
+            with annotate(CAPTURE, engine.layout.tp_size):
+                decoded = engine.decode(entry.variant, states, step)
+            _record(entry, decoded, states)
             yield
 
 

@@ -16,6 +16,7 @@ from flashhead_dist.collectives import Operation, Steps, TensorParallel, payload
 from flashhead_dist.errors import UserError
 from flashhead_kernels.candidates import check_finite
 from flashhead_kernels.dispatch import ops_for
+from flashhead_profiles.ranges import CHECK, HEAD, annotate
 
 KEY_BYTES = 8
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,10 +109,12 @@ class Head(ABC):
 
     def serve(self, hidden_states: Tensor, want: Want) -> HeadOutput:
         """`forward`, with what is wanted spelled out."""
-        self.check(hidden_states, want)
-        if hidden_states.shape[0] == 0:
-            return empty_output(want, hidden_states.device)
-        return self.tp.run(self.steps(hidden_states, want))
+        with annotate(HEAD, hidden_states.shape[0], self.name):
+            with annotate(CHECK):
+                self.check(hidden_states, want)
+            if hidden_states.shape[0] == 0:
+                return empty_output(want, hidden_states.device)
+            return self.tp.run(self.steps(hidden_states, want))
 
     @abstractmethod
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:

@@ -33,6 +33,7 @@ from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import pack_keys, unpack_keys
 from flashhead_kernels.logits import FinalLogits, GumbelNoise
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
+from flashhead_profiles.ranges import CANDIDATES, annotate
 
 SAMPLING_HEADS = (FlashHead.name, FlashHeadReplicated.name, DenseLocalMax.name)
 """Heads of the registry that sample; an `IndexScan` does too, as the dense head."""
@@ -189,7 +190,8 @@ def closed_form(
     if isinstance(head, DenseLocalMax | IndexScan):
         rows = head.rows if isinstance(head, IndexScan) else head.weight
         first = 0 if isinstance(head, IndexScan) else head.shard.start
-        scores = ops.dense_scores(hidden_states, rows, first)
+        with annotate(CANDIDATES):
+            scores = ops.dense_scores(hidden_states, rows, first)
         logits, ids = ops.final_logits(scores.logits, final), scores.token_ids
         if isinstance(head, IndexScan):
             ids = head.token_ids.unsqueeze(0)
@@ -198,10 +200,11 @@ def closed_form(
         return ClosedForm(hidden_states, final, logits, ids, scores.means, groups, None)
     assert isinstance(head, FlashHead)
     shard = head.shard
-    scores = ops.local_scores(
-        hidden_states, shard.rows, shard.token_ids, shard.centroids, shard.spread, head.alpha,
-        -(-head.num_probes // head.num_groups), shard.pinned_rows, shard.pinned_token_ids,
-    )  # fmt: skip
+    with annotate(CANDIDATES):  # one operation, centroids included
+        scores = ops.local_scores(
+            hidden_states, shard.rows, shard.token_ids, shard.centroids, shard.spread, head.alpha,
+            -(-head.num_probes // head.num_groups), shard.pinned_rows, shard.pinned_token_ids,
+        )  # fmt: skip
     logits = ops.final_logits(scores.logits, final)
     groups = len(shard.token_ids)
     mass = ops.cluster_log_mass(

@@ -20,6 +20,7 @@ from flashhead_dist.heads.base import Head, HeadOutput, VocabShard, Want
 from flashhead_dist.heads.merge import merge_candidates
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import pack_keys, unpack_keys
+from flashhead_profiles.ranges import CANDIDATES, RESULT, annotate
 
 
 class _DenseHead(Head):
@@ -64,9 +65,11 @@ class DenseLocalMax(_RowHead):
     name: ClassVar[str] = "dense_local_max"
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
-        found = ops_for(hidden_states.device).dense_candidates(
-            hidden_states, self.weight, self.shard.start, k=want.k, need_logsumexp=want.logsumexp
-        )
+        with annotate(CANDIDATES):
+            found = ops_for(hidden_states.device).dense_candidates(
+                hidden_states, self.weight, self.shard.start, k=want.k,
+                need_logsumexp=want.logsumexp,
+            )  # fmt: skip
         return (yield from merge_candidates(found.keys, found.logsumexp))
 
 
@@ -90,12 +93,14 @@ class DenseGather(_RowHead):
         return payload_bytes(Operation.GATHER, operand, self.tp.tp_size)
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
-        logits = functional.linear(hidden_states.to(self.weight.dtype), self.weight)
-        padding = self.shard.width - logits.shape[1]
-        if padding:
-            logits = functional.pad(logits, (0, padding), value=float("-inf"))
+        with annotate(CANDIDATES):
+            logits = functional.linear(hidden_states.to(self.weight.dtype), self.weight)
+            padding = self.shard.width - logits.shape[1]
+            if padding:
+                logits = functional.pad(logits, (0, padding), value=float("-inf"))
         gathered = yield Exchange(Operation.GATHER, logits)  # [P, B, width]
-        return _reduce(gathered.transpose(0, 1).flatten(1), self._token_ids, want)
+        with annotate(RESULT):
+            return _reduce(gathered.transpose(0, 1).flatten(1), self._token_ids, want)
 
 
 class DenseAllReduce(_DenseHead):
@@ -119,10 +124,12 @@ class DenseAllReduce(_DenseHead):
         return payload_bytes(Operation.MAX, operand, self.tp.tp_size)
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
-        local = hidden_states[:, self.columns.start : self.columns.stop].to(self.weight.dtype)
-        partial = functional.linear(local, self.weight)
+        with annotate(CANDIDATES):
+            local = hidden_states[:, self.columns.start : self.columns.stop].to(self.weight.dtype)
+            partial = functional.linear(local, self.weight)
         logits = yield Exchange(Operation.SUM, partial)
-        return _reduce(logits, self._token_ids, want)
+        with annotate(RESULT):
+            return _reduce(logits, self._token_ids, want)
 
 
 def _gathered_token_ids(vocab_size: int, tp: TensorParallel) -> Tensor:

@@ -21,6 +21,7 @@ from flashhead_dist.heads.base import Head, HeadOutput, VocabShard, Want
 from flashhead_dist.heads.faiss_lists import CHUNK_ROWS, TrainedLists, import_faiss
 from flashhead_dist.heads.merge import merge_candidates
 from flashhead_kernels.keys import pack_keys
+from flashhead_profiles.ranges import CANDIDATES, CENTROIDS, in_parts
 
 
 class FaissIvf(Head):
@@ -116,7 +117,13 @@ class FaissIvf(Head):
         """Logits float32 `[B, k]` (-inf where there is none) and token ids int64 (-1)."""
         self._faiss.omp_set_num_threads(torch.get_num_threads())
         queries = hidden_states.float().cpu().contiguous().numpy()
-        scores, found = self._index.search(queries, k)
+        with in_parts(CENTROIDS, CANDIDATES) as next_part:
+            if next_part is None or self.tp.device.type == "cuda":
+                scores, found = self._index.search(queries, k)
+            else:
+                distances, lists = self._index.quantizer.search(queries, self.num_probes)
+                next_part()
+                scores, found = self._index.search_preassigned(queries, k, lists, distances)
         logits, ids = torch.from_numpy(scores), torch.from_numpy(found)
         logits = logits.masked_fill(ids < 0, float("-inf")).to(hidden_states.device)
         ids = torch.where(ids < 0, -1, ids + self.shard.start).to(hidden_states.device)

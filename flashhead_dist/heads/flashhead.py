@@ -22,6 +22,7 @@ from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.merge import local_output, merge_candidates
 from flashhead_dist.index import IndexShard
 from flashhead_kernels.dispatch import ops_for
+from flashhead_profiles.ranges import CANDIDATES, CENTROIDS, in_parts
 
 _Found = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -113,19 +114,21 @@ class FlashHead(IndexHead):
         shard = self.shard
         per_group = -(-self.num_probes // self.num_groups)
         ops = ops_for(hidden_states.device)
-        found = ops.flashhead_candidates(
-            hidden_states,
-            shard.rows,
-            shard.token_ids,
-            shard.centroids,
-            shard.spread,
-            self.alpha,
-            per_group,
-            shard.pinned_rows,
-            shard.pinned_token_ids,
-            k=want.k,
-            need_logsumexp=want.logsumexp,
-        )
+        with in_parts(CENTROIDS, CANDIDATES) as next_part:
+            found = ops.flashhead_candidates(
+                hidden_states,
+                shard.rows,
+                shard.token_ids,
+                shard.centroids,
+                shard.spread,
+                self.alpha,
+                per_group,
+                shard.pinned_rows,
+                shard.pinned_token_ids,
+                k=want.k,
+                need_logsumexp=want.logsumexp,
+                between=next_part,
+            )
         if not want.candidate_mass:
             return found.keys, found.logsumexp, None
         scores = ops.score_centroids(hidden_states, shard.centroids, shard.spread, self.alpha)

@@ -20,6 +20,7 @@ from flashhead_dist.heads.merge import merge_candidates
 from flashhead_dist.index import IndexShard
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import pack_keys, unpack_keys
+from flashhead_profiles.ranges import CANDIDATES, CENTROIDS, annotate
 
 
 class FlashHeadGlobal(IndexHead):
@@ -49,22 +50,15 @@ class FlashHeadGlobal(IndexHead):
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         shard, ops = self.shard, ops_for(hidden_states.device)
-        scores = ops.score_centroids(hidden_states, shard.centroids, shard.spread, self.alpha)
-        padding = self._widest() - scores.shape[1]
-        if padding:
-            scores = functional.pad(scores, (0, 0, 0, padding), value=float("-inf"))
+        with annotate(CENTROIDS):
+            scores = ops.score_centroids(hidden_states, shard.centroids, shard.spread, self.alpha)
+            padding = self._widest() - scores.shape[1]
+            if padding:
+                scores = functional.pad(scores, (0, 0, 0, padding), value=float("-inf"))
         gathered = yield Exchange(Operation.GATHER, scores)  # [P, B, widest, M]
-        cluster_ids = self._choose(gathered)
-        keys = [ops.probed_candidates(
-            hidden_states, self._rows, self._token_ids, cluster_ids, k=want.k
-        )]  # fmt: skip
-        if shard.pinned_rows.shape[1]:
-            groups = torch.arange(shard.rows.shape[0], dtype=torch.int32, device=scores.device)
-            keys.append(ops.probed_candidates(
-                hidden_states, shard.pinned_rows, shard.pinned_token_ids,
-                groups.expand(hidden_states.shape[0], -1).contiguous(), k=want.k,
-            ))  # fmt: skip
-        best = torch.cat(keys, dim=1).topk(want.k, dim=1).values
+        with annotate(CANDIDATES):
+            cluster_ids = self._choose(gathered)
+            best = self._best_keys(hidden_states, cluster_ids, want.k)
         probed = None
         if want.logsumexp or want.candidate_mass:
             probed = self.probed_logsumexp(hidden_states, cluster_ids)
@@ -73,6 +67,18 @@ class FlashHeadGlobal(IndexHead):
             estimate = torch.logaddexp(probed, self._unprobed(hidden_states, cluster_ids))
         mass = probed if want.candidate_mass else None
         return (yield from merge_candidates(best, estimate, mass))
+
+    def _best_keys(self, hidden_states: Tensor, cluster_ids: Tensor, k: int) -> Tensor:
+        """Keys int64 `[B, k]` of this rank's probes int32 `[B, n]` and pinned tokens."""
+        shard, ops = self.shard, ops_for(hidden_states.device)
+        keys = [ops.probed_candidates(hidden_states, self._rows, self._token_ids, cluster_ids, k=k)]
+        if shard.pinned_rows.shape[1]:
+            groups = torch.arange(shard.rows.shape[0], dtype=torch.int32, device=cluster_ids.device)
+            keys.append(ops.probed_candidates(
+                hidden_states, shard.pinned_rows, shard.pinned_token_ids,
+                groups.expand(hidden_states.shape[0], -1).contiguous(), k=k,
+            ))  # fmt: skip
+        return torch.cat(keys, dim=1).topk(k, dim=1).values
 
     def _widest(self) -> int:
         """Groups on the rank that holds most."""

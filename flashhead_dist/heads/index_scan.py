@@ -18,6 +18,7 @@ from flashhead_dist.heads.merge import merge_candidates
 from flashhead_dist.index import IndexShard
 from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.dispatch import ops_for
+from flashhead_profiles.ranges import CANDIDATES, annotate
 
 
 class IndexScan(Head):
@@ -44,14 +45,15 @@ class IndexScan(Head):
 
     def candidates(self, hidden_states: Tensor, want: Want) -> Candidates:
         """This rank's best of `hidden_states [B, D]` among every token that it holds."""
-        found: Candidates = ops_for(hidden_states.device).dense_candidates(
-            hidden_states,
-            self.rows,
-            0,
-            k=want.k,
-            need_logsumexp=want.logsumexp,
-            token_ids=self.token_ids,
-        )
+        with annotate(CANDIDATES):
+            found: Candidates = ops_for(hidden_states.device).dense_candidates(
+                hidden_states,
+                self.rows,
+                0,
+                k=want.k,
+                need_logsumexp=want.logsumexp,
+                token_ids=self.token_ids,
+            )
         return found
 
     @property

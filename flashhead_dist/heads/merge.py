@@ -8,6 +8,7 @@ from torch import Tensor
 from flashhead_dist.collectives import Exchange, Operation, Steps
 from flashhead_dist.heads.base import HeadOutput
 from flashhead_kernels.dispatch import ops_for
+from flashhead_profiles.ranges import RESULT, annotate
 
 
 def merge_candidates(
@@ -52,5 +53,6 @@ def local_output(
     candidate_logsumexp: Tensor | None = None,
 ) -> HeadOutput:
     """The result of a rank that has seen all there is: descending `keys [B, k]`, unpacked."""
-    logits, token_ids = ops_for(keys.device).unpack_keys(keys)
+    with annotate(RESULT):
+        logits, token_ids = ops_for(keys.device).unpack_keys(keys)
     return HeadOutput(token_ids, logits, logsumexp, candidate_logsumexp)

@@ -35,6 +35,7 @@ from flashhead_dist.heads.nucleus import draw_from_nucleus, within_mass
 from flashhead_kernels.keys import unpack_keys
 from flashhead_kernels.logits import FinalLogits, GumbelNoise
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
+from flashhead_profiles.ranges import HEAD, annotate
 
 T = TypeVar("T")
 _WORDS = 1 << 32
@@ -246,4 +247,5 @@ def _shares(head: Head) -> bool:
 def _run(head: Head | EmulatedHead, steps_of: Callable[[Head], Steps[T]]) -> T:
     if isinstance(head, EmulatedHead):
         return run_in_lock_step([steps_of(rank) for rank in head.ranks])[0]
-    return head.tp.run(steps_of(head))
+    with annotate(HEAD, label=head.name):
+        return head.tp.run(steps_of(head))

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashhead_profiles.ranges import RECEIVE, SEND, annotate
+
 HIDDEN_LOG_NAME = "pipeline_hidden_states"
 TOKENS_LOG_NAME = "pipeline_tokens"
 """Names of the sends in DeepSpeed's communication log."""
@@ -49,29 +51,33 @@ class Links:
         """Start sending `[B, L, D]` to the next stage; the handle to wait for, which keeps it."""
         hidden = hidden.contiguous()
         rank = self._ranks[self._stage + 1]
-        return _Sent(hidden, self._comm.isend(hidden, rank, log_name=HIDDEN_LOG_NAME))
+        with annotate(SEND, hidden.nbytes):
+            return _Sent(hidden, self._comm.isend(hidden, rank, log_name=HIDDEN_LOG_NAME))
 
     def receive_hidden(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Wait for `shape` = `[B, L, D]` from the stage before."""
         hidden = torch.empty(tuple(shape), dtype=dtype, device=self._device)
-        self._p2p.recv(hidden, self._stage - 1)
+        with annotate(RECEIVE, hidden.nbytes):
+            self._p2p.recv(hidden, self._stage - 1)
         return hidden
 
     def announce(self, token_ids: Tensor) -> list[Any]:
         """Start sending int64 ids of any shape from the last stage to all others."""
         ids = token_ids.to(self._device, torch.int64).contiguous()
-        return [
-            _Sent(
-                ids,
-                self._comm.isend(ids, rank, group=self._tokens_group, log_name=TOKENS_LOG_NAME),
-            )
-            for rank in self._ranks[:-1]
-        ]
+        with annotate(SEND, ids.nbytes):
+            return [
+                _Sent(
+                    ids,
+                    self._comm.isend(ids, rank, group=self._tokens_group, log_name=TOKENS_LOG_NAME),
+                )
+                for rank in self._ranks[:-1]
+            ]
 
     def learn(self, *shape: int) -> Tensor:
         """Wait for int64 ids of that shape from the last stage; on the CPU."""
         ids = torch.empty(shape, dtype=torch.int64, device=self._device)
-        self._comm.recv(ids, self._ranks[-1], group=self._tokens_group)
+        with annotate(RECEIVE, ids.nbytes):
+            self._comm.recv(ids, self._ranks[-1], group=self._tokens_group)
         return ids.cpu()
 
 

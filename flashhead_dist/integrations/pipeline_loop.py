@@ -24,6 +24,7 @@ from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.integrations.pipeline_bubble import StageTimes
 from flashhead_dist.integrations.pipeline_links import Links
 from flashhead_dist.integrations.pipeline_stage import PipelineStage, StageInput
+from flashhead_profiles.ranges import BODY, STEP, annotate
 
 RunStage = Callable[[StageInput], Tensor]
 
@@ -80,7 +81,8 @@ class StageLoop:
             for batch in running:
                 self._take_in(batch)
                 if not batch.state.done:
-                    self._step(batch)
+                    with annotate(STEP, batch.number):
+                        self._step(batch)
             running = [batch for batch in running if not batch.state.done]
         for batch in batches:
             _wait_for(batch.sends)
@@ -104,7 +106,8 @@ class StageLoop:
             mask = mask.to(self._device)
         else:
             mask = None
-        hidden = self._run_stage(StageInput(inputs, mask, batch.cache))
+        with annotate(BODY, ids.numel()):
+            hidden = self._run_stage(StageInput(inputs, mask, batch.cache))
         if is_prompt and state.check_every:
             record_past(batch.cache)
         if self._stage.is_last:

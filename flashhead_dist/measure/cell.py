@@ -38,6 +38,7 @@ from flashhead_dist.measure.timing import (
 )
 from flashhead_dist.measure.wire import WireCounter
 from flashhead_profiles.counters import CountedBytes
+from flashhead_profiles.ranges import CAPTURE, annotate
 
 MIN_ITERATIONS = 3
 _NUM_ALONE_BATCHES = 4
@@ -171,7 +172,9 @@ def _time_together(
 
     warm = rounds(max(1, effort.warmup))
     number = _agreed_iterations(warm, control, effort, effort.cell_seconds)
-    return _over_ranks(rounds(number), control)
+    with annotate(CAPTURE, len(control.ranks)):
+        mine = rounds(number)
+    return _over_ranks(mine, control)
 
 
 def _time_alone(

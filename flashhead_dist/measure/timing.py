@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.heads.base import Head
+from flashhead_profiles.ranges import STEP, annotate
 
 Step = Callable[[int], tuple[float, float]]
 """Takes the iteration's number, returns (wall, communication) in microseconds on this rank."""
@@ -137,15 +138,17 @@ def compute_step(work: Callable[[Tensor], object], batches: Sequence[Tensor]) ->
     """
 
     def step_on_cpu(iteration: int) -> tuple[float, float]:
-        start_s = time.perf_counter()
-        work(batches[iteration % len(batches)])
-        return (time.perf_counter() - start_s) * 1e6, 0.0
+        with annotate(STEP, iteration):
+            start_s = time.perf_counter()
+            work(batches[iteration % len(batches)])
+            return (time.perf_counter() - start_s) * 1e6, 0.0
 
     def step_on_cuda(iteration: int) -> tuple[float, float]:
         start, stop = timing_event(), timing_event()
-        start.record()
-        work(batches[iteration % len(batches)])
-        stop.record()
+        with annotate(STEP, iteration):
+            start.record()
+            work(batches[iteration % len(batches)])
+            stop.record()
         stop.synchronize()
         return start.elapsed_time(stop) * 1e3, 0.0
 

@@ -110,13 +110,14 @@ def flashhead_candidates(
     need_logsumexp: bool = False,
     bias: OutputBias | None = None,
     final: FinalLogits = PLAIN,
+    between: Callable[[], object] | None = None,
 ) -> Candidates:
     """See `reference.flashhead_candidates`, which a bias and final logits are left to."""
     if bias is not None or not final.is_plain:
         return reference.flashhead_candidates(
             hidden_states, rows, token_ids, centroids, spread, alpha, num_probes_per_group,
             pinned_rows, pinned_token_ids, k=k, need_logsumexp=need_logsumexp, bias=bias,
-            final=final,
+            final=final, between=between,
         )  # fmt: skip
     groups, clusters, tokens, size = rows.shape
     check_candidate_arguments(hidden_states, size, num_probes_per_group, clusters, k)
@@ -127,14 +128,37 @@ def flashhead_candidates(
         query, values, scales, bias = make_query(hidden_states, centroids, alpha)
         flat_rows, ids, flat_spread = flat(rows), flat(token_ids), flat(spread)
         flat_pinned, pinned_ids = flat(pinned_rows), flat(pinned_token_ids)
-        _share(
-            groups,
-            lambda first, last: loops.probe_groups(
-                first, last, query, batch, size, values, scales, centroids.group_size,
-                centroids.tile, flat_spread, bias, clusters, num_probes_per_group, flat_rows, ids,
-                tokens, flat_pinned, pinned_ids, pinned, k, need_logsumexp, best, peak, mass,
-            ),
+        of_centroids = (values, scales, centroids.group_size, centroids.tile, flat_spread)
+        of_rows = (
+            num_probes_per_group, flat_rows, ids, tokens, flat_pinned, pinned_ids, pinned, k,
+            need_logsumexp,
         )  # fmt: skip
+        if between is None:
+            _share(
+                groups,
+                lambda first, last: loops.probe_groups(
+                    first, last, query, batch, size, *of_centroids, bias, clusters, *of_rows, best,
+                    peak, mass,
+                ),
+            )  # fmt: skip
+        else:
+            stride = groups * clusters
+            scores = np.empty(batch * stride, np.float32)
+            _share(
+                groups,
+                lambda first, last: loops.score_groups(
+                    first, last, query, batch, size, *of_centroids, bias, clusters,
+                    scores[first * clusters :], stride,
+                ),
+            )  # fmt: skip
+            between()
+            _share(
+                groups,
+                lambda first, last: loops.scan_best_groups(
+                    first, last, query, batch, size, flat_spread, bias, clusters, *of_rows,
+                    scores[first * clusters :], stride, best, peak, mass,
+                ),
+            )  # fmt: skip
     return _merge(best, peak, mass, batch, k, need_logsumexp)
 
 

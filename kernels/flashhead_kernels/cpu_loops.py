@@ -100,25 +100,40 @@ def probe_groups(
     token_ids: Any, tokens: int, pinned_rows: Any, pinned_ids: Any, pinned: int, k: int,
     need_mass: bool, best: Any, peak: Any, mass: Any,
 ) -> None:  # fmt: skip
-    """The whole head for groups `first..last`: score, select, scan, reduce.
+    """The whole head for groups `first..last`: `score_groups`, then `scan_best_groups`.
 
     A phase at a time over all the groups, so that the scan of rows can look ahead across groups.
+    """
+    stride = (last - first) * clusters
+    scores = np.empty(batch * stride, np.float32)
+    score_groups(
+        first, last, query, batch, size, values, scales, group_size, tile, spread, bias, clusters,
+        scores, stride,
+    )  # fmt: skip
+    scan_best_groups(
+        first, last, query, batch, size, spread, bias, clusters, probes, rows, token_ids, tokens,
+        pinned_rows, pinned_ids, pinned, k, need_mass, scores, stride, best, peak, mass,
+    )  # fmt: skip
+
+
+@jit
+def scan_best_groups(
+    first: int, last: int, query: Any, batch: int, size: int, spread: Any, bias: Any, clusters: int,
+    probes: int, rows: Any, token_ids: Any, tokens: int, pinned_rows: Any, pinned_ids: Any,
+    pinned: int, k: int, need_mass: bool, scores: Any, stride: int, best: Any, peak: Any, mass: Any,
+) -> None:  # fmt: skip
+    """Select each group's probes by `scores [B, stride]`, the first that of `first`, and scan them.
 
     best: int64 `[N, B, k]`; peak, mass: float32 `[N, B]`, the group's greatest exponent and its
     sum of exponentials relative to it. All flat.
     """
     groups = last - first
-    scores = np.empty(batch * groups * clusters, np.float32)
-    score_groups(
-        first, last, query, batch, size, values, scales, group_size, tile, spread, bias, clusters,
-        scores, groups * clusters,
-    )  # fmt: skip
     ordered = np.empty(clusters, np.int32)
     slots = np.empty(groups * probes + 1, np.int64)
     logits = np.empty(probes * tokens + pinned, np.float32)
     for b in range(batch):
         for group in range(first, last):
-            at = (b * groups + group - first) * clusters
+            at = b * stride + (group - first) * clusters
             chosen = slots[(group - first) * probes : (group - first + 1) * probes]
             select_slots(scores[at : at + clusters], probes, ordered, chosen)
             for i in range(probes):
@@ -140,7 +155,7 @@ def probe_groups(
                     k, best, at, logits, probes * tokens,
                 )  # fmt: skip
             if need_mass:
-                start = (b * groups + group - first) * clusters
+                start = b * stride + (group - first) * clusters
                 chosen = slots[(group - first) * probes : (group - first + 1) * probes]
                 _closed_form_mass(
                     group * clusters, clusters, tokens, token_ids, scores[start : start + clusters],

@@ -6,6 +6,8 @@ tensors. A kernel that does not compile raises Triton's error: nothing falls bac
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from flashhead_kernels import reference
@@ -42,10 +44,12 @@ def flashhead_candidates(
     bias: OutputBias | None = None,
     final: FinalLogits = PLAIN,
     launches: int | None = None,
+    between: Callable[[], object] | None = None,
 ) -> Candidates:
     """See `reference.flashhead_candidates`.
 
-    launches: 1 or 2; where None, whichever was measured to be faster (`launch_choice`).
+    launches: 1 or 2; where None, whichever was measured to be faster (`launch_choice`), or 2 where
+    something is to be called between them.
 
     Raises:
         ValueError: as the reference does; one launch for a shape that it cannot serve.
@@ -57,13 +61,13 @@ def flashhead_candidates(
         return reference.flashhead_candidates(
             hidden_states, rows, token_ids, centroids, spread, alpha, num_probes_per_group,
             pinned_rows, pinned_token_ids, k=k, need_logsumexp=need_logsumexp, bias=bias,
-            final=final,
+            final=final, between=between,
         )  # fmt: skip
     inputs = HeadInputs(
         hidden_states.contiguous(), rows, token_ids, centroids, spread, pinned_rows,
         pinned_token_ids, alpha, num_probes_per_group, bias, final,
     )  # fmt: skip
-    return launch_head(inputs, k, need_logsumexp, launches)
+    return launch_head(inputs, k, need_logsumexp, launches, between)
 
 
 def dense_candidates(

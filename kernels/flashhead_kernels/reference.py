@@ -6,6 +6,8 @@ All arithmetic on logits is float32, whatever the dtype of the rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -115,6 +117,7 @@ def flashhead_candidates(
     need_logsumexp: bool = False,
     bias: OutputBias | None = None,
     final: FinalLogits = PLAIN,
+    between: Callable[[], object] | None = None,
 ) -> Candidates:
     """The whole local step: score centroids, probe each group's share, score its rows, reduce.
 
@@ -127,6 +130,9 @@ def flashhead_candidates(
     tokens, and for every unprobed cluster `tokens * exp(h . mean)`, a lower bound of its mass by
     Jensen's inequality (of a cluster whose logits are not soft-capped).
 
+    between: called once when centroids are scored and before rows are, for a profiler; where it is
+    None an implementation may do both in one.
+
     Raises:
         ValueError: shapes that do not fit, or a number of probes outside 1..M.
     """
@@ -136,6 +142,8 @@ def flashhead_candidates(
     scores = score_centroids(hidden_states, centroids, spread, alpha)
     if bias is not None:
         scores = scores + bias.clusters
+    if between is not None:
+        between()
     probes = select_probes(scores, num_probes_per_group)
     first = torch.arange(groups, device=rows.device, dtype=torch.int32) * clusters
     cluster_ids = (probes + first[None, :, None]).flatten(1)

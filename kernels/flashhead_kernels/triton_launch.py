@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +50,16 @@ class HeadInputs:
 
 
 def launch_head(
-    inputs: HeadInputs, k: int, need_logsumexp: bool, launches: int | None
+    inputs: HeadInputs,
+    k: int,
+    need_logsumexp: bool,
+    launches: int | None,
+    between: Callable[[], object] | None = None,
 ) -> Candidates:
     """The k (at most MAX_BEST) best keys of at least one row over at least one group.
 
     launches: 1, 2, or None for what `launch_choice` has measured to be faster.
+    between: called between two launches, which it asks for where `launches` is None.
 
     Raises:
         ValueError: one launch for a shape that it cannot serve.
@@ -70,12 +76,12 @@ def launch_head(
             f"one launch cannot serve a batch of {batch} and groups of {clusters} clusters: use two"
         )
     launch = _Launch(inputs, head, centroids, groups, batch, need_logsumexp)
-    if not one:
+    if not one or (launches is None and between is not None):
         launches = 2
     elif launches is None:
         device = inputs.hidden_states.device
         launches = launch_choice.table.choose(launch.case(), launch.one, launch.two, device)
-    keys, logsumexp = launch.one() if launches == 1 else launch.two()
+    keys, logsumexp = launch.one() if launches == 1 else launch.two(between)
     return Candidates(keys[:, :k], logsumexp)
 
 
@@ -135,7 +141,7 @@ class _Launch:
         )  # fmt: skip
         return self.keys, self.logsumexp if self.need_logsumexp else None
 
-    def two(self) -> tuple[Tensor, Tensor | None]:
+    def two(self, between: Callable[[], object] | None = None) -> tuple[Tensor, Tensor | None]:
         clusters = self.head.clusters
         rows = min(power_of_two(self.batch), MAX_BATCH_IN_ONE_LAUNCH)
         block = min(self.head.clusters_pad, _CLUSTERS_A_BLOCK)
@@ -148,6 +154,8 @@ class _Launch:
             HEAD=self.head, CENTROIDS=self.centroids, BLOCK_M=block, BATCH=rows,
             DP4A=not is_interpreted(), num_warps=_DOTS_WARPS,
         )  # fmt: skip
+        if between is not None:
+            between()
         candidates_kernel[(self.groups, self.batch)](
             self.inputs.hidden_states, *self._rows(), space.dots, *self._tables(),
             *self._out(space, space.counters), *self._scalars(),
