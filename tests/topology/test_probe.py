@@ -1,7 +1,7 @@
 """What a rank says of what it stands on: from files as the kernel writes them, and from NVML.
 
 Mutated to see each fail: interfaces that are down kept, a bridge's port kept, an adapter listed
-twice, links to a switch counted for GPUs that are joined directly, NVML left open.
+twice, every active link counted for each peer, NVML left open.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Machine:
         """Short name for run folders and tables: `cpu-2c`, `1xh200`, `4xa100+4xh100`."""
         if not self.gpus:
             return f"cpu-{self.num_cores}c"
-        counts = Counter(_short_gpu_name(gpu.name) for gpu in self.gpus)
+        counts = Counter(short_gpu_name(gpu.name) for gpu in self.gpus)
         return "+".join(f"{count}x{name}" for name, count in sorted(counts.items()))
 
     def as_dict(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Machine:
         return {"host_class": self.host_class, **asdict(self)}
 
 
-def _short_gpu_name(name: str) -> str:
+def short_gpu_name(name: str) -> str:
     """Return the model of a GPU name: `NVIDIA H200 NVL` -> `h200`, `Tesla T4` -> `t4`.
 
     The first word with a digit in it names the model in every name that NVIDIA's driver gives
@@ -81,10 +81,10 @@ def choose_placement(num_local_ranks: int, num_gpus: int) -> Placement:
     NCCL refuses two ranks on one GPU, so CUDA needs a GPU for each local rank; otherwise every rank
     runs on the CPU with gloo. The reason says so in words.
     """
-    ranks = _count(num_local_ranks, "rank")
+    ranks = counted(num_local_ranks, "rank")
     if num_gpus == 0:
         return Placement("gloo", "cpu", f"no CUDA GPU is visible: {ranks} on the CPU with gloo")
-    gpus = _count(num_gpus, "GPU")
+    gpus = counted(num_gpus, "GPU")
     if num_local_ranks <= num_gpus:
         return Placement("nccl", "cuda", f"{ranks} and {gpus}: one GPU a rank, with NCCL")
     return Placement(
@@ -111,19 +111,20 @@ def oversubscription(
     `num_gpus` counts the GPUs the ranks really run on: 0 when they run on the CPU. On the CPU a
     rank needs `threads_per_rank` cores.
     """
-    ranks = _count(num_ranks, "rank")
+    ranks = counted(num_ranks, "rank")
     if num_gpus:
-        gpus = _count(num_gpus, "GPU")
+        gpus = counted(num_gpus, "GPU")
         if num_ranks > num_gpus:
             return Oversubscription(True, f"{ranks} on {gpus}")
         return Oversubscription(False, f"{ranks} on {gpus}: a GPU each")
     threads = num_ranks * threads_per_rank
-    each = f" of {_count(threads_per_rank, 'thread')} each" if threads_per_rank > 1 else ""
-    cores = _count(num_cores, "core")
+    each = f" of {counted(threads_per_rank, 'thread')} each" if threads_per_rank > 1 else ""
+    cores = counted(num_cores, "core")
     if threads > num_cores:
         return Oversubscription(True, f"{ranks}{each} on {cores}")
     return Oversubscription(False, f"{ranks}{each} on {cores}: a core for every thread")
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
