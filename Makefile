@@ -7,7 +7,7 @@ GPU_ENV := PYTHONPATH=.:kernels:topology:profiles
 # One thread a rank: torchrun would set it anyway, and say so at length.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup scale generate test test-network verify verify-fidelity lint bench bench-pipeline bench-ranges bench-gpu check-gpu clean
+.PHONY: help setup scale generate report test test-browser test-network verify verify-fidelity lint bench bench-pipeline bench-ranges bench-gpu check-gpu clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -32,6 +32,14 @@ test: setup ## Lint, types and all tests but those on the real model
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not real and not network"
+
+test-browser: setup ## Look at reports in a headless Chromium, which must be installed (apt-get install chromium)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable ".[browser]"
+	$(BIN)/python -m pytest -m browser tests/report
+
+report: setup ## The page of a run, or of several against the first (RUN="A B", ARGS=...)
+	$(BIN)/python launch/report.py $(RUN) $(ARGS)
 
 test-network: setup ## Several hosts over links of set rate and delay, as network namespaces (root)
 	$(BIN)/python -m pytest tests/topology/shaped $(ARGS)

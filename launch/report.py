@@ -23,14 +23,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.report.comparison import Change, compare_runs
+from flashhead_dist.report.comparison import compare_runs
 from flashhead_dist.report.conditions import check_conditions, parse_condition
+from flashhead_dist.report.model_error import Check, check_model, model_error
+from flashhead_dist.report.outlook import head_shape, open_system, outlooks
 from flashhead_dist.report.page import make_report
 from flashhead_dist.report.runs import Run, load_runs
 from flashhead_dist.report.section import Section
 from flashhead_dist.report.sections.compared import comparison_section
+from flashhead_dist.report.sections.projection import projection_section
 from flashhead_dist.report.verdict import verdict
 from flashhead_dist.report.write import check_output, write_output
+from flashhead_topology.systems import list_systems
+from rank_parser import integers
 
 _CONDITION_HOLDS = 1
 
@@ -53,6 +58,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/report")
+    parser.add_argument(
+        "--project",
+        action="append",
+        default=[],
+        metavar="SYSTEM",
+        help=f"{', '.join(list_systems())}, or the .yaml file of one; may be given again",
+    )
+    parser.add_argument(
+        "--tp-sizes",
+        type=integers,
+        metavar="N,N",
+        help="of --project (default: powers of 2 up to what SYSTEM joins)",
+    )
+    parser.add_argument(
+        "--measured-on",
+        metavar="SYSTEM",
+        help="the system of the last RUN, as launch/calibrate.py writes it: the cost model is "
+        "held against the run, and its error widens the band of --project",
+    )
     parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION")
     parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
     return parser
@@ -63,8 +87,10 @@ def _report(arguments: argparse.Namespace) -> int:
     runs = load_runs(arguments.runs)
     output = arguments.output or runs[-1].folder / "report"
     check_output(output)
+    projection = _projection(arguments, runs[-1])
     changes = [change for run in runs[1:] for change in compare_runs(runs[0], run)]
-    report = make_report(runs, _extra_sections(runs, changes))
+    extra = [comparison_section(runs, changes)] if len(runs) > 1 else []
+    report = make_report(runs, [*extra, *projection])
     failures = check_conditions(conditions, runs, changes)
     paths = write_output(report, output)
     for run in runs:
@@ -84,8 +110,26 @@ def _report(arguments: argparse.Namespace) -> int:
     return _CONDITION_HOLDS if failures else 0
 
 
-def _extra_sections(runs: Sequence[Run], changes: Sequence[Change]) -> list[Section]:
-    return [comparison_section(runs, changes)] if len(runs) > 1 else []
+def _projection(arguments: argparse.Namespace, run: Run) -> list[Section]:
+    """The section of what `--project` asks for, about one run; none where it asks for nothing."""
+    if not arguments.project:
+        for name in ("tp_sizes", "measured_on"):
+            if getattr(arguments, name) is not None:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} says how to project: name a system with --project")
+        return []
+    systems = [open_system(name) for name in dict.fromkeys(arguments.project)]
+    shape = head_shape(run)
+    checks: list[Check] = []
+    if arguments.measured_on:
+        checks = check_model(run, shape, open_system(arguments.measured_on))
+    error = model_error(checks, arguments.measured_on)
+    found = [
+        outlook
+        for system in systems
+        for outlook in outlooks(run, shape, system, arguments.tp_sizes, error)
+    ]
+    return [projection_section(found, error)]
 
 
 if __name__ == "__main__":

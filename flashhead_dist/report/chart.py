@@ -33,6 +33,7 @@ _STYLE: dict[Any, Any] = {
     "axes.labelsize": 8.0,
     "axes.edgecolor": "#6B7280",
     "axes.linewidth": 0.7,
+    "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
@@ -82,18 +83,19 @@ class Chart:
         """A place to rest a pointer on, over a mark that is drawn already."""
         self.point(x, y, words, marker="o", markersize=9, alpha=0.0)
 
-    def plot(self) -> Plot:
-        """Write it as SVG."""
+    def plot(self, row: str = "") -> Plot:
+        """Write it as SVG; row: see `Plot`."""
         from matplotlib import rc_context
 
         text = io.StringIO()
         with rc_context(self._rc):
-            self.figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+            self.figure.savefig(text, format="svg", facecolor="none", metadata={"Date": None})
         return Plot(
             key=self.key,
             words=self.words,
             svg=embed_svg(text.getvalue(), self.key, self.words, self._marks),
             num_marks=len(self._marks),
+            row=row,
         )
 
 

@@ -20,6 +20,8 @@ class Column:
 
 
 def _us(value: float) -> str:
+    if value == 0:
+        return "0"
     return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.1f}"
 
 
@@ -110,6 +112,11 @@ _COLUMNS = {
     "memory_bandwidth_bytes_per_s": Column("memory GB/s", _gb_per_s),
     "roofline_share": Column("share %", _percent),
     "over_others": Column("× median of others", _times),
+    "system": Column("system", str),
+    "low_us": Column("band from", _us),
+    "high_us": Column("to", _us),
+    "sent_bytes": Column("sent B", _count),
+    "carried_by": Column("carried by", str),
     "before": Column("before", lambda value: f"{value:,.6g}"),
     "after": Column("after", lambda value: f"{value:,.6g}"),
     "change": Column("change %", _signed_percent),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from itertools import groupby
 from typing import Any
 
 import pandas as pd
@@ -12,7 +14,7 @@ import pandas as pd
 from flashhead_dist.errors import UserError
 from flashhead_dist.report.legend import LegendKey, legend_keys
 from flashhead_dist.report.runs import Run
-from flashhead_dist.report.section import Section
+from flashhead_dist.report.section import Plot, Section
 from flashhead_dist.report.sections.crossover import crossover_section
 from flashhead_dist.report.sections.fidelity import fidelity_section
 from flashhead_dist.report.sections.latency import latency_section
@@ -69,6 +71,11 @@ class _Block:
     tables: tuple[TableView, ...] = ()
     projected: bool = False
 
+    @property
+    def rows(self) -> list[list[Plot]]:
+        """Plots that stand side by side."""
+        return [list(plots) for _, plots in groupby(self.section.plots, key=lambda plot: plot.row)]
+
 
 @dataclass(frozen=True)
 class _Fact:
@@ -78,12 +85,26 @@ class _Fact:
 
 
 @dataclass(frozen=True)
+class _Paragraph:
+    """Its text, and what it is about, where it says so before a colon."""
+
+    lead: str
+    text: str
+
+    @classmethod
+    def of(cls, front: str, text: str) -> _Paragraph:
+        """Of a sentence `lead: text`; front: put before the lead."""
+        lead, colon, rest = text.partition(": ")
+        return cls(f"{front}{lead}", rest) if colon else cls("", f"{front}{text}")
+
+
+@dataclass(frozen=True)
 class _Part:
     """An entry of the page's contents."""
 
     key: str
     title: str
-    paragraphs: tuple[str, ...] = ()
+    paragraphs: tuple[_Paragraph, ...] = ()
     facts: tuple[_Fact, ...] | None = None
     blocks: tuple[_Block, ...] = field(default=())
 
@@ -138,11 +159,11 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _words_part(runs: Sequence[Run]) -> _Part:
-    paragraphs = []
+    paragraphs: list[_Paragraph] = []
     for run in runs:
         found = verdict(run) or ["Neither flashhead nor dense_local_max was measured on one rank."]
-        front = f"{run.letter}. " if len(runs) > 1 else ""
-        paragraphs += [front + found[0], *found[1:]]
+        front = f"{run.letter}, " if len(runs) > 1 else ""
+        paragraphs += [_Paragraph.of(front, text) for text in found]
     return _Part("words", "In words", paragraphs=tuple(paragraphs))
 
 
@@ -194,7 +215,13 @@ def _render(**values: Any) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["tight"] = _tight
     return environment.from_string(_read("page.html.j2")).render(**values)
+
+
+def _tight(text: str) -> str:
+    """Keeps a number and its unit on one line."""
+    return re.sub(r"(?<=\d) (?=(?:µs|%|MB|GB/s|KiB)\b|%)", "\N{NO-BREAK SPACE}", text)
 
 
 def _read(name: str) -> str:

@@ -38,7 +38,15 @@ def style_of(head: str) -> dict[str, Any]:
     """matplotlib's colour, marker and sizes of a head."""
     color, marker = _STYLES.get(head, _OTHER_STYLE)
     size = _MARKER_SIZES.get(marker, 6.0)
-    return {"color": color, "marker": marker, "markersize": size, "linewidth": 1.5}
+    # What the page is about lies over what it is compared with.
+    above = 2.5 if head == "flashhead" else 2.0
+    return {
+        "color": color,
+        "marker": marker,
+        "markersize": size,
+        "linewidth": 1.5,
+        "zorder": above,
+    }
 
 
 def is_head(name: str) -> bool:

@@ -14,13 +14,15 @@ class Plot:
     """One drawn plot.
 
     key: names it on the page. words: its title, which a screen reader reads. svg: an `<svg>`
-    element. num_marks: how many data marks it shows; a test counts them in a browser.
+    element. num_marks: how many data marks it shows; a test counts them in a browser. row: plots of
+    the same row stand side by side, where the page is wide enough.
     """
 
     key: str
     words: str
     svg: str
     num_marks: int
+    row: str = ""
 
 
 @dataclass(frozen=True)

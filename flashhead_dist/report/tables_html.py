@@ -8,7 +8,9 @@ import pandas as pd
 
 from flashhead_dist.report.columns import MISSING, column_of
 
-_TEXT = ("head", "worst_source", "schedule", "verdict", "figure", "fact", "counted_reason")
+_TEXT = (
+    "head", "system", "carried_by", "worst_source", "schedule", "verdict", "figure", "fact", "run",
+)  # fmt: skip
 _LEFT_OUT = ("counted_reason",)
 """Columns of the CSV file that a table has no room for; notes tell what they say."""
 _FEW_ROWS = 12
@@ -16,12 +18,16 @@ _FEW_ROWS = 12
 
 @dataclass(frozen=True)
 class TableView:
-    """What the template writes: headings, and rows of (text, whether it is a number)."""
+    """What the template writes: headings, and rows of (text, whether it is a number).
+
+    classes: of each row; `better` and `worse` where a verdict says so.
+    """
 
     title: str
     projected: bool
     headings: tuple[tuple[str, bool], ...]
     rows: tuple[tuple[tuple[str, bool], ...], ...]
+    classes: tuple[str, ...]
 
     @property
     def is_long(self) -> bool:
@@ -59,6 +65,9 @@ def _view(title: str, frame: pd.DataFrame, *, projected: bool) -> TableView:
             tuple((_cell(name, row[name]), name not in _TEXT) for name in names)
             for _, row in shown.iterrows()
         ),
+        classes=tuple(str(value).split()[0] for value in shown["verdict"])
+        if "verdict" in shown
+        else ("",) * len(shown),
     )
 
 

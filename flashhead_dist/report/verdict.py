@@ -3,62 +3,106 @@
 from __future__ import annotations
 
 from flashhead_dist.measure.assemble import BASELINE
+from flashhead_dist.measure.records import Record
+from flashhead_dist.measure.split import COMPUTE_PARTS
 from flashhead_dist.report.gain import Gain, eaten_from, gains
 from flashhead_dist.report.runs import Run
 
 PRODUCT = "flashhead"
+BOUND_BY_MEMORY = 0.75
+"""From this share of a plain read's bandwidth on, memory is said to limit a head."""
+_SMALL_BYTES = 1024
+_PART_WORDS = {
+    "centroids": "centroid scores",
+    "candidates": "exact scores of rows",
+    "other": "everything else that it computes",
+    "exchange": "the exchange",
+}
 
 
 def verdict(run: Run) -> list[str]:
     """A paragraph a batch size about the product, the smallest batch first, then about the dense.
 
-    Empty where neither head was measured.
+    Empty where neither head was measured on one rank.
     """
-    paragraphs = []
-    for batch_size in run.batch_sizes:
-        sentences = _paragraph(run, PRODUCT, batch_size)
-        if sentences:
-            paragraphs.append(" ".join(sentences))
-    dense = _paragraph(run, BASELINE, run.batch_sizes[0])
-    if dense:
-        paragraphs.append(" ".join(dense))
-    return paragraphs
+    wanted = [(PRODUCT, batch_size) for batch_size in run.batch_sizes]
+    wanted.append((BASELINE, run.batch_sizes[0]))
+    paragraphs = [_paragraph(run, head, batch_size) for head, batch_size in wanted]
+    return [" ".join(sentences) for sentences in paragraphs if sentences]
 
 
 def _paragraph(run: Run, head: str, batch_size: int) -> list[str]:
-    records = [r for r in run.records if (r.head, r.batch_size) == (head, batch_size)]
-    alone = next((r for r in records if r.tp_size == 1 and r.median_us is not None), None)
-    if alone is None or alone.median_us is None:
+    records = sorted(
+        (r for r in run.records if (r.head, r.batch_size) == (head, batch_size)),
+        key=lambda record: record.tp_size,
+    )
+    if not records or records[0].tp_size != 1 or records[0].median_us is None:
         return []
+    alone = records[0]
     sentences = [
-        f"{head} at batch {batch_size}: on one rank a step takes {alone.median_us:,.0f} µs, all of "
-        f"it compute."
+        f"{head} at batch {batch_size}: on one rank a step takes {alone.median_us:,.0f} µs, "
+        f"{_limit(alone)}."
     ]
     found = gains(run, head, batch_size)
     if not found:
         return [*sentences, "No other rank count was measured."]
     sentences += [_step(gain) for gain in found]
-    eaten = eaten_from(found)
-    payload = next((r.payload_bytes_per_row for r in records if r.tp_size > 1), 0.0)
-    if eaten is None:
-        sentences.append(f"Up to {found[-1].after} ranks the exchange does not eat the gain.")
-    else:
-        kind = " (PROJECTED)" if eaten.projected else ""
-        cost = (
-            f"the fixed cost of the exchange, which carries only {payload:,.0f} bytes a row,"
-            if payload <= 1024
-            else "the exchange"
-        )
-        sentences.append(f"From {eaten.after} ranks on {cost} eats the gain{kind}.")
-    return sentences
+    largest = [record for record in records if record.measured and record.tp_size > 1]
+    if largest:
+        sentences.append(_largest_part(largest[-1]))
+    return [*sentences, _from_where(found, records)]
+
+
+def _limit(alone: Record) -> str:
+    """What one rank's compute is bound by, from the share of its memory's bandwidth."""
+    share = alone.roofline_share
+    rate = alone.read_bytes_by_rank[0] / alone.compute_us
+    reads = (
+        f"in which it reads {alone.read_bytes_by_rank[0] / 1e6:,.1f} MB at {rate / 1e3:,.1f} GB/s, "
+        f"{100 * share:.0f} % of what a plain read reaches here"
+    )
+    if share >= BOUND_BY_MEMORY:
+        return f"{reads}: the memory's bandwidth limits it"
+    return f"{reads}: bandwidth alone does not limit it"
 
 
 def _step(gain: Gain) -> str:
-    kind = "PROJECTED from" if gain.projected else "From"
-    saved = f"{kind} {gain.before} to {gain.after} ranks compute falls by {gain.saved_us:,.0f} µs"
-    share = gain.eaten_share
-    if share is None:
-        return f"{kind} {gain.before} to {gain.after} ranks compute does not fall."
-    taken = f"exchange and waiting take {gain.taken_us:,.0f} µs back ({100 * share:.0f} %)"
+    """What the next size gains, and what the exchange takes back of it."""
+    start = f"{'PROJECTED from' if gain.projected else 'From'} {gain.before} to {gain.after} ranks"
+    if gain.eaten_share is None:
+        return f"{start} compute does not fall."
     noise = ", within the noise" if gain.within_noise else ""
-    return f"{saved} and {taken}{noise}."
+    if gain.taken_us <= 0:
+        return f"{start} compute falls by {gain.saved_us:,.0f} µs and nothing is taken back{noise}."
+    return (
+        f"{start} compute falls by {gain.saved_us:,.0f} µs and exchange and waiting take "
+        f"{gain.taken_us:,.0f} µs back ({100 * gain.eaten_share:.0f} %){noise}."
+    )
+
+
+def _largest_part(record: Record) -> str:
+    parts = {name: record.split.step_us[name] for name in (*COMPUTE_PARTS, "exchange")}
+    medians = {name: part.median for name, part in parts.items() if part is not None}
+    whole = sum(medians.values())
+    name = max(medians, key=lambda part: medians[part])
+    return (
+        f"The largest part of a step at {record.tp_size} ranks is {_PART_WORDS[name]}, "
+        f"{100 * medians[name] / whole:.0f} %."
+    )
+
+
+def _from_where(found: list[Gain], records: list[Record]) -> str:
+    eaten = eaten_from(found)
+    if eaten is None:
+        return f"Up to {found[-1].after} ranks the exchange does not eat the gain beyond the noise."
+    if eaten.saved_us <= 0:
+        kind = " (PROJECTED)" if eaten.projected else ""
+        return f"From {eaten.after} ranks on, more ranks gain nothing{kind}."
+    payload = max(record.payload_bytes_per_row for record in records)
+    cost = (
+        f"the fixed cost of an exchange that carries {payload:,.0f} bytes a row"
+        if payload <= _SMALL_BYTES
+        else "the exchange"
+    )
+    kind = " (PROJECTED)" if eaten.projected else ""
+    return f"From {eaten.after} ranks on, {cost} eats the gain{kind}."

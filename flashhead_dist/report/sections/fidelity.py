@@ -77,7 +77,7 @@ def _plot(run: Run, records: list[Record]) -> Plot:
     heads = list(dict.fromkeys(record.head for record in records))
     chart = Chart(
         f"{KEY}-{run.letter}",
-        "Dense token found (each head's worst tp_size)",
+        "Dense token found, at the worst tp_size",
         height_px=70 + 26 * len(heads),
     )
     for place, head in enumerate(heads):
@@ -94,10 +94,10 @@ def _plot(run: Run, records: list[Record]) -> Plot:
             chart.point(worst, place, words, **style | {"markerfacecolor": "white"})
         chart.point(share, place, f"{shown}: {100 * share:.2f} %", **style)
         label = f"{100 * share:.2f}" if worst is None else f"{100 * share:.2f} / {100 * worst:.1f}"
-        chart.axes.text(1.02, place, label, va="center", fontsize=7.5)
+        chart.axes.text(1.05, place, label, va="center", fontsize=7.5)
     chart.axes.set_yticks(range(len(heads)), heads)
     chart.axes.set_ylim(len(heads) - 0.5, -0.5)
-    chart.axes.set_xlim(0, 1.3)
+    chart.axes.set_xlim(0, 1.33)
     chart.axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
     chart.axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     chart.axes.grid(visible=False, axis="y")

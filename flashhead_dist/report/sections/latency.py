@@ -61,6 +61,8 @@ def _plot(run: Run, batch_size: int) -> Plot:
     chart = Chart(f"{KEY}-{run.letter}-b{batch_size}", f"Latency, batch {batch_size}")
     heads = heads_of(run.records)
     draw_latency(chart.axes, batch, heads)
+    # Room for the word above what is projected.
+    chart.axes.set_ylim(top=1.35 * chart.axes.get_ylim()[1])
     chart.axes.set_xlabel("tp_size (ranks)")
     chart.axes.set_ylabel("µs a step")
     for record in batch:

@@ -43,6 +43,7 @@ def ranks_section(run: Run) -> Section:
     if not records:
         return Section(key=KEY, title=_TITLE, missing="one rank has no other to compare with")
     slow = slow_ranks(records)
+    slow_at = {(found.batch_size, found.tp_size): found.rank for found in slow}
     notes = [_words(found) for found in slow] or [
         "No rank stands out: none computes over 10 % longer than the others' median and beyond "
         "their p90, for half of the heads or more."
@@ -57,7 +58,11 @@ def ranks_section(run: Run) -> Section:
         title=_TITLE,
         notes=tuple(notes),
         frame=frame_of([row for record in records for row in _rows(record)]),
-        plots=tuple(_plot(run, record) for record in drawn if record.split.by_rank_us["other"]),
+        plots=tuple(
+            _plot(run, record, slow_at.get((record.batch_size, record.tp_size)))
+            for record in sorted(drawn, key=lambda r: (r.batch_size, r.tp_size))
+            if record.split.by_rank_us["other"]
+        ),
         marks=tuple((f"color:{PART_COLORS[part]}", part) for part in PARTS),
     )
 
@@ -136,13 +141,12 @@ def _rows(record: Record) -> list[dict[str, object]]:
     ]
 
 
-def _plot(run: Run, record: Record) -> Plot:
+def _plot(run: Run, record: Record, slow: int | None) -> Plot:
     words = f"{record.head} by rank, tp {record.tp_size}, batch {record.batch_size}"
     key = f"{KEY}-{run.letter}-tp{record.tp_size}-b{record.batch_size}"
     chart = Chart(key, words)
     if not record.measured:
         chart.axes.set_facecolor(PROJECTED_GROUND)
-    slow = record.split.slow_rank
     tops = []
     for rank in range(record.tp_size):
         bottom = 0.0
@@ -158,11 +162,10 @@ def _plot(run: Run, record: Record) -> Plot:
             bottom += us
         tops.append(bottom)
     if slow is not None:
-        chart.axes.annotate(
-            "slow", (slow.rank, tops[slow.rank]), ha="center", va="bottom", color="#B91C1C"
-        )
+        chart.axes.annotate("slow", (slow, tops[slow]), ha="center", va="bottom", color="#B91C1C")
     chart.axes.set_ylim(0, 1.12 * max(tops))
     chart.axes.set_xticks(range(record.tp_size))
+    chart.axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     chart.axes.set_xlabel("rank")
     chart.axes.set_ylabel("µs of a step")
-    return chart.plot()
+    return chart.plot(f"batch {record.batch_size}")

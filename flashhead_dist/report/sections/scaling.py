@@ -33,8 +33,8 @@ def scaling_section(run: Run) -> Section:
         return Section(key=KEY, title="Strong scaling", missing=missing)
     plots = [
         plot
-        for batch_size in run.batch_sizes
-        for plot in (_speedup_plot(run, rows, batch_size), _efficiency_plot(run, rows, batch_size))
+        for draw in (_speedup_plot, _efficiency_plot)
+        for plot in (draw(run, rows, batch_size) for batch_size in run.batch_sizes)
     ]
     notes = ["Each head against its own median at tp 1. Bars: p10 to p90 of its step at that size."]
     if any(not record.measured for record in run.records):
@@ -84,7 +84,7 @@ def _speedup_plot(run: Run, rows: Sequence[dict[str, object]], batch_size: int) 
     chart.axes.set_yscale("log", base=2)
     chart.axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     chart.axes.yaxis.minorticks_off()
-    return chart.plot()
+    return chart.plot("speedup")
 
 
 def _efficiency_plot(run: Run, rows: Sequence[dict[str, object]], batch_size: int) -> Plot:
@@ -94,7 +94,7 @@ def _efficiency_plot(run: Run, rows: Sequence[dict[str, object]], batch_size: in
     _draw(chart, run, rows, batch_size, over=None)
     chart.axes.set_ylim(bottom=0)
     chart.axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    return chart.plot()
+    return chart.plot("efficiency")
 
 
 def _prepare(axes: Axes, run: Run, batch_size: int) -> list[int]:

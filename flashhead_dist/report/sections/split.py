@@ -109,4 +109,4 @@ def _plot(run: Run, records: Sequence[Record]) -> Plot:
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.grid(visible=False, axis="y")
-    return chart.plot()
+    return chart.plot(f"batch {first.batch_size}")
