@@ -3,8 +3,8 @@
 The times of `collective_cost` are linear in `(base_s, alpha_s, beta_s_per_byte)` as long as the
 same messages are on the longest path, which changes only here and there. So the fit solves linear
 least squares of relative residuals, follows the paths again, and stops once nothing moves; no
-constant is below zero. Residuals are relative because times span five orders of magnitude: absolute ones
-would fit the largest messages alone.
+constant is below zero. Residuals are relative because times span five orders of magnitude:
+absolute ones would fit the largest messages alone.
 
 Units: seconds and bytes.
 """
