@@ -45,6 +45,8 @@ from flashhead_dist.integrations.pipeline_bubble import (
     ideal_bubble,
     measured_bubble,
 )
+from flashhead_dist.measure.records import RECORDS_NAME
+from flashhead_dist.measure.run_folder import write_pipeline
 from flashhead_dist.measure.setup import Setup, decide_setup
 from flashhead_dist.model_source import ModelSource, open_model
 from flashhead_kernels.cpu_threads import compute_threads
@@ -75,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
     parser.add_argument("--sleep-ms", type=integers, metavar="N,N", help="simulate; by stage")
     parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="a folder of launch/scale.py, whose report then shows the bubbles too",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
     return parser
 
@@ -88,6 +96,9 @@ def check(arguments: argparse.Namespace) -> None:
     for flag, value in given.items():
         if value < 1:
             raise UserError(f"{flag} holds {value}: give 1 or more")
+    folder = arguments.run_dir
+    if folder is not None and not (folder / RECORDS_NAME).is_file():
+        raise UserError(f"--run-dir {folder} holds no {RECORDS_NAME}: name a run of scale.py")
     slept = arguments.sleep_ms
     if slept is not None and (len(slept) != arguments.pp_size or min(slept) < 0):
         raise UserError(
@@ -273,9 +284,12 @@ def _report(
             *(f"{row[name]:.1%}" for name in ("measured_bubble", "formula_bubble", "ideal_bubble")),
         )
     Console().print(table)
+    given = {name: str(value) for name, value in vars(arguments).items()}
+    document = given | {"oversubscribed": oversubscribed, "results": results}
+    if arguments.run_dir is not None:
+        write_pipeline(arguments.run_dir, document)
     if arguments.json:
-        given = {name: str(value) for name, value in vars(arguments).items()}
-        print(json.dumps(given | {"oversubscribed": oversubscribed, "results": results}))
+        print(json.dumps(document))
 
 
 if __name__ == "__main__":

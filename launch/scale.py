@@ -10,8 +10,9 @@ own, else gloo and the CPU. More ranks than cores are OVERSUBSCRIBED: every tabl
 each rank's compute is measured alone, and what follows from it is labelled a projection.
 
 Without --index the model's default index is used, and built first where it is missing. Writes
-records.jsonl, summary.csv, environment.json and plots to RUNS_DIR/<date>_<host class>_<commit>/ and
-prints tables. docs/measuring.md says how everything is measured and what each key means.
+records.jsonl, summary.csv, environment.json, plots and report/report.html (see launch/report.py) to
+RUNS_DIR/<date>_<host class>_<commit>/ and prints tables. docs/measuring.md says how everything is
+measured and what each key means.
 
 Exit codes of a rank: 0, 2 for a mistake in what was given, 1 where another rank was lost, 130 after
 Ctrl-C. torchrun reports them, and itself exits with 1 for any but 0.
@@ -37,10 +38,12 @@ from flashhead_dist.collectives import TensorParallel, split_tensor_parallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.workload import Request, Workload, prepare_workload
 from flashhead_dist.heads.kept_launches import describe_launches, keep_launches
+from flashhead_dist.index import load_manifest
 from flashhead_dist.measure.cell import Effort
 from flashhead_dist.measure.control import Control
 from flashhead_dist.measure.crossover_notes import crossover_notes
 from flashhead_dist.measure.environment import boot_id, describe_environment, make_provenance
+from flashhead_dist.measure.head_shape import head_shape_of
 from flashhead_dist.measure.plan import Inputs, Plan
 from flashhead_dist.measure.records import RECORDS_NAME, RecordWriter
 from flashhead_dist.measure.run_folder import make_run_folder, write_environment
@@ -49,6 +52,7 @@ from flashhead_dist.measure.sweep import Sweep
 from flashhead_dist.model_source import ModelSource
 from flashhead_dist.report.present import print_report, report_console, write_report
 from flashhead_dist.report.progress import SweepProgress
+from flashhead_dist.report.write import write_page
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 from rank_parser import DTYPES
@@ -123,6 +127,7 @@ class _Run:
         with control.phase():
             if control.is_first:
                 environment |= {
+                    "head_shape": _head_shape(model, workload, plan),
                     "hidden_states": workload.origin,
                     "key_exchange": _key_exchange(places),
                 }
@@ -219,6 +224,8 @@ class _Run:
                 "plots are SKIPPED: pip install 'flashhead-dist[report]' to draw them.",
             ]
         paths = write_report(sweep.records, folder, plots=plots)
+        if plots:
+            paths.append(write_page(folder))
         print_report(sweep.records, notes, paths, report_console())
         if self.arguments.json:
             document = {
@@ -237,6 +244,13 @@ def _key_exchange(places: Mapping[int, TensorParallel | None]) -> dict[int, dict
         for size, place in places.items()
         if place is not None
     }
+
+
+def _head_shape(model: ModelSource, workload: Workload, plan: Plan) -> dict[str, Any]:
+    """What the cost model needs of the heads, for projections from this run."""
+    manifest = None if workload.index_dir is None else load_manifest(workload.index_dir)
+    shape = head_shape_of(model, manifest, num_probes=plan.num_probes, dtype=plan.dtype)
+    return asdict(shape)
 
 
 def _inputs(model: ModelSource, workload: Workload) -> Inputs:

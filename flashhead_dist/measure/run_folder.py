@@ -10,6 +10,8 @@ from typing import Any
 from flashhead_dist.measure.records import cannot_write
 
 ENVIRONMENT_NAME = "environment.json"
+PIPELINE_NAME = "pipeline.json"
+"""What launch/bench_pipeline.py leaves in the folder of a run, for its report."""
 
 
 def make_run_folder(
@@ -39,8 +41,16 @@ def make_run_folder(
 
 def write_environment(folder: Path, environment: dict[str, Any]) -> None:
     """Write `environment.json`, in the place of an earlier one; raises UserError on failure."""
-    path = folder / ENVIRONMENT_NAME
+    _write(folder / ENVIRONMENT_NAME, environment)
+
+
+def write_pipeline(folder: Path, document: dict[str, Any]) -> None:
+    """Write `pipeline.json`, in the place of an earlier one; raises UserError on failure."""
+    _write(folder / PIPELINE_NAME, document)
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
     try:
-        path.write_text(json.dumps(environment, indent=2) + "\n")
+        path.write_text(json.dumps(value, indent=2) + "\n")
     except OSError as error:
         raise cannot_write(path, error) from error

@@ -14,9 +14,8 @@ from typing import Any
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.measure.records import RECORDS_NAME, Record, read_records
-from flashhead_dist.measure.run_folder import ENVIRONMENT_NAME
+from flashhead_dist.measure.run_folder import ENVIRONMENT_NAME, PIPELINE_NAME
 
-PIPELINE_NAME = "pipeline.json"
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # What all records of one run share.
 _SHARED = ("system", "device", "model_hash", "dtype", "commit", "index_hash", "threads_per_rank")

@@ -7,9 +7,11 @@ import tempfile
 from pathlib import Path
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.report.page import FRAME_NAMES, GENERATOR, Report
+from flashhead_dist.report.page import FRAME_NAMES, GENERATOR, Report, make_report
+from flashhead_dist.report.runs import load_run
 
 PAGE_NAME = "report.html"
+REPORT_FOLDER = "report"
 
 
 def check_output(folder: Path) -> None:
@@ -64,6 +66,16 @@ def write_output(report: Report, folder: Path) -> list[Path]:
             f"another folder with --output"
         ) from error
     return [folder / name for name in names]
+
+
+def write_page(run_folder: Path) -> Path:
+    """Write the report of one finished run to `report` within it, and return the page's path.
+
+    Raises:
+        UserError: see `load_run` and `write_output`.
+    """
+    report = make_report([load_run(run_folder)])
+    return write_output(report, run_folder / REPORT_FOLDER)[0]
 
 
 def _is_of_report(path: Path) -> bool:

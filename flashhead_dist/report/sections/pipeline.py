@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from flashhead_dist.errors import UserError
+from flashhead_dist.measure.run_folder import PIPELINE_NAME
 from flashhead_dist.report.chart import Chart
 from flashhead_dist.report.plots import size_axis
-from flashhead_dist.report.runs import PIPELINE_NAME, Run
+from flashhead_dist.report.runs import Run
 from flashhead_dist.report.section import Plot, Section, frame_of
 
 KEY = "pipeline"
