@@ -48,12 +48,16 @@ from flashhead_dist.measure.plan import Inputs, Plan
 from flashhead_dist.measure.records import RECORDS_NAME, RecordWriter
 from flashhead_dist.measure.run_folder import make_run_folder, write_environment
 from flashhead_dist.measure.setup import Setup, decide_setup
+from flashhead_dist.measure.standing import describe_standing, gather_topology
 from flashhead_dist.measure.sweep import Sweep
 from flashhead_dist.model_source import ModelSource
 from flashhead_dist.report.present import print_report, report_console, write_report
 from flashhead_dist.report.progress import SweepProgress
+from flashhead_dist.report.standing import write_standing
 from flashhead_dist.report.write import write_page
 from flashhead_kernels.cpu_threads import compute_threads
+from flashhead_topology.drawing import short_drawing
+from flashhead_topology.place import Topology
 from flashhead_topology.probe import probe_machine
 from rank_parser import DTYPES
 from ranks import Ranks, World, refuse_together, run_ranks
@@ -93,6 +97,8 @@ class _Run:
         with control.phase():
             setup = self._decide()
         environment, folder = self._begin(setup, control)
+        topology = gather_topology(control, setup)
+        environment["topology"] = describe_standing(topology)
         workload, model = self._prepare(setup, control)
         ranks.open_group(setup.placement.backend, setup.device)
         plan = self._plan(setup, model)
@@ -131,7 +137,7 @@ class _Run:
                     "hidden_states": workload.origin,
                     "key_exchange": _key_exchange(places),
                 }
-                self._report(sweep, folder, environment, setup.notes)
+                self._report(sweep, folder, environment, setup.notes, topology)
 
     def _decide(self) -> Setup:
         return decide_setup(
@@ -206,6 +212,7 @@ class _Run:
         folder: Path,
         environment: dict[str, Any],
         notes: Sequence[str],
+        topology: Topology,
     ) -> None:
         costs = {operation.value: asdict(cost) for operation, cost in sweep.costs.items()}
         crossovers = {size: found.as_json() for size, found in sweep.crossovers.items()}
@@ -214,7 +221,9 @@ class _Run:
             "crossovers": crossovers,
             "launches": describe_launches(),
         }
-        notes = [*notes, *sweep.notes, *crossover_notes(sweep.crossovers, sweep.records)]
+        standing = f"The ranks stand on {short_drawing(topology)}."
+        found = crossover_notes(sweep.crossovers, sweep.records)
+        notes = [standing, *notes, *sweep.notes, *found]
         write_environment(folder, environment)
         plots = not self.arguments.skip_plots
         if plots and find_spec("matplotlib") is None:
@@ -224,6 +233,7 @@ class _Run:
                 "plots are SKIPPED: pip install 'flashhead-dist[report]' to draw them.",
             ]
         paths = write_report(sweep.records, folder, plots=plots)
+        paths += write_standing(topology, folder, picture=plots)
         if plots:
             paths.append(write_page(folder))
         print_report(sweep.records, notes, paths, report_console())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flashhead_dist.measure.records import cannot_write
-from flashhead_topology.choices import all_choices
+from flashhead_topology.choices import Choice, all_choices
 from flashhead_topology.drawing import short_drawing, text_drawing
 from flashhead_topology.picture import write_picture
 from flashhead_topology.place import Topology
@@ -22,7 +22,7 @@ def write_standing(topology: Topology, folder: Path, *, picture: bool) -> list[P
         UserError: the folder cannot be written.
     """
     choices = all_choices(topology, list_systems())
-    reasons = "\n".join(f"{choice.name}: {choice.value} ({choice.reason})" for choice in choices)
+    reasons = "\n".join(map(_sentence, choices))
     paths = [folder / TEXT_NAME]
     try:
         paths[0].write_text(
@@ -34,3 +34,12 @@ def write_standing(topology: Topology, folder: Path, *, picture: bool) -> list[P
     except OSError as error:
         raise cannot_write(paths[-1], error) from error
     return paths
+
+
+def _sentence(choice: Choice) -> str:
+    if choice.value is None:
+        return f"{choice.name}: {choice.reason}"
+    value = choice.value
+    if choice.name == "parallelism":
+        value = "tp {} x pp {}".format(*value)
+    return f"{choice.name}: {value} ({choice.reason})"

@@ -136,7 +136,8 @@ def test_run_folder_is_complete_and_agrees_with_the_document(
     (folder,) = finished.runs.iterdir()
     assert document["run_dir"] == str(folder)
     assert {path.name for path in folder.iterdir()} == {
-        *("records.jsonl", "summary.csv", "environment.json", "latency.png", "bytes.png")
+        *("records.jsonl", "summary.csv", "environment.json", "latency.png", "bytes.png"),
+        *("topology.txt", "topology.png"),
     }
     assert [json.loads(record.as_json_line()) for record in read_records(folder)] == document[
         "records"
@@ -150,6 +151,11 @@ def test_run_folder_is_complete_and_agrees_with_the_document(
     assert exchange["3"] == "gloo"
     assert all(how["reason"] for how in environment["key_exchange"].values())
     assert set(environment["crossovers"]) == {"1", "3"}
+    standing = environment["topology"]
+    assert [place["rank"] for place in standing["places"]] == [0, 1, 2]
+    assert all(choice["reason"] for choice in standing["choices"])
+    assert standing["drawing"] in (folder / "topology.txt").read_text()
+    assert any(standing["drawing"] in note for note in document["notes"])
     assert all("1" in found["times_us"] for found in environment["crossovers"].values())
     assert {found["origin"] for found in environment["crossovers"].values()} == {"measured now"}
     assert environment["launches"] == {"choices": [], "not_kept": None}, "none without CUDA"

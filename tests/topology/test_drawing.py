@@ -1,7 +1,7 @@
 """Drawings of machines that do not exist, in text and as pictures.
 
 Mutated to see each fail: hosts that differ drawn once, a bar of NVLink drawn for pairs, missing
-facts left out, the title cut off.
+facts left out, a PCIe switch left out.
 """
 
 from __future__ import annotations
