@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tests.dist.transformers_zoo import Zoo
 
 RANK_MAIN = Path(__file__).with_name("rank_main.py")
+ROOT = Path(__file__).parents[2]
 
 
 class RankFailedError(Exception):
@@ -40,6 +41,8 @@ def _run_ranks(
             "WORLD_SIZE": str(world_size),
             "OMP_NUM_THREADS": "1",
             "RANK_TIMEOUT_S": str(timeout_s),
+            # As pytest has it: a test's helpers are found by their place under the root.
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             # Large tensors of many sizes leave the heap in gaps: docs/decisions.md.
             "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
         }
