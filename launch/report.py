@@ -33,7 +33,7 @@ from flashhead_dist.report.section import Section
 from flashhead_dist.report.sections.compared import comparison_section
 from flashhead_dist.report.sections.projection import projection_section
 from flashhead_dist.report.verdict import verdict
-from flashhead_dist.report.write import check_output, write_output
+from flashhead_dist.report.write import REPORT_FOLDER, check_output, write_output
 from flashhead_topology.systems import list_systems
 from rank_parser import integers
 
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 def _report(arguments: argparse.Namespace) -> int:
     conditions = [parse_condition(text) for text in arguments.fail_if]
     runs = load_runs(arguments.runs)
-    output = arguments.output or runs[-1].folder / "report"
+    output = arguments.output or runs[-1].folder / REPORT_FOLDER
     check_output(output)
     projection = _projection(arguments, runs[-1])
     changes = [change for run in runs[1:] for change in compare_runs(runs[0], run)]

@@ -111,7 +111,7 @@ _COLUMNS = {
     "read_bytes_per_s": Column("read GB/s", _gb_per_s),
     "memory_bandwidth_bytes_per_s": Column("memory GB/s", _gb_per_s),
     "roofline_share": Column("share %", _percent),
-    "over_others": Column("× median of others", _times),
+    "over_median_rank": Column("× median rank", _times),
     "system": Column("system", str),
     "low_us": Column("band from", _us),
     "high_us": Column("to", _us),

@@ -7,7 +7,6 @@ is eaten where taken >= saved, so that more ranks make the step longer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -45,26 +44,26 @@ class Gain:
 
 def gains(run: Run, head: str, batch_size: int) -> list[Gain]:
     """From each size of the run to the next, where latencies are known, ascending."""
-    records = sorted(
-        (
-            record
-            for record in run.records
-            if (record.head, record.batch_size) == (head, batch_size)
-            and record.median_us is not None
-        ),
-        key=lambda record: record.tp_size,
-    )
+    records = _known(run, head, batch_size)
     return [_gain(before, after) for before, after in pairwise(records)]
 
 
-def eaten_from(found: Sequence[Gain]) -> Gain | None:
-    """The first of `gains` that is eaten beyond the noise, and after which none is gained again."""
-    last: Gain | None = None
-    for gain in reversed(found):
-        if not gain.eaten or gain.within_noise:
-            break
-        last = gain
-    return last
+def turning_point(run: Run, head: str, batch_size: int) -> Gain | None:
+    """From the size with the shortest step to the next larger one; None where that is the largest.
+
+    The smallest of sizes with equally short steps.
+    """
+    records = _known(run, head, batch_size)
+    if not records:
+        return None
+    place = min(range(len(records)), key=lambda i: records[i].median_us or 0.0)
+    return None if place + 1 == len(records) else _gain(records[place], records[place + 1])
+
+
+def _known(run: Run, head: str, batch_size: int) -> list[Record]:
+    """Records whose latency is known, by `tp_size`."""
+    mine = (r for r in run.records if (r.head, r.batch_size) == (head, batch_size))
+    return sorted((r for r in mine if r.median_us is not None), key=lambda r: r.tp_size)
 
 
 def _gain(before: Record, after: Record) -> Gain:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flashhead_dist.measure.assemble import BASELINE
 from flashhead_dist.measure.records import Record
 from flashhead_dist.measure.split import COMPUTE_PARTS
-from flashhead_dist.report.gain import Gain, eaten_from, gains
+from flashhead_dist.report.gain import Gain, gains, turning_point
 from flashhead_dist.report.runs import Run
 
 PRODUCT = "flashhead"
@@ -50,7 +50,7 @@ def _paragraph(run: Run, head: str, batch_size: int) -> list[str]:
     largest = [record for record in records if record.measured and record.tp_size > 1]
     if largest:
         sentences.append(_largest_part(largest[-1]))
-    return [*sentences, _from_where(found, records)]
+    return [*sentences, _from_where(run, head, batch_size)]
 
 
 def _limit(alone: Record) -> str:
@@ -91,18 +91,25 @@ def _largest_part(record: Record) -> str:
     )
 
 
-def _from_where(found: list[Gain], records: list[Record]) -> str:
-    eaten = eaten_from(found)
-    if eaten is None:
-        return f"Up to {found[-1].after} ranks the exchange does not eat the gain beyond the noise."
-    if eaten.saved_us <= 0:
-        kind = " (PROJECTED)" if eaten.projected else ""
-        return f"From {eaten.after} ranks on, more ranks gain nothing{kind}."
+def _from_where(run: Run, head: str, batch_size: int) -> str:
+    records = [r for r in run.records if (r.head, r.batch_size) == (head, batch_size)]
+    turn = turning_point(run, head, batch_size)
+    if turn is None:
+        most = max(record.tp_size for record in records if record.median_us is not None)
+        return f"A step is shortest on {most} ranks, the most here: the gain is not eaten yet."
+    kind = "PROJECTED, " if turn.projected else ""
+    start = (
+        f"{kind}a step is shortest on {turn.before} rank{'' if turn.before == 1 else 's'}"
+        f"{', within the noise of the next size' if turn.within_noise else ''}; "
+        f"from {turn.after} ranks on"
+    )
+    start = start[0].upper() + start[1:]
+    if turn.saved_us <= 0:
+        return f"{start}, more ranks gain nothing, as compute does not fall."
     payload = max(record.payload_bytes_per_row for record in records)
     cost = (
         f"the fixed cost of an exchange that carries {payload:,.0f} bytes a row"
         if payload <= _SMALL_BYTES
         else "the exchange"
     )
-    kind = " (PROJECTED)" if eaten.projected else ""
-    return f"From {eaten.after} ranks on, {cost} eats the gain{kind}."
+    return f"{start}, {cost} eats the gain."

@@ -46,7 +46,7 @@ def ranks_section(run: Run) -> Section:
     slow_at = {(found.batch_size, found.tp_size): found.rank for found in slow}
     notes = [_words(found) for found in slow] or [
         "No rank stands out: none computes over 10 % longer than the others' median and beyond "
-        "their p90, for half of the heads or more."
+        "their p90, for most of the heads."
     ]
     if any(not record.measured for record in records):
         notes.append("On grey: each rank alone; its waiting is PROJECTED from the others' compute.")
@@ -68,7 +68,7 @@ def ranks_section(run: Run) -> Section:
 
 
 def slow_ranks(records: Sequence[Record]) -> list[SlowRank]:
-    """The rank of each cell that stands out for half of its heads or more, where there is one."""
+    """The rank of each cell that stands out for most of its heads, where there is one."""
     found = []
     for batch_size, tp_size in sorted({(r.batch_size, r.tp_size) for r in records}):
         cell = [r for r in records if (r.batch_size, r.tp_size) == (batch_size, tp_size)]
@@ -79,7 +79,7 @@ def slow_ranks(records: Sequence[Record]) -> list[SlowRank]:
         ranks = [s.rank for s, _ in slow]
         rank = max(sorted(set(ranks)), key=ranks.count)
         mine = [(s, r) for s, r in slow if s.rank == rank]
-        if 2 * len(mine) < len(cell):
+        if 2 * len(mine) <= len(cell):
             continue
         waits = [r.split.step_us["waiting"] for _, r in mine]
         known = [wait.median for wait in waits if wait is not None]
@@ -96,14 +96,6 @@ def slow_ranks(records: Sequence[Record]) -> list[SlowRank]:
             )
         )
     return found
-
-
-def over_others(compute_us: Sequence[float]) -> list[float]:
-    """Each rank's compute over the median of the others'; for two ranks or more."""
-    others = [
-        median([*compute_us[:rank], *compute_us[rank + 1 :]]) for rank in range(len(compute_us))
-    ]
-    return [mine / other for mine, other in zip(compute_us, others, strict=True)]
 
 
 def _words(slow: SlowRank) -> str:
@@ -124,7 +116,7 @@ def _words(slow: SlowRank) -> str:
 def _rows(record: Record) -> list[dict[str, object]]:
     waiting = record.split.by_rank_us["waiting"]
     kind = "measured" if record.measured else "projected"
-    ratios = over_others(record.compute_us_by_rank)
+    middle = median(record.compute_us_by_rank)
     return [
         {
             "batch_size": record.batch_size,
@@ -132,12 +124,10 @@ def _rows(record: Record) -> list[dict[str, object]]:
             "head": record.head,
             "rank": rank,
             "compute_us": compute_us,
-            "over_others": ratio,
+            "over_median_rank": compute_us / middle,
             f"{kind}_waiting_us": None if waiting is None else waiting[rank].median,
         }
-        for rank, (compute_us, ratio) in enumerate(
-            zip(record.compute_us_by_rank, ratios, strict=True)
-        )
+        for rank, compute_us in enumerate(record.compute_us_by_rank)
     ]
 
 

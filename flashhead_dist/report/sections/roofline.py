@@ -79,7 +79,8 @@ def _plot(run: Run, batch_size: int) -> Plot:
             alpha=0.6,
         )
     chart.axes.axhline(100, color="#6B7280", linestyle=":", linewidth=1.2)
-    chart.axes.set_ylim(bottom=0)
+    # Room for the word above what is not measured together.
+    chart.axes.set_ylim(0, max(120.0, 1.15 * max(100 * r.roofline_share for r in batch)))
     size_axis(chart.axes, sorted({record.tp_size for record in batch}))
     chart.axes.set_xlabel("tp_size (ranks)")
     chart.axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
