@@ -137,7 +137,7 @@ def test_run_folder_is_complete_and_agrees_with_the_document(
     assert document["run_dir"] == str(folder)
     assert {path.name for path in folder.iterdir()} == {
         *("records.jsonl", "summary.csv", "environment.json", "latency.png", "bytes.png"),
-        *("topology.txt", "topology.png"),
+        *("topology.txt", "topology.png", "report"),
     }
     assert [json.loads(record.as_json_line()) for record in read_records(folder)] == document[
         "records"
