@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from flashhead_topology.collective_cost import collective_time_s
-from flashhead_topology.head_cost import HEAD_NAMES, HeadShape, StepCost, step_cost, turning_point
+from flashhead_topology.head_cost import HEAD_NAMES, HeadShape, StepCost, step_cost
 from flashhead_topology.system import Level, System
 from flashhead_topology.systems import list_systems, load_system
 
@@ -150,12 +150,9 @@ def test_what_does_not_fit_says_so() -> None:
     assert cost("dense_local_max", system=replace(SYSTEM, memory_bytes=None)).fits is None
 
 
-def test_turning_point() -> None:
-    costs = {size: cost("flashhead", size) for size in (1, 2, 4, 8, 16, 64)}
-    assert turning_point(costs) == 8
-    assert costs[16].total_s > costs[8].total_s
-    assert turning_point({size: costs[size] for size in (1, 2, 4)}) is None
-    assert turning_point({1: costs[1]}) is None
+def test_more_ranks_help_until_the_exchange_leaves_the_node() -> None:
+    costs = {size: cost("flashhead", size).total_s for size in (1, 2, 4, 8, 16, 64)}
+    assert min(costs, key=lambda size: costs[size]) == 8
 
 
 @pytest.mark.parametrize("name", list_systems())

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 from flashhead_topology.collective_cost import collective_time_s
 from flashhead_topology.head_shape import HeadShape, HeadWork, Part, Sent
 from flashhead_topology.head_work import HEAD_NAMES, head_work, scan_work
 from flashhead_topology.system import Level, System
 
-__all__ = ["HEAD_NAMES", "HeadShape", "StepCost", "step_cost", "turning_point"]
+__all__ = ["HEAD_NAMES", "HeadShape", "StepCost", "step_cost"]
 
 _TOKEN_BYTES = 8
 _MOST_KEYS_IN_ONE_SHOT = 256
@@ -91,18 +90,6 @@ def step_cost(
         other = _cost(scan, system, levels, tp_size, batch_size, back_s, scans=True)
         found = min(found, other, key=lambda cost: cost.total_s)
     return found
-
-
-def turning_point(costs: Mapping[int, StepCost]) -> int | None:
-    """The smallest tp_size of `costs` from which on the next larger one is no faster.
-
-    None where every larger size is faster than the one before it.
-    """
-    sizes = sorted(costs)
-    for here, following in pairwise(sizes):
-        if costs[following].total_s >= costs[here].total_s:
-            return here
-    return None
 
 
 def _cost(
