@@ -4,13 +4,15 @@ Events of category `user_annotation` that bear one of our names are ranges. GPU 
 `kernel`) are matched by their correlation number to the `cuda_runtime` or `cuda_driver` event that
 launched them. On the CPU a backend's `gloo:all_reduce` and its like, which run on a thread of the
 backend, are communication, and there are no kernels. Layout as torch 2.11 to 2.13 write it;
-`distributedInfo.rank` gives the rank.
+`distributedInfo.rank` gives the rank,
+and without a process group the file's name, as in `rank0`.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pandas as pd
 from flashhead_profiles.ranges import split_message
 from flashhead_profiles.timeline import Trace, TraceError, TraceRange, Work, over_ranks, timeline
 
+_RANK_IN_NAME = re.compile(r"rank_?(\d+)")
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 _NO_KERNELS = (
@@ -55,7 +58,8 @@ def chrome_trace(path: Path, rank: int | None = None) -> Trace:
             f"torch.profiler around code that enters flashhead_profiles.ranges"
         )
     if rank is None:
-        rank = document.get("distributedInfo", {}).get("rank", 0)
+        named = _RANK_IN_NAME.search(path.name)
+        rank = document.get("distributedInfo", {}).get("rank", int(named[1]) if named else 0)
     missing: dict[str, str] = {}
     work = list(_kernels(events))
     if not work:

@@ -3,7 +3,7 @@
 The readers of single formats (`nsys`, `chrome_trace`) fill a `Trace`; `timeline` makes the frame:
 
     range              name of the range, one of `ranges.NAMES`
-    label              what follows its colon, else None
+    label              what follows its colon, else that of the nearest range around it: its head
     rank
     start_us           on the trace's own clock
     duration_us
@@ -97,16 +97,18 @@ def timeline(trace: Trace) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     # The outer one first where two begin at once.
     ranges = sorted(trace.ranges, key=lambda found: (found.start_us, -found.stop_us))
-    open_until: dict[object, list[float]] = {}
+    # By thread, the ends and labels of the ranges that are open.
+    open_until: dict[object, list[tuple[float, str | None]]] = {}
     for found in ranges:
         around = open_until.setdefault(found.thread, [])
-        while around and around[-1] <= found.start_us:
+        while around and around[-1][0] <= found.start_us:
             around.pop()
+        label = found.label or (around[-1][1] if around else None)
         compute, exchange = kernels.under(found), communication.under(found)
         rows.append(
             {
                 "range": found.name,
-                "label": found.label,
+                "label": label,
                 "rank": trace.rank,
                 "start_us": found.start_us,
                 "duration_us": found.stop_us - found.start_us,
@@ -117,7 +119,7 @@ def timeline(trace: Trace) -> pd.DataFrame:
                 "payload": found.payload,
             }
         )
-        around.append(found.stop_us)
+        around.append((found.stop_us, label))
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     for column in trace.missing:
         frame[column] = np.nan

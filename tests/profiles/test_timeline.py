@@ -75,6 +75,13 @@ def test_ranges_of_two_threads_are_not_inside_each_other() -> None:
     assert list(timeline(Trace(0, ranges, []))["depth"]) == [0, 0]
 
 
+def test_a_label_holds_for_the_ranges_inside() -> None:
+    labelled = TraceRange("head", "flashhead", None, 0, 50, 1)
+    ranges = [found("step", 0, 100), labelled, found("head/check", 5, 10), found("body", 50, 90)]
+    frame = timeline(Trace(0, ranges, []))
+    assert list(frame["label"].fillna("")) == ["", "flashhead", "flashhead", ""]
+
+
 def test_what_is_missing_is_nan_with_a_reason() -> None:
     frame = timeline(Trace(0, RANGES, [], {"kernels_us": "no GPU"}))
     assert frame["kernels_us"].isna().all()

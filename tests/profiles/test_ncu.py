@@ -1,0 +1,63 @@
+"""Nsight Compute's tables: units, missing metrics, and what is no table of kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flashhead_profiles.ncu import COLUMNS, read_ncu
+from flashhead_profiles.timeline import TraceError
+
+HEADER = '"ID","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum"'
+MORE = ',"dram__bytes_write.sum","lts__t_sector_hit_rate.pct"'
+WHOLE = f"""==PROF== Disconnected
+{HEADER}{MORE}
+"","","ns","byte","byte","%"
+"0","dots_kernel","10,000","40,000,000","2,000,000","25"
+"1","one, with a comma","n/a","1","1","0"
+"""
+
+
+def write(folder: Path, text: str, name: str = "counters_rank3.csv") -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_times_bytes_hits_and_bandwidth_in_base_units(tmp_path: Path) -> None:
+    frame = read_ncu(write(tmp_path, WHOLE))
+    assert tuple(frame.columns) == COLUMNS
+    row = frame.iloc[0]
+    assert (row["kernel"], row["rank"], row["time_us"]) == ("dots_kernel", 3, 10)
+    assert (row["dram_read_bytes"], row["dram_written_bytes"]) == (40e6, 2e6)
+    assert row["l2_hit_rate"] == 0.25
+    assert row["achieved_bytes_per_s"] == pytest.approx(4.2e12)
+    assert frame.attrs["missing"] == {}
+    # What ncu could not measure is no zero.
+    assert frame.iloc[1][["time_us", "achieved_bytes_per_s"]].isna().all()
+
+
+def test_a_metric_that_was_not_collected_is_missing(tmp_path: Path) -> None:
+    text = f'{HEADER}\n"","","us","byte"\n"0","dots_kernel","10","40"\n'
+    frame = read_ncu(write(tmp_path, text), rank=0)
+    assert frame["l2_hit_rate"].isna().all()
+    assert frame["achieved_bytes_per_s"].isna().all()
+    assert set(frame.attrs["missing"]) == {"dram_written_bytes", "l2_hit_rate"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("==ERROR== no kernels were profiled\n", "no table of kernels"),
+        (f'{HEADER}\n"","","ns","byte"\n', "holds no kernel"),
+        (WHOLE.replace('"byte","byte"', '"Mbyte","byte"'), "print-units base"),
+    ],
+)
+def test_what_is_no_table_of_ours_is_a_sentence(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(TraceError, match=says):
+        read_ncu(write(tmp_path, text))
+
+
+def test_a_missing_file_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match=r"nothing\.csv"):
+        read_ncu(tmp_path / "nothing.csv")
