@@ -88,7 +88,7 @@ def test_a_rank_that_is_slow_for_few_heads_is_not_accused(tmp_path: Path) -> Non
     run = three_ranks(tmp_path / "run", "dense_gather")
     section = ranks_section(run)
     assert slow_ranks(run.records) == []
-    assert section.notes[0].startswith("No rank stands out")
+    assert section.notes[0].startswith("No rank is slow")
     assert ">slow<" not in section.plots[0].svg
 
 

@@ -50,17 +50,6 @@ def test_every_plot_holds_the_marks_it_says(make: Callable[[Run], Section], run:
         assert len(marks(plot.svg)) == plot.num_marks > 0
 
 
-def test_ids_of_plots_do_not_meet_on_a_page(run: Run) -> None:
-    ids = [
-        element.get("id")
-        for make in ALL
-        for plot in make(run).plots
-        for element in ElementTree.fromstring(plot.svg).iter()
-        if element.get("id")
-    ]
-    assert len(ids) == len(set(ids)) > 0
-
-
 def test_measured_and_projected_latencies_share_no_column(run: Run) -> None:
     frame = latency_section(run).frame
     projected = frame[frame.tp_size == 8]

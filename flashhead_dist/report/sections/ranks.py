@@ -17,11 +17,12 @@ from flashhead_dist.report.verdict import PRODUCT
 
 KEY = "ranks"
 _TITLE = "Ranks against each other"
+_SLOW_BY = 0.1
 
 
 @dataclass(frozen=True)
 class SlowRank:
-    """`rank` stands out in `num_heads` of the `of_heads` heads of a cell.
+    """`rank` computes longest for `num_heads` of the `of_heads` heads of a cell.
 
     excess_us: what it computes beyond the others' median, median over those heads. waiting_us: how
     long the rank waits that waits longest, likewise; None where not known.
@@ -45,8 +46,8 @@ def ranks_section(run: Run) -> Section:
     slow = slow_ranks(records)
     slow_at = {(found.batch_size, found.tp_size): found.rank for found in slow}
     notes = [_words(found) for found in slow] or [
-        "No rank stands out: none computes over 10 % longer than the others' median and beyond "
-        "their p90, for most of the heads."
+        "No rank is slow: none computes 10 % longer than the others for most heads, and beyond "
+        "their scatter for half."
     ]
     if any(not record.measured for record in records):
         notes.append("On grey: each rank alone; its waiting is PROJECTED from the others' compute.")
@@ -68,34 +69,46 @@ def ranks_section(run: Run) -> Section:
 
 
 def slow_ranks(records: Sequence[Record]) -> list[SlowRank]:
-    """The rank of each cell that stands out for most of its heads, where there is one."""
+    """The slow rank of each cell, where there is one.
+
+    For half of the cell's heads or more its compute stands out from the others' scatter (the
+    record's own `slow_rank`), and for most it is the longest, by 10 % or more.
+    """
     found = []
     for batch_size, tp_size in sorted({(r.batch_size, r.tp_size) for r in records}):
         cell = [r for r in records if (r.batch_size, r.tp_size) == (batch_size, tp_size)]
-        named = [(r.split.slow_rank, r) for r in cell]
-        slow = [(s, r) for s, r in named if s is not None]
-        if not slow or tp_size == 1:
+        ranks = [r.split.slow_rank.rank for r in cell if r.split.slow_rank is not None]
+        if not ranks:
             continue
-        ranks = [s.rank for s, _ in slow]
         rank = max(sorted(set(ranks)), key=ranks.count)
-        mine = [(s, r) for s, r in slow if s.rank == rank]
-        if 2 * len(mine) <= len(cell):
+        longest = [r for r in cell if excess_us(r, rank) >= _SLOW_BY * _others_us(r, rank)]
+        if 2 * ranks.count(rank) < len(cell) or 2 * len(longest) <= len(cell):
             continue
-        waits = [r.split.step_us["waiting"] for _, r in mine]
+        waits = [r.split.step_us["waiting"] for r in longest]
         known = [wait.median for wait in waits if wait is not None]
         found.append(
             SlowRank(
                 tp_size=tp_size,
                 batch_size=batch_size,
                 rank=rank,
-                num_heads=len(mine),
+                num_heads=len(longest),
                 of_heads=len(cell),
-                excess_us=median(s.excess_us for s, _ in mine),
+                excess_us=median(excess_us(r, rank) for r in longest),
                 waiting_us=median(known) if known else None,
                 measured=cell[0].measured,
             )
         )
     return found
+
+
+def excess_us(record: Record, rank: int) -> float:
+    """What a rank computes beyond the median of the others'; negative where another is longer."""
+    mine = record.compute_us_by_rank[rank]
+    return -1.0 if mine < max(record.compute_us_by_rank) else mine - _others_us(record, rank)
+
+
+def _others_us(record: Record, rank: int) -> float:
+    return median(us for other, us in enumerate(record.compute_us_by_rank) if other != rank)
 
 
 def _words(slow: SlowRank) -> str:
