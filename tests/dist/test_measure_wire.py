@@ -16,7 +16,12 @@ import pytest
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from flashhead_dist.collectives import split_tensor_parallel
+from flashhead_dist.collectives import (
+    Exchange,
+    Operation,
+    ring_sent_bytes,
+    split_tensor_parallel,
+)
 from flashhead_dist.measure.control import Control
 from flashhead_dist.measure.wire import WireCounter
 
@@ -40,6 +45,23 @@ def _rank_count(rank: int, world_size: int, store: str, noisy: bool) -> list[Any
     return [(each.per_step, each.reason) for each in counted]
 
 
+def _rank_count_sizes(rank: int, world_size: int, store: str, sizes: list[int]) -> list[Any]:
+    """Count one exchange of every operation and size, beside what a ring sends in all."""
+    place = split_tensor_parallel((world_size,))[world_size]
+    assert place is not None
+    counter = WireCounter(Control(FileStore(store, world_size), rank, range(world_size)), "here")
+    found = []
+    for operation in Operation:
+        dtype = torch.int64 if operation is Operation.MAX else torch.float32
+        for size in sizes:
+            operand = torch.zeros(size // dtype.itemsize, dtype=dtype)
+            exchange = Exchange(operation, operand)
+            counted = counter.count(lambda: place.perform(exchange), 5, 7).per_step  # noqa: B023
+            analytic = world_size * ring_sent_bytes(operation, operand.nbytes, world_size)
+            found.append((operation.value, size, counted, analytic))
+    return found
+
+
 def _chatter(stop: threading.Event) -> None:
     """A steady stream of other traffic over the same interface, about 5 MB/s."""
     receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -49,11 +71,11 @@ def _chatter(stop: threading.Event) -> None:
         sender.sendto(b"x" * 10_000, receiver.getsockname())
 
 
-def _count_in_namespace(folder: Path, *, noisy: bool) -> list[Any]:
+def _count_in_namespace(folder: Path, given: object, function: str = "_rank_count") -> list[Any]:
     world_size = 2
-    torch.save((str(folder / "counter_store"), noisy), folder / "arguments.pt")
+    torch.save((str(folder / "counter_store"), given), folder / "arguments.pt")
     ranks = " & ".join(
-        f"RANK={rank} {sys.executable} {RANK_MAIN} {folder} {__file__} _rank_count"
+        f"RANK={rank} {sys.executable} {RANK_MAIN} {folder} {__file__} {function}"
         for rank in range(world_size)
     )
     script = f"ip link set lo up && ({ranks} & wait)"
@@ -80,7 +102,7 @@ needs_namespace = pytest.mark.skipif(
 @pytest.mark.root
 @needs_namespace
 def test_counted_bytes_are_the_payload_and_a_little_protocol(tmp_path: Path) -> None:
-    (large, _), (small, _), (nothing, _) = _count_in_namespace(tmp_path, noisy=False)
+    (large, _), (small, _), (nothing, _) = _count_in_namespace(tmp_path, False)
     # Each of two ranks sends its operand once.
     assert 2 * LARGE_BYTES <= large < 2 * LARGE_BYTES * 1.03
     # Two steps a rank of 8 bytes, in messages of a few hundred.
@@ -91,5 +113,23 @@ def test_counted_bytes_are_the_payload_and_a_little_protocol(tmp_path: Path) -> 
 @pytest.mark.root
 @needs_namespace
 def test_other_steady_traffic_is_subtracted(tmp_path: Path) -> None:
-    (large, _), _, _ = _count_in_namespace(tmp_path, noisy=True)
+    (large, _), _, _ = _count_in_namespace(tmp_path, True)
     assert large == pytest.approx(2 * LARGE_BYTES, rel=0.15)
+
+
+@pytest.mark.root
+@needs_namespace
+def test_counted_bytes_are_the_analytic_ones_from_512_kib_on(tmp_path: Path) -> None:
+    """And what a small message adds is the protocol's: some hundred bytes, whatever its size.
+
+    Counting an all-gather's received bytes, or an all-reduce's operand once, would be off by half.
+    """
+    sizes = [8, 256, 512 << 10, 1 << 20, 4 << 20]
+    found = _count_in_namespace(tmp_path, sizes, "_rank_count_sizes")
+    assert len(found) == 3 * len(sizes)
+    for operation, size, counted, analytic in found:
+        if size >= 512 << 10:
+            assert counted == pytest.approx(analytic, rel=0.03), (operation, size)
+        else:
+            protocol_bytes = (counted - analytic) / 2
+            assert 100 < protocol_bytes < 2000, (operation, size, protocol_bytes)
