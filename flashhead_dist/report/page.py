@@ -24,7 +24,7 @@ from flashhead_dist.report.sections.ranks import ranks_section
 from flashhead_dist.report.sections.roofline import roofline_section
 from flashhead_dist.report.sections.scaling import scaling_section
 from flashhead_dist.report.sections.setting import KEY as SETTING_KEY
-from flashhead_dist.report.sections.setting import setting_frame, warnings_of
+from flashhead_dist.report.sections.setting import drawing_of, setting_frame, warnings_of
 from flashhead_dist.report.sections.split import split_section
 from flashhead_dist.report.sections.wire import wire_section
 from flashhead_dist.report.tables_html import TableView, table_views
@@ -106,6 +106,7 @@ class _Part:
     title: str
     paragraphs: tuple[_Paragraph, ...] = ()
     facts: tuple[_Fact, ...] | None = None
+    drawings: tuple[str, ...] = ()
     blocks: tuple[_Block, ...] = field(default=())
 
 
@@ -172,7 +173,10 @@ def _setting_part(runs: Sequence[Run]) -> _Part:
         _Fact(str(row["fact"]), tuple(str(row[run.letter]) for run in runs), bool(row["differs"]))
         for row in setting_frame(runs).to_dict("records")
     ]
-    return _Part(SETTING_KEY, "What was measured on what", facts=tuple(facts))
+    drawings = [f"{run.label}\n{found}" for run in runs if (found := drawing_of(run))]
+    return _Part(
+        SETTING_KEY, "What was measured on what", facts=tuple(facts), drawings=tuple(drawings)
+    )
 
 
 def _part(sections: Sequence[Section], runs: Sequence[Run]) -> _Part:

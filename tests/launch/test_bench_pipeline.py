@@ -59,10 +59,14 @@ def run(cache: Path, model: Path, *arguments: str) -> subprocess.CompletedProces
 
 
 def test_every_schedule_is_shown_beside_its_theory(model: Path, tmp_path: Path) -> None:
-    done = run(tmp_path, model, "--micro-batches", "1,3", "--layers-per-stage", "2,3", "--json")
+    given = ["--micro-batches", "1,3", "--layers-per-stage", "2,3", "--run-dir", str(tmp_path)]
+    (tmp_path / "records.jsonl").touch()
+    done = run(tmp_path, model, *given, "--json")
     assert done.returncode == 0, done.stderr
     assert "continuous" in done.stdout
-    rows = json.loads(done.stdout.splitlines()[-1])["results"]
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads((tmp_path / "pipeline.json").read_text()) == document
+    rows = document["results"]
     assert [(row["micro_batches"], row["schedule"]) for row in rows] == [
         (1, "continuous"),
         (1, "flushed"),
@@ -108,6 +112,7 @@ def test_a_stage_that_sleeps_does_so_at_every_pass(bench: ModuleType) -> None:
         (["--sleep-ms", "5"], "error: a pipeline needs 2 stages or more"),
         (["--sleep-ms", "5,5"], "error: --sleep-ms 5,5 does not give each of 1 stages a time"),
         (["--pp-size", "2"], "error: --pp-size 2 does not divide the 1 ranks"),
+        (["--run-dir", "nowhere"], "error: --run-dir nowhere holds no records.jsonl: name a run"),
         (["--head", "sparse"], "error: there is no head named 'sparse'"),
     ],
 )

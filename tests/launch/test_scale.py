@@ -151,6 +151,10 @@ def test_run_folder_is_complete_and_agrees_with_the_document(
     assert exchange["3"] == "gloo"
     assert all(how["reason"] for how in environment["key_exchange"].values())
     assert set(environment["crossovers"]) == {"1", "3"}
+    shape = environment["head_shape"]
+    assert (shape["vocab_size"], shape["hidden_size"], shape["row_bits"]) == (3000, 64, 16)
+    assert shape["num_clusters"] * shape["cluster_size"] >= 3000
+    assert "data-marks" in (folder / "report" / "report.html").read_text()
     standing = environment["topology"]
     assert [place["rank"] for place in standing["places"]] == [0, 1, 2]
     assert all(choice["reason"] for choice in standing["choices"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -40,6 +40,13 @@ def warnings_of(run: Run) -> list[str]:
     if run.first.commit.endswith("-dirty"):
         warnings.append(f"Commit {run.first.commit}: the code had changes that no commit holds.")
     return warnings
+
+
+def drawing_of(run: Run) -> str | None:
+    """What the ranks stand on, drawn in text; None where the run does not tell."""
+    topology = run.environment.get("topology")
+    found = topology.get("drawing") if isinstance(topology, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
 def _facts(run: Run) -> dict[str, str]:
