@@ -25,6 +25,7 @@ from pathlib import Path
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.registry import check_head_names
 from flashhead_dist.index import load_manifest
+from flashhead_dist.measure.head_shape import shape_of_index
 from flashhead_dist.report.cost_tables import cost_table, sources_table, systems_table
 from flashhead_dist.report.present import report_console
 from flashhead_topology.head_cost import HEAD_NAMES, HeadShape, StepCost, step_cost
@@ -92,18 +93,7 @@ def _shape(arguments: argparse.Namespace) -> HeadShape:
             given = ",".join(map(str, arguments.shape))
             raise UserError(f"--shape {given} is no vocabulary and hidden size: give V,D")
         return HeadShape.with_default_index(*arguments.shape)
-    manifest = load_manifest(arguments.index)
-    return HeadShape(
-        vocab_size=manifest.vocab_size,
-        hidden_size=manifest.hidden_size,
-        num_clusters=manifest.num_clusters,
-        cluster_size=manifest.cluster_size,
-        num_probes=manifest.num_probes,
-        centroid_bits=manifest.bits,
-        group_size=manifest.group_size,
-        num_groups=manifest.num_groups,
-        pinned_per_group=manifest.num_pinned,
-    )
+    return shape_of_index(load_manifest(arguments.index))
 
 
 def _costs(

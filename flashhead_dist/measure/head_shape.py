@@ -22,17 +22,27 @@ def head_shape_of(
     dtype: of the rows and columns; the model's where None.
     """
     row_type = dtype or model.dtype
-    embedding = HeadShape(
+    if manifest is not None:
+        return shape_of_index(manifest, num_probes=num_probes, row_bytes=row_type.itemsize)
+    return HeadShape(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
         row_bits=8 * row_type.itemsize,
         logit_bytes=row_type.itemsize,
     )
-    if manifest is None:
-        return embedding
+
+
+def shape_of_index(
+    manifest: IndexManifest, *, num_probes: int | None = None, row_bytes: int = 2
+) -> HeadShape:
+    """The shape of the heads over an index.
+
+    num_probes: as given to the heads; the index's own where None.
+    row_bytes: of one number of a row, and of a logit that is gathered.
+    """
     return HeadShape(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
+        vocab_size=manifest.vocab_size,
+        hidden_size=manifest.hidden_size,
         num_clusters=manifest.num_clusters,
         cluster_size=manifest.cluster_size,
         num_probes=manifest.num_probes if num_probes is None else num_probes,
@@ -40,6 +50,6 @@ def head_shape_of(
         group_size=manifest.group_size,
         num_groups=manifest.num_groups,
         pinned_per_group=manifest.num_pinned,
-        row_bits=embedding.row_bits,
-        logit_bytes=embedding.logit_bytes,
+        row_bits=8 * row_bytes,
+        logit_bytes=row_bytes,
     )

@@ -12,6 +12,9 @@ from types import ModuleType
 
 import pytest
 
+from flashhead_dist.index import IndexOptions, build_index, load_manifest
+from flashhead_dist.measure.head_shape import head_shape_of
+from flashhead_dist.model_source import open_model
 from flashhead_topology.head_cost import HeadShape, step_cost
 from flashhead_topology.systems import list_systems, load_system
 from tests.launch.ground import LAUNCH
@@ -26,6 +29,16 @@ def cost(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
     assert "Traceback" not in done.stderr
     return done
+
+
+@pytest.fixture(scope="module")
+def command() -> Iterator[ModuleType]:
+    """The script as a module, since a process for each mistake takes seconds."""
+    sys.path.insert(0, str(LAUNCH))
+    try:
+        yield importlib.import_module("cost")
+    finally:
+        sys.path.remove(str(LAUNCH))
 
 
 def test_a_step_is_told_by_part_and_called_projected() -> None:
@@ -43,14 +56,41 @@ def test_a_step_is_told_by_part_and_called_projected() -> None:
     assert f"{expected.total_s * 1e6:,.1f}" in done.stdout
 
 
-def test_systems_and_sources_are_listed() -> None:
-    listed = cost("--list")
-    assert listed.returncode == 0
-    assert all(name in listed.stdout for name in list_systems())
-    sources = cost("--system", "l40-ethernet", "--sources")
-    assert sources.returncode == 0
+def test_systems_and_sources_are_listed(
+    command: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in list_systems())
+    assert command.main(["--system", "l40-ethernet", "--sources"]) == 0
+    sources = capsys.readouterr().out
     for word in ("data sheet", "assumed", "derived", "ethernet_100g_x1, 1024 ranks", "https://"):
-        assert word in sources.stdout
+        assert word in sources
+
+
+def test_an_index_takes_the_place_of_a_shape(
+    command: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = open_model(synthetic="3000,64", cache_dir=tmp_path)
+    index = build_index(
+        model,
+        IndexOptions(num_groups=8, alpha=0.5, cluster_size=2),
+        calibration=None,
+        test=None,
+        out=tmp_path / "index",
+        device="cpu",
+        progress=False,
+    )
+    given = ["--system", "h100-infiniband", "--index", str(index), "--tp-sizes", "2", "--json"]
+    assert command.main(given) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["costs"]
+    expected = step_cost(
+        "flashhead",
+        head_shape_of(model, load_manifest(index)),
+        load_system("h100-infiniband"),
+        tp_size=2,
+    )
+    assert rows[-1]["read_bytes"] == expected.read_bytes
 
 
 def test_a_mistake_ends_with_2_and_one_sentence() -> None:
@@ -58,16 +98,6 @@ def test_a_mistake_ends_with_2_and_one_sentence() -> None:
     assert done.returncode == 2
     assert "no system named 'h1000'" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-@pytest.fixture(scope="module")
-def command() -> Iterator[ModuleType]:
-    """The script as a module, since a process for each mistake takes seconds."""
-    sys.path.insert(0, str(LAUNCH))
-    try:
-        yield importlib.import_module("cost")
-    finally:
-        sys.path.remove(str(LAUNCH))
 
 
 @pytest.mark.parametrize(
