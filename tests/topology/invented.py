@@ -8,8 +8,10 @@ from typing import Any
 
 from flashhead_topology.place import Interface, PathKind, PeerPath, Place, Topology
 
-NDR = tuple(Interface(f"mlx5_{n}", "infiniband", 400e9, "InfiniBand", n // 4) for n in range(8))
-MANAGEMENT = Interface("eno1", "ethernet", 10e9, numa_node=0)
+NDR = tuple(
+    Interface(f"mlx5_{n}", "infiniband", 400e9, "InfiniBand", n // 4, (f"ib{n}",)) for n in range(8)
+)
+MANAGEMENT = Interface("eno1", "ethernet", 10e9, numa_node=0, network_names=("eno1",))
 
 
 def h100_places(host: str = "a", first_rank: int = 0, num_ranks: int = 8) -> list[Place]:
@@ -49,7 +51,7 @@ def l40_places(num_ranks: int = 4) -> list[Place]:
             numa_nodes=(n // 2,),
             cores=tuple(range(64)),
             paths=tuple(PeerPath(uuids[m], kind(n, m), 0, False) for m in range(4) if m != n),
-            interfaces=(Interface("ens1f0", "ethernet", 100e9, numa_node=0),),
+            interfaces=(Interface("ens1f0", "ethernet", 100e9, "Ethernet", 0, ("ens1f0",)),),
             pcie=(4, 16),
         )
         for n in range(num_ranks)
@@ -66,7 +68,7 @@ def laptop_places(num_ranks: int = 2) -> list[Place]:
             device_name="AMD Ryzen 7 PRO 7840U",
             numa_nodes=(0,),
             cores=tuple(range(8)),
-            interfaces=(Interface("wlp1s0", "ethernet", None),),
+            interfaces=(Interface("wlp1s0", "ethernet", None, network_names=("wlp1s0",)),),
             missing={"speed": "no network interface tells its speed, as virtual ones do not"},
         )
         for n in range(num_ranks)

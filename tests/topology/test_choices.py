@@ -25,6 +25,8 @@ from tests.topology.invented import (
     FOUR_L40,
     H100_NODE,
     LAPTOP,
+    MANAGEMENT,
+    NDR,
     TWO_NODES,
     h100_places,
     l40_places,
@@ -115,6 +117,19 @@ def test_the_fastest_interface_that_every_host_has() -> None:
     mute = Interface("eth0", "ethernet", None)
     places = [replace(p, interfaces=(mute,)) for p in (*h100_places(), *h100_places("b", 8))]
     assert "no interface tells its speed" in choose_interface(Topology(tuple(places))).reason
+
+
+def test_gloo_is_given_a_name_that_sockets_know() -> None:
+    """An adapter's own name is NCCL's; sockets know its network interface, where it has one."""
+    places = [
+        replace(p, device_type="cpu", uuid="") for p in (*h100_places(), *h100_places("b", 8))
+    ]
+    assert choose_interface(Topology(tuple(places))).value == "ib0"
+    mute = [
+        replace(p, interfaces=(*(replace(i, network_names=()) for i in NDR), MANAGEMENT))
+        for p in places
+    ]
+    assert choose_interface(Topology(tuple(mute))).value == "eno1"
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,10 @@ def root(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         (folder / "cpulist").write_text(cpus + "\n")
     interface(tmp_path, "lo", type="772", operstate="unknown")
-    interface(tmp_path, "ens1", speed="100000")
+    (interface(tmp_path, "ens1", speed="100000") / "device").mkdir()
+    interface(tmp_path, "bond0", speed="50000", uevent="INTERFACE=bond0\nDEVTYPE=bond")
     interface(tmp_path, "ens2", speed="25000", operstate="down")
-    interface(tmp_path, "veth0")
+    interface(tmp_path, "veth0", speed="10000")
     (interface(tmp_path, "docker0") / "bridge").mkdir()
     (interface(tmp_path, "port0", speed="10000") / "master").write_text("")
     interface(tmp_path, "ib0", type="32", speed="400000")
@@ -91,16 +92,17 @@ def test_numa_nodes(root: Path) -> None:
 
 def test_interfaces_are_the_adapters_that_work(root: Path) -> None:
     assert read_interfaces(root) == (
-        Interface("mlx5_0", "infiniband", 400e9, "InfiniBand", 1),
-        Interface("ens1", "ethernet", 100e9),
-        Interface("veth0", "ethernet", None),
+        Interface("mlx5_0", "infiniband", 400e9, "InfiniBand", 1, ("ib0",)),
+        Interface("ens1", "ethernet", 100e9, network_names=("ens1",)),
+        Interface("bond0", "ethernet", 50e9, network_names=("bond0",)),
+        Interface("veth0", "ethernet", None, network_names=("veth0",)),
     )
 
 
 def test_an_inactive_adapter_is_no_way_out(root: Path) -> None:
     (root / "class/infiniband/mlx5_0/ports/1/state").write_text("1: DOWN\n")
     names = [item.name for item in read_interfaces(root)]
-    assert names == ["ib0", "ens1", "veth0"]
+    assert names == ["ens1", "bond0", "ib0", "veth0"]
 
 
 def test_nothing_is_known_of_an_empty_root(tmp_path: Path) -> None:

@@ -158,24 +158,29 @@ def choose_cores(topology: Topology) -> Choice:
 
 
 def choose_interface(topology: Topology) -> Choice:
-    """The fastest way between hosts: its name, or None where there is none to choose."""
+    """The fastest way between hosts, by the name that NCCL or, on CPUs, gloo knows it by.
+
+    None where there is none to choose.
+    """
     if len(topology.hosts) == 1:
         return Choice("interface", None, "one host: nothing leaves it")
     common = [item for item in topology.places[0].interfaces if _everywhere(item, topology)]
+    if topology.device_type == "cpu":
+        common = [item for item in common if item.network_names]
     if not common:
         return Choice("interface", None, "no network interface goes by the same name on every host")
     known = [item for item in common if item.bits_per_s]
     if not known:
         return Choice(
             "interface",
-            common[0].name,
+            _name(common[0], topology),
             f"{common[0].name} is on every host; no interface tells its speed",
         )
     fastest = max(known, key=lambda item: item.bits_per_s or 0.0)
     alike = [item for item in known if item.bits_per_s == fastest.bits_per_s]
     return Choice(
         "interface",
-        fastest.name,
+        _name(fastest, topology),
         f"{counted(len(alike), 'adapter')} of {_rate(fastest)} on every host "
         f"({fastest.link_layer}), {len(alike) / len(topology.hosts[0].places):.3g} a rank",
     )
@@ -235,6 +240,10 @@ def _islands(topology: Topology) -> list[list[int]]:
 
 def _ranks(topology: Topology) -> range:
     return range(len(topology.places))
+
+
+def _name(item: Interface, topology: Topology) -> str:
+    return item.name if topology.device_type == "cuda" else item.network_names[0]
 
 
 def _everywhere(item: Interface, topology: Topology) -> bool:

@@ -40,7 +40,8 @@ class Interface:
 
     kind: `ethernet`, or `infiniband` for an adapter that InfiniBand's drivers own (Ethernet with
         RDMA too; `link_layer` tells them apart).
-    bits_per_s: None where the driver does not say, as a virtual interface's.
+    bits_per_s: None where the driver does not say, or makes it up as that of a virtual one does.
+    network_names: what sockets know it by; an adapter may have none.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Interface:
     bits_per_s: float | None
     link_layer: str = "Ethernet"
     numa_node: int | None = None
+    network_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,10 @@ class Place:
         """The place of a JSON form."""
         given = dict(document)
         given["paths"] = tuple(PeerPath(**item) for item in given["paths"])
-        given["interfaces"] = tuple(Interface(**item) for item in given["interfaces"])
+        given["interfaces"] = tuple(
+            Interface(**item | {"network_names": tuple(item["network_names"])})
+            for item in given["interfaces"]
+        )
         for name in ("numa_nodes", "cores"):
             given[name] = tuple(given[name])
         given["pcie"] = tuple(given["pcie"]) if given["pcie"] else None

@@ -65,13 +65,13 @@ def read_interfaces(root: Path = SYS) -> tuple[Interface, ...]:
             continue
         if _read(folder / "operstate") not in _UP:
             continue
-        megabits = _number(_read(folder / "speed"))
         found.append(
             Interface(
                 folder.name,
                 "ethernet",
-                None if megabits is None or megabits <= 0 else megabits * 1e6,
+                _speed(folder),
                 numa_node=_node(folder / "device/numa_node"),
+                network_names=(folder.name,),
             )
         )
     return tuple(sorted(found, key=lambda item: (-(item.bits_per_s or 0.0), item.name)))
@@ -86,7 +86,8 @@ def _infiniband(root: Path) -> tuple[list[Interface], set[str]]:
             if "ACTIVE" not in (_read(port / "state") or ""):
                 continue
             rate = re.match(r"([\d.]+) Gb/sec", _read(port / "rate") or "")
-            theirs |= {path.name for path in (folder / "device/net").glob("*")}
+            names = tuple(sorted(path.name for path in (folder / "device/net").glob("*")))
+            theirs.update(names)
             adapters.append(
                 Interface(
                     folder.name,
@@ -94,9 +95,22 @@ def _infiniband(root: Path) -> tuple[list[Interface], set[str]]:
                     float(rate[1]) * 1e9 if rate else None,
                     _read(port / "link_layer") or "InfiniBand",
                     _node(folder / "device/numa_node"),
+                    names,
                 )
             )
     return adapters, theirs
+
+
+def _speed(folder: Path) -> float | None:
+    """Bits a second of a network interface, where a device is behind it, or behind its parts.
+
+    Without one the driver makes it up: a veth says 10 Gbit/s whatever carries it.
+    """
+    parts = re.search(r"^DEVTYPE=(bond|vlan)$", _read(folder / "uevent") or "", re.MULTILINE)
+    if not (folder / "device").exists() and not parts:
+        return None
+    megabits = _number(_read(folder / "speed"))
+    return None if megabits is None or megabits <= 0 else megabits * 1e6
 
 
 def _node(path: Path) -> int | None:
