@@ -13,25 +13,38 @@ import sys
 import timeit
 from collections.abc import Callable
 
-from flashhead_profiles import ranges
-from flashhead_profiles.ranges import annotate, attach_nvtx, in_parts
+from flashhead_profiles.ranges import (
+    BODY,
+    CANDIDATES,
+    CENTROIDS,
+    CHECK,
+    EXCHANGE,
+    HEAD,
+    RESULT,
+    STEP,
+    annotate,
+    attach_nvtx,
+    in_parts,
+)
 
-_NUMBER = 20_000
-_REPEATS, _QUICK_REPEATS = 50, 1
+_NUMBER = 5_000
+_REPEATS, _QUICK_REPEATS = 100, 1
 
 
 def step() -> None:
     """A decoding step without its work: payloads are what the real ones carry."""
-    with annotate(ranges.STEP, 1):
-        with annotate(ranges.BODY, 1):
+    with annotate(STEP, 1):
+        with annotate(BODY, 1):
             pass
-        with annotate(ranges.HEAD, 1, "flashhead"):
-            with annotate(ranges.CHECK):
+        with annotate(HEAD, 1, "flashhead"):
+            with annotate(CHECK):
                 pass
-            with in_parts(ranges.CENTROIDS, ranges.CANDIDATES) as next_part:
+            with in_parts(CENTROIDS, CANDIDATES) as next_part:
                 if next_part is not None:
                     next_part()
-            with annotate(ranges.EXCHANGE, 8):
+            with annotate(EXCHANGE, 8):
+                pass
+            with annotate(RESULT):
                 pass
 
 
