@@ -94,7 +94,7 @@ def _report(arguments: argparse.Namespace) -> int:
     failures = check_conditions(conditions, runs, changes)
     paths = write_output(report, output)
     for run in runs:
-        for paragraph in verdict(run):
+        for paragraph in verdict(run)[:1]:
             print(f"{run.letter}: {paragraph}" if len(runs) > 1 else paragraph)
     for path in paths:
         print(f"wrote {path}")

@@ -105,6 +105,7 @@ class _Part:
     key: str
     title: str
     paragraphs: tuple[_Paragraph, ...] = ()
+    more: tuple[_Paragraph, ...] = ()
     facts: tuple[_Fact, ...] | None = None
     drawings: tuple[str, ...] = ()
     blocks: tuple[_Block, ...] = field(default=())
@@ -119,11 +120,12 @@ def make_report(runs: Sequence[Run], extra: Sequence[Section] = ()) -> Report:
         UserError: a run holds what a section cannot read, or matplotlib or jinja2 is missing.
     """
     _require_libraries()
-    parts = [_words_part(runs), _setting_part(runs)]
+    parts = [_words_part(runs)]
     frames: dict[str, pd.DataFrame] = {SETTING_KEY: setting_frame(runs)}
     for section in extra:
         frames |= {section.key: section.frame} if not section.frame.empty else {}
     parts += [_extra_part(section) for section in extra if section.key != "projection"]
+    parts.append(_setting_part(runs))
     for make in _SECTIONS:
         sections = [make(run) for run in runs]
         parts.append(_part(sections, runs))
@@ -160,12 +162,15 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _words_part(runs: Sequence[Run]) -> _Part:
-    paragraphs: list[_Paragraph] = []
+    first: list[_Paragraph] = []
+    more: list[_Paragraph] = []
     for run in runs:
         found = verdict(run) or ["Neither flashhead nor dense_local_max was measured on one rank."]
         front = f"{run.letter}, " if len(runs) > 1 else ""
-        paragraphs += [_Paragraph.of(front, text) for text in found]
-    return _Part("words", "In words", paragraphs=tuple(paragraphs))
+        paragraphs = [_Paragraph.of(front, text) for text in found]
+        first.append(paragraphs[0])
+        more += paragraphs[1:]
+    return _Part("words", "In words", paragraphs=tuple(first), more=tuple(more))
 
 
 def _setting_part(runs: Sequence[Run]) -> _Part:

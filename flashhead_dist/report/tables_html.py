@@ -14,6 +14,7 @@ _TEXT = (
 _LEFT_OUT = ("counted_reason",)
 """Columns of the CSV file that a table has no room for; notes tell what they say."""
 _FEW_ROWS = 12
+MARKED = ("better", "worse")
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,23 @@ class TableView:
     rows: tuple[tuple[tuple[str, bool], ...], ...]
     classes: tuple[str, ...]
 
-    @property
-    def is_long(self) -> bool:
-        """Whether the table starts folded."""
-        return len(self.rows) > _FEW_ROWS
+    def starts_open(self, *, below_plots: bool) -> bool:
+        """Whether the table starts unfolded: a short one where no plot shows its figures."""
+        marked = bool(self.classes) and all(name in MARKED for name in self.classes)
+        return len(self.rows) <= _FEW_ROWS and (marked or not below_plots)
 
 
 def table_views(frame: pd.DataFrame) -> list[TableView]:
-    """One table, or one of the measured and one of the projected rows where the frame has both."""
+    """One table, or one of the measured and one of the projected rows where the frame has both.
+
+    Of a comparison, the changes beyond the noise come first, in a table of their own.
+    """
     if frame.empty:
         return []
+    if "verdict" in frame:
+        marked = frame[frame["verdict"].isin(MARKED)]
+        views = [] if marked.empty else [_view("Beyond the noise", marked, projected=False)]
+        return [*views, _view("All figures that both runs have", frame, projected=False)]
     measured = [str(name) for name in frame if str(name).startswith("measured_")]
     projected = [str(name) for name in frame if str(name).startswith("projected_")]
     if not projected:

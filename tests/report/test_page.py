@@ -132,5 +132,20 @@ def test_tables_keep_projected_rows_apart() -> None:
 
 def test_long_tables_start_folded() -> None:
     short = pd.DataFrame({"head": ["a"] * 12})
-    assert not table_views(short)[0].is_long
-    assert table_views(pd.concat([short, short]))[0].is_long
+    (table,) = table_views(short)
+    assert table.starts_open(below_plots=False)
+    assert not table.starts_open(below_plots=True)
+    (table,) = table_views(pd.concat([short, short]))
+    assert not table.starts_open(below_plots=False)
+
+
+def test_changes_beyond_the_noise_have_an_open_table_of_their_own() -> None:
+    verdicts = ["same", "worse", "within noise", "better"]
+    frame = pd.DataFrame({"head": list("abcd"), "verdict": verdicts})
+    marked, every = table_views(frame)
+    assert [row[0][0] for row in marked.rows] == ["b", "d"]
+    assert marked.classes == ("worse", "better")
+    assert marked.starts_open(below_plots=True)
+    assert len(every.rows) == 4
+    assert not every.starts_open(below_plots=True)
+    assert len(table_views(frame[frame.verdict == "same"])) == 1
