@@ -16,15 +16,17 @@ from flashhead_dist.report.legend import LegendKey, legend_keys
 from flashhead_dist.report.runs import Run
 from flashhead_dist.report.section import Plot, Section
 from flashhead_dist.report.sections.crossover import crossover_section
+from flashhead_dist.report.sections.device_counts import device_counts_section
 from flashhead_dist.report.sections.fidelity import fidelity_section
 from flashhead_dist.report.sections.latency import latency_section
 from flashhead_dist.report.sections.memory import memory_section
 from flashhead_dist.report.sections.pipeline import pipeline_section
+from flashhead_dist.report.sections.profile import kernels_section, ranges_section
 from flashhead_dist.report.sections.ranks import ranks_section
 from flashhead_dist.report.sections.roofline import roofline_section
 from flashhead_dist.report.sections.scaling import scaling_section
 from flashhead_dist.report.sections.setting import KEY as SETTING_KEY
-from flashhead_dist.report.sections.setting import drawing_of, setting_frame, warnings_of
+from flashhead_dist.report.sections.setting import setting_frame, standing_of, warnings_of
 from flashhead_dist.report.sections.split import split_section
 from flashhead_dist.report.sections.wire import wire_section
 from flashhead_dist.report.tables_html import TableView, table_views
@@ -37,17 +39,21 @@ _SECTIONS: tuple[Callable[[Run], Section], ...] = (
     scaling_section,
     ranks_section,
     wire_section,
+    device_counts_section,
     roofline_section,
     fidelity_section,
     crossover_section,
     memory_section,
     pipeline_section,
+    ranges_section,
+    kernels_section,
 )
 
 FRAME_NAMES = frozenset(
     {
         "setting", "comparison", "latency", "split", "scaling", "ranks", "wire", "roofline",
         "fidelity", "crossover", "memory", "pipeline", "projection",
+        "device_counts", "ranges", "kernels",
     }
 )  # fmt: skip
 """Stems of all files of figures that a report may hold."""
@@ -107,7 +113,7 @@ class _Part:
     paragraphs: tuple[_Paragraph, ...] = ()
     more: tuple[_Paragraph, ...] = ()
     facts: tuple[_Fact, ...] | None = None
-    drawings: tuple[str, ...] = ()
+    standing: tuple[str, ...] = ()
     blocks: tuple[_Block, ...] = field(default=())
 
 
@@ -178,9 +184,13 @@ def _setting_part(runs: Sequence[Run]) -> _Part:
         _Fact(str(row["fact"]), tuple(str(row[run.letter]) for run in runs), bool(row["differs"]))
         for row in setting_frame(runs).to_dict("records")
     ]
-    drawings = [f"{run.label}\n{found}" for run in runs if (found := drawing_of(run))]
+    standing = [
+        f"{run.letter}, {line}" if len(runs) > 1 else line
+        for run in runs
+        for line in standing_of(run)
+    ]
     return _Part(
-        SETTING_KEY, "What was measured on what", facts=tuple(facts), drawings=tuple(drawings)
+        SETTING_KEY, "What was measured on what", facts=tuple(facts), standing=tuple(standing)
     )
 
 

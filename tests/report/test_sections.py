@@ -18,7 +18,7 @@ from flashhead_dist.report.sections.latency import latency_section
 from flashhead_dist.report.sections.memory import memory_section
 from flashhead_dist.report.sections.pipeline import pipeline_section
 from flashhead_dist.report.sections.scaling import scaling_section
-from flashhead_dist.report.sections.setting import setting_frame, warnings_of
+from flashhead_dist.report.sections.setting import setting_frame, standing_of, warnings_of
 from flashhead_dist.report.sections.wire import wire_section
 from tests.report.made_up import changed, environment_of, golden, pipeline_document, run_of
 
@@ -173,6 +173,14 @@ def test_warnings_name_what_a_reader_must_know_first(tmp_path: Path) -> None:
     assert "SYNTHETIC" in said
     assert "OVERSUBSCRIBED at tp 8 (8 ranks on 2 cores)" in said
     assert "changes that no commit holds" in said
+
+
+def test_what_the_ranks_stand_on_is_told_with_reasons(tmp_path: Path) -> None:
+    choice = {"name": "key_exchange", "value": "gloo", "reason": "gloo serves the CPU"}
+    environment = {"topology": {"drawing": "1 host of 3 ranks", "choices": [choice]}}
+    run = run_of(tmp_path / "run", environment=environment)
+    assert standing_of(run) == ["1 host of 3 ranks", "key exchange: gloo serves the CPU"]
+    assert standing_of(run_of(tmp_path / "older")) == []
 
 
 def test_facts_that_differ_between_runs_are_marked(tmp_path: Path) -> None:

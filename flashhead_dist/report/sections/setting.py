@@ -42,11 +42,15 @@ def warnings_of(run: Run) -> list[str]:
     return warnings
 
 
-def drawing_of(run: Run) -> str | None:
-    """What the ranks stand on, drawn in text; None where the run does not tell."""
+def standing_of(run: Run) -> list[str]:
+    """What the ranks stand on, and what follows from it with its reason; empty where not told."""
     topology = run.environment.get("topology")
-    found = topology.get("drawing") if isinstance(topology, Mapping) else None
-    return found if isinstance(found, str) else None
+    if not isinstance(topology, Mapping):
+        return []
+    choices = topology.get("choices", [])
+    lines = [topology.get("drawing", "")]
+    lines += [f"{choice['name'].replace('_', ' ')}: {choice['reason']}" for choice in choices]
+    return [str(line) for line in lines if line]
 
 
 def _facts(run: Run) -> dict[str, str]:
