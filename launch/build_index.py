@@ -56,7 +56,8 @@ from flashhead_topology.probe import probe_machine
 _DEFAULTS = IndexOptions()
 _OPTION_NAMES = (
     "cluster_size", "centroid_bits", "group_size", "num_groups", "learned_pins_per_group",
-    "method", "centroid_kind", "alpha", "num_probes", "metric_exponent", "seed",
+    "pin_special_tokens", "method", "centroid_kind", "alpha", "num_probes", "metric_exponent",
+    "seed",
 )  # fmt: skip
 
 
@@ -141,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
         "--learned-pins", dest="learned_pins_per_group", type=int, metavar="N",
         default=_DEFAULTS.learned_pins_per_group,
         help="most pins a group that calibration may add (default: %(default)s)",
+    )  # fmt: skip
+    how.add_argument(
+        "--pin-special", dest="pin_special_tokens", action=argparse.BooleanOptionalAction,
+        default=_DEFAULTS.pin_special_tokens, help="pin the tokenizer's special tokens as well",
     )  # fmt: skip
     how.add_argument("--seed", type=int, default=_DEFAULTS.seed, metavar="N")
     where = parser.add_argument_group("where")
@@ -241,7 +246,8 @@ def _print_description(path: Path, manifest: IndexManifest, *, intact: bool) -> 
         f"{per_group * manifest.num_groups * manifest.cluster_size:,} candidate rows; "
         f"alpha {manifest.alpha:g}",
         "pinned": f"{manifest.num_pinned} slot(s) a group; "
-        f"{len(manifest.calibration.get('learned_pinned_token_ids', []))} tokens learned",
+        f"{len(manifest.calibration.get('learned_pinned_token_ids', []))} tokens learned, "
+        f"{len(manifest.calibration.get('special_token_ids', []))} special",
         "bytes a step": f"{100 * manifest.bytes_share:.2f} % of a bfloat16 dense head's",
         "fidelity": _fidelity(manifest),
         "stored": f"{manifest.data_bytes / 1e6:.1f} MB, built in {manifest.build_seconds:.0f} s"

@@ -203,7 +203,7 @@ def closed_form(
     with annotate(CANDIDATES):  # one operation, centroids included
         scores = ops.local_scores(
             hidden_states, shard.rows, shard.token_ids, shard.centroids, shard.spread, head.alpha,
-            -(-head.num_probes // head.num_groups), shard.pinned_rows, shard.pinned_token_ids,
+            -(-head.sampling_probes // head.num_groups), shard.pinned_rows, shard.pinned_token_ids,
         )  # fmt: skip
     logits = ops.final_logits(scores.logits, final)
     groups = len(shard.token_ids)

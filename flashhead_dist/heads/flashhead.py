@@ -107,6 +107,15 @@ class FlashHead(IndexHead):
 
     name: ClassVar[str] = "flashhead"
 
+    @property
+    def sampling_probes(self) -> int:
+        """Clusters probed, over every rank, where a token is drawn or its probability asked for.
+
+        Half as many again as for the best token, whose cluster scores high: a draw falls on others
+        too, and what is not scored has an estimated probability (docs/sampling.md has figures).
+        """
+        return min(-(-3 * self.num_probes // 2), self.shard.manifest.num_clusters)
+
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         return (yield from merge_candidates(*self._find(hidden_states, want)))
 

@@ -44,7 +44,7 @@ def build_index(
 
     calibration: shapes the metric and the rounding of centroids, and chooses alpha and pinned
         tokens. Without it clusters are Euclidean, alpha is 0 unless the options say otherwise, and
-        no token is pinned but those of the options.
+        no token is pinned but those of the options and the tokenizer's special ones.
     test: its fidelity goes into the manifest.
     device: a GPU where there is one, if None.
 
@@ -67,7 +67,8 @@ def build_index(
             moment = second_moment(calibration.states.to(device))
         slots, rounds = cluster_tokens(weights, options, moment=moment, report=report)
         tensors = lay_out(weights, slots, options.pinned_token_ids, options, moment)
-        choice = choose(weights, tensors, options, calibration, threads, report)
+        special = model.special_token_ids() if options.pin_special_tokens else ()
+        choice = choose(weights, tensors, options, calibration, special, threads, report)
         if choice.pinned_token_ids != options.pinned_token_ids:
             slots = _without(slots, choice.pinned_token_ids)
             tensors = lay_out(weights, slots, choice.pinned_token_ids, options, moment)

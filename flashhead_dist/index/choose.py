@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,17 +37,18 @@ def choose(
     tensors: IndexTensors,
     options: IndexOptions,
     calibration: HiddenStates | None,
+    special_token_ids: Sequence[int],
     threads: int,
     report: Report,
 ) -> Choice:
-    """Choose alpha, then the tokens to pin beside those of `options`.
+    """Choose alpha, then the tokens to pin beside those of `options` and the special ones.
 
     weights: `[V, D]`. threads: for the dense head. Without calibration states alpha is 0, or what
-    the options say, and no token is pinned but those.
+    the options say, and no further token is pinned.
     """
-    given = options.pinned_token_ids
+    given = {*options.pinned_token_ids, *special_token_ids}
     if calibration is None or not len(calibration):
-        return Choice(options.alpha or 0.0, given)
+        return Choice(options.alpha or 0.0, tuple(sorted(given)))
     alphas = ALPHAS if options.alpha is None else (options.alpha,)
     tokens, ranks = _ranks(weights, tensors, calibration, alphas, threads, report, "Calibrating")
     probes = _probes_per_group(options, weights)
@@ -55,12 +57,13 @@ def choose(
         for alpha, row in zip(alphas, ranks, strict=True)
     }
     alpha = choose_alpha(found)
-    learned = missed_tokens(
-        ranks[alphas.index(alpha)], tokens, probes, options.max_learned_pins(len(weights))
-    )
+    room = max(0, options.max_learned_pins(len(weights)) - len(special_token_ids))
+    ranked = ranks[alphas.index(alpha)]
+    learned = missed_tokens(ranked, tokens, probes, room)
     evidence = {
         "num_states": len(calibration),
         "origin": calibration.origin,
+        "special_token_ids": list(special_token_ids),
         "learned_pinned_token_ids": learned,
         "top1_agreement_by_alpha": [
             {"alpha": alpha, **_summary(result)} for alpha, result in found.items()

@@ -40,6 +40,9 @@ class IndexOptions:
     """Tokens that every step scores, whatever is probed."""
     learned_pins_per_group: int = 1
     """At most this many tokens a group are pinned because the calibration states miss them."""
+    pin_special_tokens: bool = True
+    """Also pin the tokenizer's named special tokens (unknown, end of text, ...). Texts that
+    calibrate hold none of them, and in others one that is missed is missed again and again."""
     method: Method = "bisect"
     """Clustering: balanced bisection with refinement, or faiss k-means."""
     centroid_kind: CentroidKind = "mean"

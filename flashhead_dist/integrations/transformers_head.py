@@ -107,7 +107,7 @@ class RetrievalHead(nn.Module):
                 1, chosen.unsqueeze(1), 1.0
             )
         refuse_non_finite(flat)
-        session.found = self.logit_rows.retrieve(flat, session.temperature)
+        session.found = self.logit_rows.retrieve(flat, session.temperature, greedy=session.greedy)
         session.rows = self.logit_rows.estimated(session.found, below_best=session.greedy)
         session.next_row = 0
         if session.kind is RowKind.CLOSED_FORM_BESIDE:

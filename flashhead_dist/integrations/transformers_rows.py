@@ -76,9 +76,15 @@ class LogitRows:
         """
         return self.head(hidden_states).token_ids[:, 0]
 
-    def retrieve(self, hidden_states: Tensor, temperature: float = 1.0) -> Retrieved:
-        """Probe, score the candidates, and estimate the mass of every other cluster."""
+    def retrieve(
+        self, hidden_states: Tensor, temperature: float = 1.0, *, greedy: bool = False
+    ) -> Retrieved:
+        """Probe, score the candidates, and estimate the mass of every other cluster.
+
+        greedy: probe as for the head's own greedy token, not as for a draw.
+        """
         head, shard = self.head, self.head.shard
+        num_probes = head.num_probes if greedy else head.sampling_probes
         ops = sampling_ops_for(hidden_states.device)
         scores = ops.local_scores(
             hidden_states,
@@ -87,7 +93,7 @@ class LogitRows:
             shard.centroids,
             shard.spread,
             head.alpha,
-            -(-head.num_probes // head.num_groups),
+            -(-num_probes // head.num_groups),
             shard.pinned_rows,
             shard.pinned_token_ids,
         )

@@ -58,6 +58,7 @@ class ModelSource:
     rows: RowStore = field(repr=False)
     hash_rows: Callable[[RowStore], str] = field(repr=False)
     body_loader: Callable[[torch.dtype | None], tuple[Any, Any]] | None = field(repr=False)
+    tokenizer_loader: Callable[[], Any] | None = field(repr=False)
 
     @property
     def vocab_size(self) -> int:
@@ -101,6 +102,17 @@ class ModelSource:
                 f"{self.name} is synthetic and has no body to run; name a real model with --model."
             )
         return self.body_loader(dtype)
+
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that the tokenizer names (end of text, unknown, ...), ascending.
+
+        None where there is no tokenizer. Reading one takes seconds.
+
+        Raises ModelSourceError where transformers cannot load the tokenizer.
+        """
+        tokenizer = self.tokenizer_loader() if self.tokenizer_loader else None
+        named = tokenizer.all_special_ids if tokenizer else ()
+        return tuple(sorted({token for token in named if 0 <= token < self.vocab_size}))
 
 
 def _check_range(start: int, stop: int, end: int) -> None:

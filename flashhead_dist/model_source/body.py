@@ -11,6 +11,8 @@ import torch
 
 from flashhead_dist.model_source.errors import ModelSourceError
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
 
 def load_folder_body(find_folder: Callable[[], Path], dtype: torch.dtype | None) -> tuple[Any, Any]:
     """Model (eval mode, CPU, `dtype` or as stored) and tokenizer of the folder that is found.
@@ -48,6 +50,32 @@ def load_gguf_body(path: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise _unloadable(path, error) from error
     return model.eval(), tokenizer
+
+
+def load_folder_tokenizer(find_folder: Callable[[], Path]) -> Any:
+    """The tokenizer of the folder that is found; None where it has none.
+
+    Raises ModelSourceError where transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    folder = find_folder()
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(folder, error) from error
+
+
+def load_gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer of a GGUF file; raises ModelSourceError where transformers cannot load it."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(path, error) from error
 
 
 def _unloadable(path: Path, error: Exception) -> ModelSourceError:

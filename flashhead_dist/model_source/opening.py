@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashhead_dist.model_source.base import ModelSource
-from flashhead_dist.model_source.body import load_folder_body, load_gguf_body
+from flashhead_dist.model_source.body import (
+    load_folder_body,
+    load_folder_tokenizer,
+    load_gguf_body,
+    load_gguf_tokenizer,
+)
 from flashhead_dist.model_source.cache import cache_root
 from flashhead_dist.model_source.default_model import DEFAULT_NAME, default_model_folder
 from flashhead_dist.model_source.errors import ModelSourceError
@@ -61,6 +66,7 @@ def _open_folder(
     hub: HubModel | None = None,
 ) -> ModelSource:
     config, rows, tied = open_folder(folder, hub.fetch if hub else folder.joinpath)
+    find_folder = hub.fetch_all if hub else lambda: folder
     return ModelSource(
         name=name,
         path=config.path.parent,
@@ -70,7 +76,8 @@ def _open_folder(
         final_logit_softcap=config.final_logit_softcap,
         rows=rows,
         hash_rows=partial(hash_rows, cache=cache),
-        body_loader=partial(load_folder_body, hub.fetch_all if hub else lambda: folder),
+        body_loader=partial(load_folder_body, find_folder),
+        tokenizer_loader=partial(load_folder_tokenizer, find_folder),
     )
 
 
@@ -94,6 +101,7 @@ def _open_file(path: Path, dtype: torch.dtype | None, cache: Path) -> ModelSourc
         rows=rows,
         hash_rows=partial(hash_rows, cache=cache),
         body_loader=partial(load_gguf_body, path),
+        tokenizer_loader=partial(load_gguf_tokenizer, path),
     )
 
 
@@ -122,4 +130,5 @@ def _open_synthetic(text: str, dtype: torch.dtype | None, cache: Path) -> ModelS
         rows=rows,
         hash_rows=partial(hash_rows, cache=cache),
         body_loader=None,
+        tokenizer_loader=None,
     )

@@ -114,6 +114,15 @@ def test_parts_share_no_document_and_every_source_is_in_both(
     assert 250 <= sum(map(len, parts)) <= 350
 
 
+def test_special_tokens_are_those_that_the_tokenizer_names(model: ModelSource) -> None:
+    assert model.special_token_ids() == (0, 1)
+    assert replace(model, tokenizer_loader=None).special_token_ids() == ()
+    assert model.path is not None
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model.path / name).unlink()
+    assert model.special_token_ids() == ()
+
+
 def test_second_call_reads_the_cache(model: ModelSource, texts: Path) -> None:
     first = collect_hidden_states(model, texts, max_tokens=300, progress=False)
     bodiless = replace(model, body_loader=None)

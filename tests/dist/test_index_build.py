@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,6 +193,27 @@ def test_given_pins_are_kept_beside_the_learned_ones(build_one: Build) -> None:
     assert _pinned(index) == sorted({7, 900, *learned})
     ids = load_shard(index).token_ids
     assert sorted([*ids[ids >= 0].tolist(), *_pinned(index)]) == list(range(V))
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_special_tokens_are_pinned_and_take_the_place_of_learned_ones(
+    build_one: Build, model: ModelSource, calibrated: bool
+) -> None:
+    """Six of eight slots of one pin a group: two are left to learn. An id past V is no row."""
+    named = SimpleNamespace(all_special_ids=[5, 17, 17, 21, 30, 31, 40, V])
+    special = [5, 17, 21, 30, 31, 40]
+    told = replace(model, tokenizer_loader=lambda: named)
+    given: dict[str, Any] = {} if calibrated else {"calibration": None}
+    index = build_one("named", model=told, num_probes=8, **given)
+    evidence = load_manifest(index).calibration
+    learned = evidence.get("learned_pinned_token_ids", [])
+    assert len(learned) <= 2
+    assert _pinned(index) == sorted({*special, *learned})
+    assert load_manifest(index).num_pinned == 1
+    assert evidence.get("special_token_ids", special) == special
+    without = build_one("plain", model=told, num_probes=8, pin_special_tokens=False, **given)
+    assert not {*special} & {*_pinned(without)} - {*learned}
+    assert len(_pinned(without)) <= 8
 
 
 def test_without_states_nothing_is_learned(build_one: Build) -> None:

@@ -100,6 +100,7 @@ def test_fingerprints_differ_where_any_choice_does() -> None:
         "num_groups": 64,
         "pinned_token_ids": (3,),
         "learned_pins_per_group": 0,
+        "pin_special_tokens": False,
         "method": "faiss",
         "centroid_kind": "unit_norm",
         "alpha": 0.5,
