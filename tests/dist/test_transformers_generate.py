@@ -100,7 +100,7 @@ def state_of(pair: Pair, model: Any, prompt: list[int]) -> tuple[Tensor, Retriev
     """The dense model's logits `[V]`, what the head retrieves, and its estimates `[V]`."""
     ids = torch.tensor([prompt])
     rows = model.retrieval_head.logit_rows
-    found = rows.retrieve(pair.last_hidden(ids))
+    found = rows.retrieve(pair.last_hidden(ids), greedy=True)
     return pair.dense(ids).logits[0, -1], found, rows.estimated(found, below_best=True)[0]
 
 
