@@ -54,7 +54,12 @@ _UNSHARE = [
     "--kill-child",
     "--mount-proc",
 ]
-_HOST_SHELL = "echo {name} > /proc/sys/kernel/hostname && echo up && exec cat"
+# Reno is in every kernel; others, BBR above all, pace what they send by what an application that
+# computes between messages has sent before.
+_HOST_SHELL = """
+echo reno > /proc/sys/net/ipv4/tcp_congestion_control &&
+echo {name} > /proc/sys/kernel/hostname && echo up && exec cat
+"""
 
 
 @dataclass(frozen=True)
