@@ -13,7 +13,7 @@ from flashhead_profiles.nvml import MEMORY, Counted, DeviceCounters
 
 ON_CPU = "this run computes on the CPU; NVML counts what GPUs move"
 _BURST_S = 0.5
-_MAX_STEPS = 20_000
+_MAX_STEPS = 2_000
 
 
 @dataclass(frozen=True, kw_only=True)

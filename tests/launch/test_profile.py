@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from flashhead_profiles.folder import read_profile
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "launch" / "profile.sh"
@@ -95,6 +99,28 @@ def test_torch_profiler_traces_every_ranks_captures_and_prints_them(
     (row,) = [line for line in stdout.splitlines() if "step" in line and "│    1 │" in line][:1]
     assert row.split("│")[4].strip() == "1"
     assert "kernels_us is missing" in stdout
+
+
+def test_two_nodes_bear_global_ranks_and_are_read_together(tmp_path: Path, script: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def node(number: int) -> tuple[int, str, str]:
+        place = ("--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1")
+        given = ("--torch", "--captures", "1", "--output", tmp_path / f"node{number}", *place)
+        return run(*given, "--master-port", str(port), "--", script)
+
+    with ThreadPoolExecutor(2) as pool:
+        for code, _, stderr in pool.map(node, (0, 1)):
+            assert code == 0, stderr
+    for number in (0, 1):
+        (report,) = (tmp_path / f"node{number}").iterdir()
+        assert report.name == f"tp2_1_rank{number}.json"
+        report.rename(tmp_path / "node0" / report.name)
+    timeline = read_profile(tmp_path / "node0").timeline
+    assert timeline is not None
+    assert set(timeline["rank"]) == {0, 1}
 
 
 @pytest.mark.parametrize(("tool", "option"), [("nsys", []), ("ncu", ["--counters"])])
