@@ -7,7 +7,7 @@ GPU_ENV := PYTHONPATH=.:kernels:topology:profiles
 # One thread a rank: torchrun would set it anyway, and say so at length.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup scale generate report test test-browser test-network verify verify-fidelity lint bench bench-pipeline bench-ranges bench-gpu check-gpu clean
+.PHONY: help setup scale generate report reference test test-browser test-network verify verify-fidelity lint bench bench-pipeline bench-ranges bench-network bench-gpu check-gpu clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -33,6 +33,11 @@ test: setup ## Lint, types and all tests but those on the real model
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not real and not network"
 
+reference: setup ## Make docs/reference_run from a run of `make scale` (RUN=..., ARGS=...); needs Chromium
+	cp $(RUN)/records.jsonl $(RUN)/environment.json $(RUN)/summary.csv $(RUN)/*.png docs/reference_run/
+	$(BIN)/python launch/report.py docs/reference_run $(ARGS)
+	$(BIN)/python -m tests.report.browser docs/reference_run/report/report.html docs/reference_run
+
 test-browser: setup ## Look at reports in a headless Chromium, which must be installed (apt-get install chromium)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable ".[browser]"
@@ -43,6 +48,9 @@ report: setup ## The page of a run, or of several against the first (RUN="A B", 
 
 test-network: setup ## Several hosts over links of set rate and delay, as network namespaces (root)
 	$(BIN)/python -m pytest tests/topology/shaped $(ARGS)
+
+bench-network: setup ## The cost model against scale.py over links of set rate and delay (root; ARGS=...)
+	$(BIN)/python -m tests.topology.shaped.validate $(ARGS)
 
 verify: setup ## All claims on the real model: fidelity, and sharding exactness for every state
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python launch/build_index.py

@@ -12,6 +12,10 @@ the receive (a notice leaves for the sender), and posts the send. Messages of a 
 another on its link, each for `beta_s_per_byte` a byte, and arrive `alpha_s` after their last byte
 has left.
 
+All ranks enter together. Where they do not, more can be lost than the time between them: an
+all-gather posts its send before its receive, so that a rank that comes late to a waiting neighbour
+sends a whole segment ahead of its own notice. Two ranks then take 3 / 2 of the bandwidth's time.
+
 Letters: P ranks of the ring. Units: seconds and bytes.
 """
 
