@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flashhead_dist.hidden_states import HiddenStates, synthetic_hidden_states
 from flashhead_dist.index import IndexOptions, build_index
 from flashhead_dist.model_source import open_model
 
@@ -148,6 +149,43 @@ def tied_index(tied_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         device="cpu",
         progress=False,
     )
+
+
+@pytest.fixture(scope="module")
+def index_states(tied_model: Path) -> tuple[HiddenStates, HiddenStates]:
+    """Calibration and test states of `tied_model`, 300 each, of two sources."""
+    model = open_model(str(tied_model))
+    parts = []
+    for part in synthetic_hidden_states(model, num_states=300):
+        source_ids = torch.arange(300) % 3 // 2
+        parts.append(HiddenStates(part.states, source_ids, ("text", "code"), part.origin))
+    return parts[0], parts[1]
+
+
+@pytest.fixture
+def build_one(
+    tied_model: Path, index_states: tuple[HiddenStates, HiddenStates], tmp_path: Path
+) -> Callable[..., Path]:
+    """Build an index of `tied_model` at `name`: 8 groups, few probes, and what `options` say."""
+    model = open_model(str(tied_model))
+    calibration, test = index_states
+
+    def run(name: str = "index", /, replace: bool = False, **changes: Any) -> Path:
+        known = {"calibration", "test", "progress", "model"}
+        given = {key: changes.pop(key) for key in known & set(changes)}
+        options = IndexOptions(**{"num_groups": 8, "num_probes": 16, **changes})
+        return build_index(
+            given.get("model", model),
+            options,
+            calibration=given.get("calibration", calibration),
+            test=given.get("test", test),
+            out=tmp_path / name,
+            device="cpu",
+            replace_existing=replace,
+            progress=given.get("progress", False),
+        )
+
+    return run
 
 
 @pytest.fixture(scope="module")

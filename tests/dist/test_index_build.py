@@ -1,9 +1,7 @@
-"""Building an index: deterministic, whole or not at all, and shaped by calibration states alone."""
+"""Building an index: deterministic, and shaped by calibration states alone."""
 
 from __future__ import annotations
 
-import errno
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from flashhead_dist.hidden_states import HiddenStates, synthetic_hidden_states
+from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index import (
-    HeadIndexError,
-    IndexOptions,
-    build,
-    build_index,
     load_manifest,
     load_shard,
-    store,
 )
 from flashhead_dist.index.layout import describe_clusters
 from flashhead_dist.model_source import ModelSource, open_model
@@ -35,41 +27,6 @@ Build = Callable[..., Path]
 @pytest.fixture(scope="module")
 def model(tied_model: Path) -> ModelSource:
     return open_model(str(tied_model))
-
-
-@pytest.fixture(scope="module")
-def states(model: ModelSource) -> tuple[HiddenStates, HiddenStates]:
-    """Calibration and test states, 300 each, of two sources."""
-    parts = []
-    for part in synthetic_hidden_states(model, num_states=300):
-        source_ids = torch.arange(300) % 3 // 2
-        parts.append(HiddenStates(part.states, source_ids, ("text", "code"), part.origin))
-    return parts[0], parts[1]
-
-
-@pytest.fixture
-def build_one(
-    model: ModelSource, states: tuple[HiddenStates, HiddenStates], tmp_path: Path
-) -> Build:
-    """Build an index at `name`, with 8 groups and few probes unless `options` say otherwise."""
-    calibration, test = states
-
-    def run(name: str = "index", /, replace: bool = False, **changes: Any) -> Path:
-        known = {"calibration", "test", "progress", "model"}
-        given = {key: changes.pop(key) for key in known & set(changes)}
-        options = IndexOptions(**{"num_groups": 8, "num_probes": 16, **changes})
-        return build_index(
-            given.get("model", model),
-            options,
-            calibration=given.get("calibration", calibration),
-            test=given.get("test", test),
-            out=tmp_path / name,
-            device="cpu",
-            replace_existing=replace,
-            progress=given.get("progress", False),
-        )
-
-    return run
 
 
 def _data(index: Path) -> bytes:
@@ -102,7 +59,7 @@ def test_the_same_bytes_come_out_whatever_the_threads_and_the_global_seed(
 
 
 def test_the_manifest_says_what_was_built_and_from_what(
-    build_one: Build, model: ModelSource, states: tuple[HiddenStates, HiddenStates]
+    build_one: Build, model: ModelSource, index_states: tuple[HiddenStates, HiddenStates]
 ) -> None:
     manifest = load_manifest(build_one(seed=3, alpha=0.02))
     assert (manifest.vocab_size, manifest.hidden_size) == (V, D)
@@ -115,7 +72,7 @@ def test_the_manifest_says_what_was_built_and_from_what(
     assert manifest.rounds > 0
     assert 0.5 < manifest.cohesion < 1
     assert set(manifest.versions) >= {"python", "torch", "numpy", "safetensors", "flashhead-dist"}
-    calibration, test = states
+    calibration, test = index_states
     assert manifest.calibration["num_states"] == 300
     assert manifest.calibration["origin"] == calibration.origin
     assert [entry["alpha"] for entry in manifest.calibration["top1_agreement_by_alpha"]] == [0.02]
@@ -150,9 +107,9 @@ def test_every_cluster_size_and_precision(
 
 
 def test_pinned_tokens_are_learned_from_the_calibration_states_alone(
-    build_one: Build, model: ModelSource, states: tuple[HiddenStates, HiddenStates]
+    build_one: Build, model: ModelSource, index_states: tuple[HiddenStates, HiddenStates]
 ) -> None:
-    calibration, test = states
+    calibration, test = index_states
     index = build_one("index", num_probes=8)
     learned = load_manifest(index).calibration["learned_pinned_token_ids"]
     assert 0 < len(learned) <= 8
@@ -220,102 +177,3 @@ def test_without_states_nothing_is_learned(build_one: Build) -> None:
     manifest = load_manifest(build_one(calibration=None, test=None))
     assert (manifest.alpha, manifest.metric_exponent, manifest.num_pinned) == (0.0, 0.0, 0)
     assert manifest.calibration == manifest.fidelity == {}
-
-
-@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("stage", ["cluster_tokens", "measure_fidelity", "cohesion"])
-def test_a_build_that_fails_leaves_nothing_and_what_was_there(
-    build_one: Build,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    stage: str,
-    failure: type[BaseException],
-) -> None:
-    index = build_one()
-    stored = _data(index)
-
-    def fail(*arguments: Any, **named: Any) -> None:
-        raise failure
-
-    monkeypatch.setattr(build, stage, fail)
-    for name in ("index", "new"):
-        with pytest.raises(failure):
-            build_one(name, replace=True, seed=1)
-        assert [path.name for path in tmp_path.iterdir()] == ["index"]
-    assert _data(index) == stored
-    load_shard(index)
-
-
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
-@pytest.mark.parametrize("step", ["save_file", "save_manifest", "_flush"])
-def test_storing_that_fails_leaves_nothing_and_what_was_there(
-    build_one: Build,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    step: str,
-    failure: BaseException,
-) -> None:
-    index = build_one()
-    stored = _data(index)
-    done = getattr(store, step)
-
-    def fail(*arguments: Any, **named: Any) -> None:
-        done(*arguments, **named)
-        raise failure
-
-    monkeypatch.setattr(store, step, fail)
-    expected = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else HeadIndexError
-    for name in ("index", "new"):
-        with pytest.raises(expected) as raised:
-            build_one(name, replace=True, seed=1)
-        if expected is HeadIndexError:
-            assert "No space left" in str(raised.value)
-            assert str(tmp_path / name) in str(raised.value)
-        assert [path.name for path in tmp_path.iterdir()] == ["index"]
-    assert _data(index) == stored
-
-
-def test_what_cannot_be_is_refused_before_the_work(
-    build_one: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build_one()
-    monkeypatch.setattr(build, "cluster_tokens", None)
-    with pytest.raises(HeadIndexError, match="exists already"):
-        build_one()
-    with pytest.raises(HeadIndexError, match="between 1 and the 256 clusters"):
-        build_one("other", num_probes=257)
-
-
-def test_an_index_is_replaced_only_if_asked(build_one: Build, tmp_path: Path) -> None:
-    index = build_one()
-    stored = _data(index)
-    with pytest.raises(HeadIndexError, match=r"index exists already.*--force"):
-        build_one(seed=1)
-    assert _data(index) == stored
-    build_one(replace=True, seed=1)
-    assert load_manifest(index).seed == 1
-    load_shard(index)
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
-    (index / "notes.txt").write_text("mine")
-    with pytest.raises(HeadIndexError, match="not an index"):
-        build_one(replace=True)
-    assert (index / "notes.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(
-    build_one: Build,
-    tied_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    value: float,
-) -> None:
-    monkeypatch.setattr(build, "_READ_ROWS", 100)
-    broken = tmp_path / "broken"
-    shutil.copytree(tied_model, broken)
-    rows = load_file(broken / "model.safetensors")["lm_head.weight"]
-    rows[701, 3] = value
-    save_file({"lm_head.weight": rows}, broken / "model.safetensors")
-    with pytest.raises(HeadIndexError, match=r"at token 701; use"):
-        build_one(model=open_model(str(broken)))
-    assert not (tmp_path / "index").exists()
