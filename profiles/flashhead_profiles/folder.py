@@ -37,13 +37,20 @@ def read_profile(folder: Path) -> Profile:
     for path in sorted([*folder.glob("*rank*.json*"), *folder.glob("*rank*.sqlite")]):
         reads = read_nsys if path.suffix == ".sqlite" else read_chrome_trace
         frame = reads(path)
-        rank = frame["rank"].iloc[0]
-        capture = path.name.split(".")[0].replace(f"rank{rank}", "").strip("_")
-        frames.append(frame.assign(capture=capture))
+        frames.append(frame.assign(capture=capture_of(path, int(frame["rank"].iloc[0]))))
     counters = [read_ncu(path) for path in sorted(folder.glob("counters_*.csv"))]
     if not frames and not counters:
         raise TraceError(f"{folder} holds no report of a rank: fill it with launch/profile.sh")
     return Profile(_together(frames), _together(counters))
+
+
+def capture_of(path: Path, rank: int) -> str:
+    """What a report's name says beside its rank: `tp2_1` of `tp2_1_rank0.json`.
+
+    nsys numbers the captures of a run behind the name: `rank0.2.sqlite` is capture `2`.
+    """
+    name = path.name.removesuffix(".gz").removesuffix(".json").removesuffix(".sqlite")
+    return name.replace(f"rank{rank}", "").replace(f"rank_{rank}", "").strip("_.")
 
 
 def _together(frames: list[pd.DataFrame]) -> pd.DataFrame | None:

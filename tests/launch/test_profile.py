@@ -210,3 +210,17 @@ def test_mistakes_are_sentences(tmp_path: Path, script: Path) -> None:
     assert code == 0
     assert "--counters" in stdout
     assert "set -euo" not in stdout
+
+
+def test_mistakes_in_tracing_one_rank_are_sentences(tmp_path: Path, script: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for given, says in (
+        (("--traces", tmp_path / "file", script), "name another --traces"),
+        (("--traces", tmp_path / "out", tmp_path / "none.py"), "there is no script"),
+    ):
+        done = subprocess.run(
+            [sys.executable, ROOT / "launch" / "trace.py", *given], capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
