@@ -95,15 +95,20 @@ class Marks:
         self._changed_s = {rank: since + seconds for rank, since in self._changed_s.items()}
 
     def silent(self, now_s: float, after_s: float) -> dict[int, float]:
-        """Seconds of silence of the ranks that are silent for longer than `after_s`.
+        """Seconds of silence by rank, once one of them is silent for longer than `after_s`.
 
-        A rank that is done is not expected to speak.
+        Ranks of a host that stopped together left their last marks within a beat or so: they are
+        named together. A rank that is done is not expected to speak.
         """
-        return {
+        silence_s = {
             rank: now_s - since_s
             for rank, since_s in self._changed_s.items()
-            if now_s - since_s > after_s and self._values[rank] != _DONE
+            if self._values[rank] != _DONE
         }
+        if max(silence_s.values(), default=0.0) <= after_s:
+            return {}
+        about_s = after_s - 1.5 * _BEAT_S
+        return {rank: seconds for rank, seconds in silence_s.items() if seconds > about_s}
 
     def describe(self, silent: Mapping[int, float]) -> str:
         """One sentence that names the silent ranks by host."""
@@ -247,9 +252,6 @@ class HostWatch:
             unanswered_s = now_s - self._answered_s
             # Only marks read since can tell; those of a store that does not answer are old.
             silent = self._marks.silent(self._answered_s, after_s)
-            if silent:
-                # Ranks of a host that stopped together left their last marks within a beat.
-                silent = self._marks.silent(self._answered_s, after_s - 1.5 * _BEAT_S)
         if self._broken is not None or unanswered_s > after_s:
             how = "broke off" if self._broken else f"gave no sign for {unanswered_s:.0f} s"
             self._end(

@@ -180,8 +180,11 @@ def test_silence_counts_from_the_last_change() -> None:
     marks = Marks([Place("a", "north"), Place("b", "south"), Place("c", "west")])
     marks.update({1: "1", 2: "1"}, 0.0)
     marks.update({1: "2", 2: "1"}, 5.0)
+    assert marks.silent(3.0, 4.0) == {}
     assert marks.silent(6.0, 4.0) == {2: 6.0}
-    assert marks.silent(10.0, 4.0) == {1: 5.0, 2: 10.0}
+    # Who fell silent at most a beat and a half later is named too.
+    assert marks.silent(8.0, 4.0) == {1: 3.0, 2: 8.0}
+    assert marks.silent(7.4, 4.0) == {2: 7.4}
     assert marks.describe({1: 5.0, 2: 10.0}).startswith("rank 1 on south and rank 2 on west gave")
     # A time in which the observer stood still itself is nobody's silence.
     marks.forgive(7.0)

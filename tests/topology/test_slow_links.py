@@ -19,7 +19,7 @@ def trips(num_hosts: int, slow: set[int], factor: float = 10.0) -> dict[tuple[in
 @pytest.mark.parametrize("num_hosts", [3, 4, 8])
 @pytest.mark.parametrize("slow", [0, 2])
 def test_the_host_with_the_slow_link_is_found(num_hosts: int, slow: int) -> None:
-    """A rule by medians of a host's trips would blame all of three hosts for one."""
+    """A rule by a host's longest trip would blame all of four hosts for one."""
     (found,) = slow_links(trips(num_hosts, {slow}))
     assert found.host == slow
     assert found.factor == pytest.approx(10)
