@@ -147,7 +147,18 @@ def _draw_level(axes: Axes, level: LevelPoints, quantile: str) -> None:
         fontsize=9,
     )
     axes.set_xscale("log", base=8)
+    ticks = sorted({point.payload_bytes for point in level.points})
+    axes.set_xticks(ticks, [_short_bytes(tick) for tick in ticks], fontsize=8)
+    axes.xaxis.minorticks_off()
     axes.set_yscale("log")
     axes.set_xlabel("bytes (size as nccl-tests defines it)")
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
+
+
+def _short_bytes(number: int) -> str:
+    """`8`, `32K`, `64M`: binary, as the sizes are."""
+    for unit, size in (("M", 1 << 20), ("K", 1 << 10)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
