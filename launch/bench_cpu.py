@@ -3,6 +3,7 @@
     python launch/bench_cpu.py           one thread, batch 1, the default model and its index
     python launch/bench_cpu.py --batch-sizes 1,4,16 --threads 2 --json
     python launch/bench_cpu.py --synthetic 32768,256 --iters 5         a made-up model, in seconds
+    python launch/bench_cpu.py --draws                                draws at temperature 1 as well
 
 Four ways to the greedy token, interleaved iteration by iteration on the same hidden states, so that
 whatever else the machine does falls on all of them; each iteration takes another state. Dense reads
@@ -26,6 +27,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,11 @@ from torch import Tensor
 from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.workload import Request, prepare_workload
+from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.dense import DenseLocalMax
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.heads.registry import HeadBuilder
+from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
 from flashhead_dist.index import IndexShard
 from flashhead_dist.measure.watch import INTERRUPTED
 from flashhead_kernels.cpu_memory import empty_on_large_pages
@@ -65,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--iters", type=int, default=60, metavar="N")
     parser.add_argument("--num-probes", type=int, metavar="P", help="default: the index's")
     parser.add_argument("--published-probes", type=int, default=1024, metavar="P")
+    parser.add_argument("--draws", action="store_true", help="also time draws at temperature 1")
     parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
     return parser
 
@@ -121,8 +126,28 @@ def published_scheme(shard: IndexShard, num_probes: int) -> Step:
     return step
 
 
+def draws(flashhead: FlashHead, dense: DenseLocalMax) -> dict[str, Step]:
+    """Ways to draw a token at temperature 1; see `heads.sampling`."""
+    drawn = SamplingParameters(temperature=1.0)
+    ways = {
+        "flashhead, drawn": (flashhead, drawn),
+        "flashhead, top-k 50": (flashhead, replace(drawn, top_k=50)),
+        "flashhead, top-p 0.95": (flashhead, replace(drawn, top_p=0.95)),
+        "dense_local_max, drawn": (dense, drawn),
+    }
+
+    def step(head: Head, parameters: SamplingParameters) -> Step:
+        def draw(states: Tensor) -> Tensor:
+            numbers = torch.arange(len(states))
+            return choose_tokens(head, states, numbers, numbers, parameters)
+
+        return draw
+
+    return {name: step(*way) for name, way in ways.items()}
+
+
 def make_steps(arguments: argparse.Namespace) -> tuple[dict[str, Step], Tensor, dict[str, Any]]:
-    """The four ways by name, the hidden states `[N, D]`, and what they are made from."""
+    """The ways by name, the hidden states `[N, D]`, and what they are made from."""
     request = Request(
         heads=["flashhead", "dense_local_max"],
         model=arguments.model,
@@ -145,6 +170,8 @@ def make_steps(arguments: argparse.Namespace) -> tuple[dict[str, Step], Tensor, 
         "dense torch": lambda states: torch.nn.functional.linear(states, rows).max(1).indices,
         "published, eager": published_scheme(flashhead.shard, arguments.published_probes),
     }
+    if arguments.draws:
+        steps |= draws(flashhead, dense)
     made_from = {
         "model": model.name,
         "synthetic": model.synthetic,

@@ -37,13 +37,15 @@ def test_last_line_holds_every_way_at_every_batch_size(
     bench: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     threads = torch.get_num_threads()
-    assert bench.main([*SYNTHETIC, "--batch-sizes", "1,3", "--json"]) == 0
+    assert bench.main([*SYNTHETIC, "--batch-sizes", "1,3", "--draws", "--json"]) == 0
     assert torch.get_num_threads() == threads
     printed = capsys.readouterr().out
     document = json.loads(printed.splitlines()[-1])
     assert document["synthetic"] is True
     assert "SYNTHETIC" in printed
     ways = ["flashhead", "dense_local_max", "dense torch", "published, eager"]
+    ways += [f"flashhead, {how}" for how in ("drawn", "top-k 50", "top-p 0.95")]
+    ways += ["dense_local_max, drawn"]
     results = document["results"]
     assert [(r["batch_size"], r["head"]) for r in results] == [(b, w) for b in (1, 3) for w in ways]
     for result in results:
