@@ -97,6 +97,10 @@ def test_a_rank_is_slow_only_beyond_the_scatter_of_all_others() -> None:
     scattered = slow.copy()
     scattered[0, :4] = 200
     assert find_slow_rank(scattered) is None
+    # Nor is a rank slow that something else took the core from in half of its steps.
+    robbed = steady.copy()
+    robbed[2, ::2] = 900
+    assert find_slow_rank(robbed) is None
     assert find_slow_rank(steady[:1]) is None
 
 

@@ -25,7 +25,7 @@ from flashhead_topology.machine import Machine
 from tests.launch.slow_rank import slow_down
 
 HEADS = ("dense_gather", "flashhead_global")
-SLOW_RANK, SLOW_US = 1, 40_000.0
+SLOW_RANK, SLOW_US = 1, 80_000.0
 Run = Callable[..., list[Any]]
 
 
@@ -51,7 +51,7 @@ def _rank(
             tp_sizes=(world_size,),
             batch_sizes=(1,),
             dtype=torch.bfloat16,
-            effort=Effort(iterations=6, warmup=1, cell_seconds=5.0),
+            effort=Effort(iterations=12, warmup=1, cell_seconds=20.0),
             num_cores=num_cores,
             fit=setup.fit,
         ),
