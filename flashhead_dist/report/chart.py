@@ -22,6 +22,7 @@ WIDTH_PX = 356
 """Of a plot in CSS pixels: a phone 390 wide less the page's margins."""
 _PX_AN_INCH = 96
 _SVG = "http://www.w3.org/2000/svg"
+_LENGTHS = ("d", "x", "y", "width", "height", "transform")
 _XLINK = "http://www.w3.org/1999/xlink"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -130,7 +131,10 @@ def _rename(
     element: ElementTree.Element, key: str, referred: set[str], marks: Sequence[str]
 ) -> None:
     for name, value in list(element.attrib.items()):
-        if name == "id":
+        if name in _LENGTHS:
+            # A hundredth of a point is finer than any screen, and a page holds thousands.
+            element.set(name, re.sub(r"(\.\d\d)\d+", r"\1", value))
+        elif name == "id":
             del element.attrib["id"]
             if value in referred:
                 element.set("id", f"{key}-{value}")

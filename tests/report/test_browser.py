@@ -68,6 +68,7 @@ SPOILED = {
     "script error": ("</main>", "<script>undefined.field</script></main>"),
     "request failed": ("</main>", '<img src="https://example.invalid/plot.png"></main>'),
     "draws": ('class="mark"', 'class="mark" display="none"'),
+    "is blank": ("<figure ", '<figure style="opacity: 0" '),
     "has text of": ("<text ", '<text font-size="4" style="font: 4px sans-serif" data-x="" '),
     "cuts off": ("</text>", " and words without end that nobody cuts off but the page</text>"),
 }
