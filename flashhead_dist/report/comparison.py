@@ -31,8 +31,8 @@ LOWER_IS_BETTER = {
 """Figures that are compared, and which way is good."""
 _ONCE_A_SIZE = ("weight_bytes_per_rank", "peak_bytes_per_rank")
 _AGREEMENT = ("top1_agreement", "top1_agreement_worst_source")
-_PEAK_NOISE = 0.05
-"""Share by which a peak of resident memory moves between two runs of the same code: pages."""
+_PEAK_NOISE, _PEAK_NOISE_BYTES = 0.05, 10e6
+"""By how much a peak of resident memory moves between two runs of the same code."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _noise(figure: str, before: Record, after: Record) -> float:
     if figure == "median_us":
         return exp(latency_noise(before, after)) - 1
     if figure == "peak_bytes_per_rank":
-        return _PEAK_NOISE
+        return _PEAK_NOISE + _PEAK_NOISE_BYTES / (before.peak_bytes_per_rank or 1)
     if figure == "counted_bytes_per_row":
         return hypot(_burst_width(before), _burst_width(after))
     return 0.0

@@ -121,15 +121,15 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
 
 
 def test_a_slow_rank_of_three_is_named_on_the_page(script: ModuleType, tmp_path: Path) -> None:
-    """A real run in which one rank sleeps 30 ms before each step."""
+    """A real run in which one rank sleeps 60 ms before each step."""
     arguments = ["--synthetic", "3000,64", "--tp-sizes", "3", "--batch-sizes", "1"]
-    arguments += ["--heads", "dense_local_max,flashhead", "--iters", "3", "--max-states", "4"]
+    arguments += ["--heads", "dense_local_max,flashhead", "--iters", "9", "--max-states", "4"]
     arguments += ["--skip-plots", "--runs-dir", str(tmp_path / "runs")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3"]
     done = subprocess.run(
         [*torchrun, str(Path(__file__).parent / "slow_rank.py"), *arguments],
         env=os.environ
-        | {"SLOW_RANK": "1", "SLOW_US": "30000", "OMP_NUM_THREADS": "1"}
+        | {"SLOW_RANK": "1", "SLOW_US": "60000", "OMP_NUM_THREADS": "1"}
         | {"FLASHHEAD_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,

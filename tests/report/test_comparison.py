@@ -9,7 +9,7 @@ import pytest
 from flashhead_dist.measure.records import Record
 from flashhead_dist.report.comparison import Change, compare_runs, differences, latency_noise
 from flashhead_dist.report.runs import load_runs
-from flashhead_dist.report.sections.compared import comparison_section
+from flashhead_dist.report.sections.compared import comparison_section, noise_bar
 from tests.report.made_up import changed, faster, golden, write_run
 
 
@@ -77,6 +77,30 @@ def test_counted_bytes_scatter_as_their_bursts_did(tmp_path: Path) -> None:
     much = verdicts(compared(tmp_path / "much", bytes_(1.5), bytes_(1.0)), name)
     assert set(little.values()) == {"within noise"}
     assert set(much.values()) == {"worse"}
+
+
+def test_a_peak_that_moves_by_a_few_megabytes_is_noise(tmp_path: Path) -> None:
+    def peaks(num_bytes: int) -> list[Record]:
+        return changed(lambda r: {"peak_bytes_per_rank": num_bytes})
+
+    name = "peak_bytes_per_rank"
+    small = verdicts(compared(tmp_path / "small", peaks(26_000_000), peaks(34_000_000)), name)
+    large = verdicts(compared(tmp_path / "large", peaks(500_000_000), peaks(400_000_000)), name)
+    assert set(small.values()) == {"within noise"}
+    assert set(large.values()) == {"worse"}
+
+
+def test_noise_without_end_does_not_hide_the_changes(tmp_path: Path) -> None:
+    """One iteration in ten that takes fifty times as long makes a bar of thousands of per cent."""
+    wild = changed(lambda r: {"p90_us": 50 * r.p90_us} if r.p90_us else {})
+    runs = load_runs([write_run(tmp_path / "one", wild), write_run(tmp_path / "two", wild)])
+    changes = compare_runs(*runs)
+    worst = max(changes, key=lambda change: change.noise)
+    assert worst.noise > 20
+    assert noise_bar(worst) == pytest.approx((1 / (1 + worst.noise) - 1, worst.noise))
+    (plot, _) = comparison_section(runs, changes).plots
+    assert "+100 %" in plot.svg
+    assert "+200 %" not in plot.svg
 
 
 def test_what_runs_differ_in_is_told(tmp_path: Path) -> None:

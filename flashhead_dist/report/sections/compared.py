@@ -19,6 +19,8 @@ from flashhead_dist.report.runs import Run
 from flashhead_dist.report.section import Plot, Section
 
 KEY = "comparison"
+_LEAST_WIDTH, _MOST_WIDTH = 0.1, 1.0
+"""Shares that a plot shows at least, and that bars of noise may widen it to."""
 
 
 def comparison_section(runs: Sequence[Run], changes: Sequence[Change]) -> Section:
@@ -75,6 +77,12 @@ def _drift(run: Run, changes: Sequence[Change]) -> list[str]:
     ]
 
 
+def noise_bar(change: Change) -> tuple[float, float]:
+    """The shares between which a change may lie, as far above as below it on a logarithm."""
+    ratio, factor = 1 + change.change, 1 + change.noise
+    return ratio / factor - 1, ratio * factor - 1
+
+
 def _plot(baseline: Run, run: Run, changes: Sequence[Change], batch_size: int) -> Plot | None:
     mine = [
         change
@@ -94,12 +102,18 @@ def _plot(baseline: Run, run: Run, changes: Sequence[Change], batch_size: int) -
         beyond = change.verdict in ("better", "worse")
         face = {} if beyond else {"markerfacecolor": "white"}
         share, noise = 100 * change.change, 100 * change.noise
-        chart.axes.hlines(place, share - noise, share + noise, color=style["color"], linewidth=1.0)
+        low, high = noise_bar(change)
+        chart.axes.hlines(place, 100 * low, 100 * high, color=style["color"], linewidth=1.0)
         words = (
             f"{change.head}, tp {change.tp_size}: {change.before:,.0f} to {change.after:,.0f} µs, "
             f"{share:+.1f} %, noise {noise:.1f} %: {change.verdict}"
         )
         chart.point(share, place, words, **style | face)
+    # A bar may be longer than the plot: one iteration in ten that took ten times as long does that.
+    furthest = 1.3 * max(abs(change.change) for change in mine)
+    most = max(_LEAST_WIDTH, furthest, min(_MOST_WIDTH, max(noise_bar(c)[1] for c in mine)))
+    least = min(noise_bar(c)[0] for c in mine)
+    chart.axes.set_xlim(100 * max(least, -most) - 2, 100 * most + 2)
     chart.axes.axvline(0, color="#6B7280", linewidth=0.8, zorder=1)
     labels = [f"{change.head}, tp {change.tp_size}" for change in mine]
     chart.axes.set_yticks(range(len(mine)), labels)
