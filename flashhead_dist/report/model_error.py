@@ -20,22 +20,31 @@ from flashhead_topology.head_cost import HEAD_NAMES, HeadShape, StepCost, step_c
 from flashhead_topology.systems import System
 
 VALIDATION_NAME = "validation.yaml"
+SMALL_BYTES = 4096
+_SMALL = "small"
 
 
 @dataclass(frozen=True)
 class ModelError:
-    """Mean relative errors; None where not known. words: a sentence on where they come from."""
+    """Mean relative errors; None where not known. words: a sentence on where they come from.
+
+    small_exchange: of exchanges of less than `SMALL_BYTES`, where that is known apart.
+    """
 
     compute: float | None
     exchange: float | None
     words: str
+    small_exchange: float | None = None
 
     def band_s(self, cost: StepCost) -> tuple[float, float]:
         """Least and greatest seconds of a step, were both parts off by their mean error.
 
         A part whose error is not known is taken as exact, as `words` says.
         """
-        off_s = (self.compute or 0.0) * cost.compute_s + (self.exchange or 0.0) * cost.exchange_s
+        exchange = self.exchange
+        if self.small_exchange is not None and cost.payload_bytes < SMALL_BYTES:
+            exchange = self.small_exchange
+        off_s = (self.compute or 0.0) * cost.compute_s + (exchange or 0.0) * cost.exchange_s
         return max(0.0, cost.total_s - off_s), cost.total_s + off_s
 
 
@@ -97,7 +106,7 @@ def model_error(checks: Sequence[Check], checked_on: str | None) -> ModelError:
     Raises:
         UserError: the shipped file cannot be read.
     """
-    exchange, exchange_words = _shipped_exchange_error()
+    exchange, small_exchange, exchange_words = _shipped_exchange_error()
     compute = mean_compute_error(checks)
     if compute is None or checked_on is None:
         compute_words = (
@@ -114,13 +123,15 @@ def model_error(checks: Sequence[Check], checked_on: str | None) -> ModelError:
     else:
         words = f"Band: {exchange_words}, and {compute_words}. A system that was never measured "
         words += "may be further off."
-    return ModelError(compute, exchange, words)
+    return ModelError(compute, exchange, words, small_exchange)
 
 
-def _shipped_exchange_error() -> tuple[float | None, str]:
+def _shipped_exchange_error() -> tuple[float | None, float | None, str]:
+    """The greatest error over operations, that of small payloads, and where both are from."""
     file = files("flashhead_topology").joinpath(VALIDATION_NAME)
     if not file.is_file():
-        return None, f"the exchange's error is missing, because {VALIDATION_NAME} is not shipped"
+        words = f"the exchange's error is missing, because {VALIDATION_NAME} is not shipped"
+        return None, None, words
     try:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
         errors = {
@@ -132,8 +143,13 @@ def _shipped_exchange_error() -> tuple[float | None, str]:
         raise UserError(
             f"{VALIDATION_NAME} of flashhead_topology is damaged ({error!r}): install again"
         ) from error
+    small = errors.pop(_SMALL, None)
+    if not errors:
+        raise UserError(
+            f"{VALIDATION_NAME} of flashhead_topology names no operation: install again"
+        )
     worst = max(errors, key=lambda name: errors[name])
-    return errors[worst], (
-        f"exchange by {100 * errors[worst]:.0f} %, the greatest of the mean relative errors by "
-        f"operation ({worst}) where the model was validated ({source})"
-    )
+    words = f"exchange by {100 * errors[worst]:.0f} %, the greatest mean relative error ({worst})"
+    if small is not None:
+        words += f", below {SMALL_BYTES:,} bytes by {100 * small:.0f} %,"
+    return errors[worst], small, f"{words} where the model was validated ({source})"

@@ -127,11 +127,14 @@ def test_the_shipped_error_is_the_worst_operation(
 ) -> None:
     (tmp_path / "validation.yaml").write_text(
         "source: a test\noperations:\n  all_reduce: {mean_relative_error: 0.1}\n"
-        "  all_gather: {mean_relative_error: 0.2}\n"
+        "  all_gather: {mean_relative_error: 0.2}\n  small: {mean_relative_error: 0.7}\n"
     )
     monkeypatch.setattr(model_errors, "files", lambda _: tmp_path)
     error = model_error([], None)
-    assert error.exchange == 0.2
+    assert (error.exchange, error.small_exchange) == (0.2, 0.7)
+    for head, share in (("flashhead", 0.7), ("dense_gather", 0.2)):
+        cost = step_cost(head, SHAPE, NODE, tp_size=4)
+        assert error.band_s(cost)[1] == pytest.approx(cost.total_s + share * cost.exchange_s)
     assert "(all_gather)" in error.words
     (tmp_path / "validation.yaml").write_text("operations: 3\n")
     with pytest.raises(UserError, match=r"validation.yaml of flashhead_topology is damaged"):
