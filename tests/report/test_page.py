@@ -113,6 +113,13 @@ def test_a_name_from_a_record_is_text_and_no_markup(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in report.html
 
 
+def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
+    """No time of writing and no random id: a page that is kept changes where its run does."""
+    records = [r for r in changed(lambda r: {}) if r.head == "flashhead" and r.batch_size == 1]
+    run = run_of(tmp_path / "run", records)
+    assert make_report([run]).html == make_report([run]).html
+
+
 def test_tables_keep_projected_rows_apart() -> None:
     frame = pd.DataFrame(
         {
