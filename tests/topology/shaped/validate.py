@@ -40,8 +40,8 @@ ROOT = HERE.parents[2]
 LINKS = [Link(delay, rate) for rate in (1000, 100) for delay in (100, 1000)]
 HOSTS = (2, 4)
 HEADS = ("dense_gather", "dense_local_max", "flashhead")
-BATCH_SIZES = (1, 8, 32, 128, 512, 1024)
-EFFORT = ("--iters", "20", "--cell-seconds", "2")
+BATCH_SIZES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+EFFORT = ("--iters", "20", "--cell-seconds", "1.5")
 SYNTHETIC = "1024,64"
 _RUN_S = 900
 
@@ -178,6 +178,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/network"), metavar="DIR")
     parser.add_argument("--ship", action="store_true", help="write validation.yaml")
     arguments = parser.parse_args()
+    if arguments.turns < 1:
+        print(f"error: --turns is {arguments.turns}: give 1 or more", file=sys.stderr)
+        return 2
     reason = obstacle()
     if reason is not None:
         print(f"error: no network can be made: {reason}", file=sys.stderr)
