@@ -34,7 +34,8 @@ test: setup ## Lint, types and all tests but those on the real model
 	$(BIN)/python -m pytest -m "not real and not network"
 
 reference: setup ## Make docs/reference_run from a run of `make scale` (RUN=..., ARGS=...); needs Chromium
-	cp $(RUN)/records.jsonl $(RUN)/environment.json $(RUN)/summary.csv $(RUN)/*.png docs/reference_run/
+	cp $(RUN)/records.jsonl $(RUN)/environment.json $(RUN)/summary.csv $(RUN)/*.png \
+		$(wildcard $(RUN)/pipeline.json) docs/reference_run/
 	$(BIN)/python launch/report.py docs/reference_run $(ARGS)
 	$(BIN)/python -m tests.report.browser docs/reference_run/report/report.html docs/reference_run
 
