@@ -144,6 +144,19 @@ def test_a_host_that_stands_still_ends_the_run(network: Make, tmp_path: Path, ho
     assert other.code == 1
 
 
+def test_an_interrupt_on_one_host_is_told_on_the_others(network: Make, tmp_path: Path) -> None:
+    with network(2, delay_us=100, rate_mbit=1000) as net:
+        agents = endless(net, tmp_path)
+        (rank,) = _rank_pids(net, 0)
+        os.kill(rank, signal.SIGINT)
+        ended = agents.wait(60)
+    assert [end.errors[0].partition(".")[0] for end in ended] == [
+        "error: interrupted",
+        "error: the run was interrupted on host0",
+    ], [end.stderr for end in ended]
+    assert all(end.code == 1 and len(end.errors) == 1 for end in ended)
+
+
 def test_a_link_that_is_cut_ends_the_run_on_both_sides(network: Make, tmp_path: Path) -> None:
     with network(2, delay_us=100, rate_mbit=1000) as net:
         agents = endless(net, tmp_path)
