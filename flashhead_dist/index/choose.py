@@ -46,9 +46,9 @@ def choose(
     weights: `[V, D]`. threads: for the dense head. Without calibration states alpha is 0, or what
     the options say, and no further token is pinned.
     """
-    given = {*options.pinned_token_ids, *special_token_ids}
+    given = dict.fromkeys((*options.pinned_token_ids, *special_token_ids))
     if calibration is None or not len(calibration):
-        return Choice(options.alpha or 0.0, tuple(sorted(given)))
+        return Choice(options.alpha or 0.0, tuple(given))
     alphas = ALPHAS if options.alpha is None else (options.alpha,)
     tokens, ranks = _ranks(weights, tensors, calibration, alphas, threads, report, "Calibrating")
     probes = _probes_per_group(options, weights)
