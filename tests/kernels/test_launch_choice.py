@@ -62,9 +62,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("one", "two"):
         real = getattr(triton_launch._Launch, name)
 
-        def spy(self: Any, *, name: str = name, real: Any = real) -> Any:
+        def spy(self: Any, *given: Any, name: str = name, real: Any = real) -> Any:
             ways.append(name)
-            return real(self)
+            return real(self, *given)
 
         spy.__name__ = name
         monkeypatch.setattr(triton_launch._Launch, name, spy)
