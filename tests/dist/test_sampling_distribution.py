@@ -17,6 +17,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.sampling import evaluate_sampling, top_chi_square
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.closed_form import ClosedForm, closed_form
+from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.heads.nucleus import within_mass
 from flashhead_dist.heads.registry import HeadBuilder, emulate_head
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens, token_log_probs
@@ -30,15 +31,29 @@ DRAWS = 30_000
 
 @pytest.fixture(scope="module")
 def heads(tied_model: Path, tied_index: Path) -> dict[str, Head]:
+    """flashhead draws with two probes a group: enough of the mass lies in unprobed clusters."""
     model = open_model(str(tied_model))
     builder = HeadBuilder(tp=TensorParallel.single(), model=model, index_dir=tied_index)
-    return {name: builder.build(name) for name in ("flashhead", "dense_local_max")}
+    flashhead = builder.build("flashhead", num_probes=8)
+    assert isinstance(flashhead, FlashHead)
+    assert flashhead.sampling_probes == 12
+    return {"flashhead": flashhead, "dense_local_max": builder.build("dense_local_max")}
 
 
 @pytest.fixture(scope="module")
 def state() -> torch.Tensor:
     draw = torch.Generator().manual_seed(2)
     return 0.15 * torch.randn(1, 64, generator=draw)
+
+
+def test_a_draw_scores_half_as_many_clusters_again_as_a_greedy_step(
+    heads: dict[str, Head], state: torch.Tensor
+) -> None:
+    """8 groups: one probe each for the best token; for a draw two, of 4 tokens each, and a pin."""
+    flashhead = heads["flashhead"]
+    assert isinstance(flashhead, FlashHead)
+    assert flashhead.num_local_probes == 8
+    assert closed_form(flashhead, state).logits.shape == (1, 8 * (2 * 4 + 1))
 
 
 def noise_of(count: int, *, each: int = 1) -> GumbelNoise:
@@ -152,7 +167,7 @@ def test_top_p_draws_from_the_nucleus(
         assert float(every[order[:needed]].sum()) < top_p + float(every.max())
     else:
         assert name == "flashhead"
-        assert int((drawn & ~scored).sum()) > 8
+        assert int((drawn & ~scored).sum()) > 20
         assert float(every[drawn].sum()) < top_p + 0.02
 
 
