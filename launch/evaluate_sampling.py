@@ -27,6 +27,7 @@ from flashhead_dist.hidden_states.texts import read_texts
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.model_source import open_model
 
+COMMANDS = ("sampling", "likelihood")
 _SHIPPED = ("wikitext2", "udhr")
 
 
