@@ -14,6 +14,8 @@ PARTS: tuple[Part, Part] = ("calibration", "test")
 
 # Sources with more to say than one language has: they get this many shares of the states.
 _SHARES = {"mathematics": 5, "code": 5, "en": 5}
+LARGE_SOURCES = tuple(_SHARES)
+"""English and what is no language: see `hold_out`."""
 _MIN_CONTEXT = 160
 # Testing needs more states than calibrating: a language's share must resolve misses of 1 %.
 _PART_SHARES: dict[Part, float] = {"calibration": 0.42, "test": 0.58}

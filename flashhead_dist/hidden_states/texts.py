@@ -20,13 +20,17 @@ class Document:
     source: str
     name: str
     text: str
+    data_set: str = ""
+    """Folder or file that the text came in."""
+    script: str = ""
+    """Writing system, where the text says so."""
 
 
 def shipped_texts() -> list[Document]:
     """The corpus of `flashhead_dist/corpus`: see its README for sources and licences."""
     documents = [d for path in sorted(_CORPUS.glob("*/*.jsonl")) for d in _from_jsonl(path, "en")]
     documents += [
-        Document("code", path.name, path.read_text(encoding="utf-8"))
+        Document("code", path.name, path.read_text(encoding="utf-8"), "code")
         for path in sorted((_CORPUS / "code").glob("*.txt"))
     ]
     return documents
@@ -66,7 +70,8 @@ def _from_file(path: Path) -> Iterator[Document]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise HiddenStatesError(f"{path} is not UTF-8 text; convert it.") from error
-        yield Document(path.parent.name or "texts", path.name, text)
+        folder = path.parent.name or "texts"
+        yield Document(folder, path.name, text, folder)
 
 
 def _from_jsonl(path: Path, default_source: str) -> Iterator[Document]:
@@ -84,4 +89,5 @@ def _from_jsonl(path: Path, default_source: str) -> Iterator[Document]:
                 raise HiddenStatesError(
                     f"Line {number} of {path} is no JSON object with a string `text`; correct it."
                 ) from error
-            yield Document(source, name, text)
+            data_set = path.parent.name if path.is_relative_to(_CORPUS) else path.stem
+            yield Document(source, name, text, data_set, str(item.get("script", "")))
