@@ -17,7 +17,7 @@ setup: .venv/installed ## Make .venv and install the project with what `scale` a
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable ".[demo,deepspeed,faiss,report,test]"
+		--editable ".[demo,deepspeed,evaluate,faiss,report,test]"
 	@touch $@
 
 scale: setup ## Measure all heads over tensor-parallel ranks on Gemma-3-270M (args: ARGS=...)

@@ -170,6 +170,14 @@ class DecodeState:
             [r and token not in self.stop_token_ids for token, r in zip(step, running, strict=True)]
         )
 
+    def stop(self, row: int) -> None:
+        """End sequence `row` here, as a stop token would; its tokens stay as they are.
+
+        Does nothing while tokens are unconfirmed, since they may yet be taken back.
+        """
+        if not self.unconfirmed:
+            self._running_before[-1][row] = False
+
     def settle(self, dense: Tensor) -> int:
         """Compare the unconfirmed steps with what the dense head chose, int64 `[n, B]`.
 

@@ -1,0 +1,31 @@
+"""Tasks whose answers a dense head and a retrieval head are compared on; see docs/tasks.md."""
+
+from __future__ import annotations
+
+from flashhead_dist.errors import UserError
+from flashhead_dist.evaluate.tasks.gsm8k import Gsm8k
+from flashhead_dist.evaluate.tasks.ifeval import IfEval
+from flashhead_dist.evaluate.tasks.math500 import Math500
+from flashhead_dist.evaluate.tasks.mmlu_pro import MmluPro
+from flashhead_dist.evaluate.tasks.mt_bench import MtBench
+from flashhead_dist.evaluate.tasks.task import Item, Judgement, Task
+
+__all__ = ["TASK_NAMES", "Item", "Judgement", "Task", "find_tasks"]
+
+_TASKS: dict[str, Task] = {
+    task.name: task for task in (Gsm8k(), Math500(), MmluPro(), IfEval(), MtBench())
+}
+TASK_NAMES = tuple(_TASKS)
+
+
+def find_tasks(names: str) -> list[Task]:
+    """The tasks of a comma-separated list, each once.
+
+    Raises:
+        UserError: a name that is none of TASK_NAMES, or no name.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted or [names]:
+        if name not in _TASKS:
+            raise UserError(f"there is no task named {name!r}: choose from {', '.join(TASK_NAMES)}")
+    return [_TASKS[name] for name in dict.fromkeys(wanted)]
