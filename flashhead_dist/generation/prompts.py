@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from flashhead_dist.errors import UserError
+from flashhead_dist.hidden_states.split import split_by_document
 from flashhead_dist.hidden_states.texts import Document, shipped_texts
 
 LANGUAGES = ("fr", "hi", "ja", "ru", "sw")
@@ -16,6 +19,42 @@ _EACH = 5
 _A_LANGUAGE = 2
 _OPENING = 80
 """Characters of a passage that are given, the model to go on from there."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to go on from. source: what kind it is, such as `mt_bench` or a language code."""
+
+    source: str
+    text: str
+
+
+def held_out_prompts(count: int) -> list[Prompt]:
+    """The first `count` prompts of the corpus's test documents, on which no index is calibrated.
+
+    Questions of MT-Bench, problems of GSM8K and openings of passages in some 26 languages take
+    turns, so that any part from the start is a mixture.
+
+    Raises:
+        UserError: more prompts than there are documents.
+    """
+    documents = shipped_texts()
+    parts = split_by_document(documents)
+    tested = [d for d, part in zip(documents, parts, strict=True) if part == "test"]
+    chat = [Prompt("mt_bench", _question(d)) for d in _named(tested, "mt_bench-")]
+    mathematics = [Prompt("gsm8k", _problem(d)) for d in _named(tested, "gsm8k-")]
+    passages = [
+        Prompt(d.source, _opening(d.text)) for d in tested if d.name.startswith(f"{d.source}-")
+    ]
+    half = -(-len(passages) // 2)
+    turns = zip_longest(chat, passages[:half], mathematics, passages[half:])
+    prompts = [prompt for turn in turns for prompt in turn if prompt is not None]
+    if count > len(prompts):
+        raise UserError(
+            f"{count} prompts are more than the {len(prompts)} of the corpus's test documents: ask "
+            f"for fewer, or give a file of your own with --prompts"
+        )
+    return prompts[:count]
 
 
 def read_prompts(path: Path | None) -> list[str]:
@@ -68,14 +107,22 @@ def builtin_prompts() -> list[str]:
         for document in _named(documents, f"{language}-")[:_A_LANGUAGE]
     ]
     return [
-        *(document.text.split("\n")[0] + "\n" for document in chat),
-        *(document.text.split("\nAnswer")[0] + "\nAnswer:" for document in mathematics),
+        *map(_question, chat),
+        *map(_problem, mathematics),
         *openings,
     ]
 
 
 def _named(documents: Iterable[Document], start: str) -> list[Document]:
     return [document for document in documents if document.name.startswith(start)]
+
+
+def _question(document: Document) -> str:
+    return document.text.split("\n")[0] + "\n"
+
+
+def _problem(document: Document) -> str:
+    return document.text.split("\nAnswer")[0] + "\nAnswer:"
 
 
 def _opening(text: str) -> str:
