@@ -7,7 +7,8 @@ Registers and stack of a thread (stack above 0: registers were spilled), shared 
 in bytes; in its PTX integer dot products (dp4a), 16-byte loads and fused multiply-adds (fma: none
 where centroids are scored, so that every kernel scores them alike). Shapes are those of the default
 index of each model (4 tokens a cluster, 128 groups, int4 with a scale per 64 columns, one candidate
-in 32 rows), greedy and without log-sum-exp unless it says so; the exchange's for 256 keys.
+in 32 rows), greedy and without log-sum-exp unless it says so, "unprobed" with the best
+unprobed cluster's score; the exchange's for 256 keys.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ _FLOATS = ("alpha", "inverse_temperature", "softcap")
 _LOADS = re.compile(
     r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)|cp\.async\.cg\.shared\.global [^;]*0x10"
 )
-_KERNELS_A_MODEL = 8
+_KERNELS_A_MODEL = 10
 _EXCHANGE_RANKS = (2, 4, 8)
 _EXCHANGE_KEYS = 256
 _TABLE_WIDTH = 130
@@ -163,12 +164,15 @@ def head_shapes(vocab_size: int, hidden_size: int, k: int = 1) -> tuple[HeadShap
 def every_kernel(models: Sequence[str], capability: int) -> Iterator[Resources]:
     """Compile all head kernels for `models`, and the exchange, which knows no model."""
     options = ("BIAS", "SOFTCAP", "SAMPLE", "SEQUENCES", "LOGSUMEXP")
-    greedy, whole = dict.fromkeys(options, False), dict.fromkeys(options, True)
+    plain, whole = dict.fromkeys(options, False), dict.fromkeys((*options, "UNPROBED"), True)
+    greedy = plain | {"UNPROBED": False}
+    judged = plain | {"UNPROBED": True}
     for model in models:
         vocab_size, hidden_size = MODELS[model]
-        for batch, k, flags in ((1, 1, greedy), (8, 1, greedy), (1, 4, whole)):
+        for batch, k, flags in ((1, 1, greedy), (8, 1, greedy), (1, 1, judged), (1, 4, whole)):
             head, centroids = head_shapes(vocab_size, hidden_size, k)
             what = f"{model}, batch {batch}" + (", 4 best of all" if flags is whole else "")
+            what += ", unprobed" if flags is judged else ""
             parts = {"PART_BLOCK": part_block(_GROUPS, head.best)}
             one = {"HEAD": head, "CENTROIDS": centroids, "BATCH": batch, "BATCH_PAD": batch,
                    "DP4A": True, **flags, **parts}  # fmt: skip
@@ -188,7 +192,7 @@ def every_kernel(models: Sequence[str], capability: int) -> Iterator[Resources]:
                     triton_head.candidates_kernel, candidates, what, HEAD_WARPS, capability
                 )
         for batch in (1, 8):
-            dense = dense_blocks(batch, hidden_size, 1) | greedy
+            dense = dense_blocks(batch, hidden_size, 1) | plain
             dense |= {"PART_BLOCK": 512, "UPCAST": False, "TABLE": False}
             what = f"{model}, batch {batch}"
             yield compile_kernel(triton_dense.dense_kernel, dense, what, 4, capability)

@@ -15,10 +15,13 @@ class Candidates:
     keys: int64 `[B, k]`, descending, EMPTY_KEY where the rank scored fewer than k tokens.
     logsumexp: float32 `[B]` or None where it was not asked for. For a retrieval kernel it is the
         closed form over the rank's whole vocabulary shard (see `flashhead_candidates`).
+    unprobed: int64 `[B]` or None where it was not asked for. `pack_keys` of the greatest probing
+        score of a cluster that was not probed, with id 0; EMPTY_KEY where all were.
     """
 
     keys: Tensor
     logsumexp: Tensor | None
+    unprobed: Tensor | None = None
 
 
 def check_finite(hidden_states: Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,7 @@ def flashhead_candidates(
     *,
     k: int = 1,
     need_logsumexp: bool = False,
+    need_unprobed: bool = False,
     bias: OutputBias | None = None,
     final: FinalLogits = PLAIN,
     between: Callable[[], object] | None = None,
@@ -116,14 +118,15 @@ def flashhead_candidates(
     if bias is not None or not final.is_plain:
         return reference.flashhead_candidates(
             hidden_states, rows, token_ids, centroids, spread, alpha, num_probes_per_group,
-            pinned_rows, pinned_token_ids, k=k, need_logsumexp=need_logsumexp, bias=bias,
-            final=final, between=between,
+            pinned_rows, pinned_token_ids, k=k, need_logsumexp=need_logsumexp,
+            need_unprobed=need_unprobed, bias=bias, final=final, between=between,
         )  # fmt: skip
     groups, clusters, tokens, size = rows.shape
     check_candidate_arguments(hidden_states, size, num_probes_per_group, clusters, k)
     batch, pinned = hidden_states.shape[0], pinned_rows.shape[1]
     best = np.empty(groups * batch * k, np.int64)
     peak, mass = np.empty((2, groups * batch), np.float32)
+    left = np.empty(groups * batch * need_unprobed, np.int64)
     if batch:
         query, values, scales, bias = make_query(hidden_states, centroids, alpha)
         flat_rows, ids, flat_spread = flat(rows), flat(token_ids), flat(spread)
@@ -138,7 +141,7 @@ def flashhead_candidates(
                 groups,
                 lambda first, last: loops.probe_groups(
                     first, last, query, batch, size, *of_centroids, bias, clusters, *of_rows, best,
-                    peak, mass,
+                    peak, mass, left,
                 ),
             )  # fmt: skip
         else:
@@ -156,10 +159,15 @@ def flashhead_candidates(
                 groups,
                 lambda first, last: loops.scan_best_groups(
                     first, last, query, batch, size, flat_spread, bias, clusters, *of_rows,
-                    scores[first * clusters :], stride, best, peak, mass,
+                    scores[first * clusters :], stride, best, peak, mass, left,
                 ),
             )  # fmt: skip
-    return _merge(best, peak, mass, batch, k, need_logsumexp)
+    found = _merge(best, peak, mass, batch, k, need_logsumexp)
+    if not need_unprobed:
+        return found
+    unprobed = np.empty((batch, 1), np.int64)
+    loops.merge_keys(left, unprobed)
+    return replace(found, unprobed=torch.from_numpy(unprobed)[:, 0])
 
 
 def dense_candidates(

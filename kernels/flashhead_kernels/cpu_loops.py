@@ -15,6 +15,7 @@ import numpy as np
 
 from flashhead_kernels.cpu_primitives import (
     AHEAD_BYTES,
+    best_left,
     insert_key,
     jit,
     pack_key,
@@ -98,7 +99,7 @@ def probe_groups(
     first: int, last: int, query: Any, batch: int, size: int, values: Any, scales: Any,
     group_size: int, tile: int, spread: Any, bias: Any, clusters: int, probes: int, rows: Any,
     token_ids: Any, tokens: int, pinned_rows: Any, pinned_ids: Any, pinned: int, k: int,
-    need_mass: bool, best: Any, peak: Any, mass: Any,
+    need_mass: bool, best: Any, peak: Any, mass: Any, left: Any,
 ) -> None:  # fmt: skip
     """The whole head for groups `first..last`: `score_groups`, then `scan_best_groups`.
 
@@ -113,6 +114,7 @@ def probe_groups(
     scan_best_groups(
         first, last, query, batch, size, spread, bias, clusters, probes, rows, token_ids, tokens,
         pinned_rows, pinned_ids, pinned, k, need_mass, scores, stride, best, peak, mass,
+        left,
     )  # fmt: skip
 
 
@@ -121,11 +123,13 @@ def scan_best_groups(
     first: int, last: int, query: Any, batch: int, size: int, spread: Any, bias: Any, clusters: int,
     probes: int, rows: Any, token_ids: Any, tokens: int, pinned_rows: Any, pinned_ids: Any,
     pinned: int, k: int, need_mass: bool, scores: Any, stride: int, best: Any, peak: Any, mass: Any,
+    left: Any,
 ) -> None:  # fmt: skip
     """Select each group's probes by `scores [B, stride]`, the first that of `first`, and scan them.
 
     best: int64 `[N, B, k]`; peak, mass: float32 `[N, B]`, the group's greatest exponent and its
-    sum of exponentials relative to it. All flat.
+    sum of exponentials relative to it; left: int64 `[N, B]`, the key of its best unprobed cluster,
+    or empty where none is wanted. All flat.
     """
     groups = last - first
     ordered = np.empty(clusters, np.int32)
@@ -135,7 +139,9 @@ def scan_best_groups(
         for group in range(first, last):
             at = b * stride + (group - first) * clusters
             chosen = slots[(group - first) * probes : (group - first + 1) * probes]
-            select_slots(scores[at : at + clusters], probes, ordered, chosen)
+            threshold = select_slots(scores[at : at + clusters], probes, ordered, chosen)
+            if left.shape[0]:
+                left[group * batch + b] = best_left(ordered, threshold, probes)
             for i in range(probes):
                 chosen[i] += group * clusters
         slots[groups * probes] = -1

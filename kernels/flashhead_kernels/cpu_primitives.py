@@ -188,8 +188,30 @@ def insert_key(best: Any, at: int, k: int, key: int) -> None:
 
 
 @jit
-def select_slots(scores: Any, count: int, ordered: Any, slots: Any) -> None:
+def best_left(ordered: Any, threshold: int, count: int) -> Any:
+    """Key of the greatest score that `select_slots` left, with id 0; EMPTY where it left none.
+
+    ordered, threshold: as it left and returned them. What is above the threshold was all taken; at
+    it lie ties, one of them left, or nothing.
+    """
+    if count == ordered.shape[0]:
+        return np.int64(-(2**63))
+    best = np.int32(-2147483648)
+    for i in range(ordered.shape[0]):
+        if ordered[i] <= threshold:
+            best = max(best, ordered[i])
+    # -0.0 and 0.0 are equal as scores and must be equal as keys.
+    if best == -1:
+        best = np.int32(0)
+    return (np.int64(best) << 32) | np.int64(0xFFFFFFFF)
+
+
+@jit
+def select_slots(scores: Any, count: int, ordered: Any, slots: Any) -> Any:
     """Write to `slots` the `count` greatest of `scores`, ascending; of equal scores the lower slot.
+
+    `ordered` is left with the scores' order-preserving bits. Returns the threshold in those bits
+    above which every score was taken.
 
     Bisects the score's bit pattern: each step is one vectorized count, where a sort or a heap would
     branch at every element. A threshold that leaves exactly `count` ends it early.
@@ -226,3 +248,4 @@ def select_slots(scores: Any, count: int, ordered: Any, slots: Any) -> None:
                 ties -= 1
             slots[found] = i
             found += 1
+    return threshold

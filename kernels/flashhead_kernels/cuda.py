@@ -41,6 +41,7 @@ def flashhead_candidates(
     *,
     k: int = 1,
     need_logsumexp: bool = False,
+    need_unprobed: bool = False,
     bias: OutputBias | None = None,
     final: FinalLogits = PLAIN,
     launches: int | None = None,
@@ -60,14 +61,14 @@ def flashhead_candidates(
     if k > MAX_BEST or batch == 0 or groups == 0:
         return reference.flashhead_candidates(
             hidden_states, rows, token_ids, centroids, spread, alpha, num_probes_per_group,
-            pinned_rows, pinned_token_ids, k=k, need_logsumexp=need_logsumexp, bias=bias,
-            final=final, between=between,
+            pinned_rows, pinned_token_ids, k=k, need_logsumexp=need_logsumexp,
+            need_unprobed=need_unprobed, bias=bias, final=final, between=between,
         )  # fmt: skip
     inputs = HeadInputs(
         hidden_states.contiguous(), rows, token_ids, centroids, spread, pinned_rows,
         pinned_token_ids, alpha, num_probes_per_group, bias, final,
     )  # fmt: skip
-    return launch_head(inputs, k, need_logsumexp, launches, between)
+    return launch_head(inputs, k, need_logsumexp, need_unprobed, launches, between)
 
 
 def dense_candidates(

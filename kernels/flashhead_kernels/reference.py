@@ -115,6 +115,7 @@ def flashhead_candidates(
     *,
     k: int = 1,
     need_logsumexp: bool = False,
+    need_unprobed: bool = False,
     bias: OutputBias | None = None,
     final: FinalLogits = PLAIN,
     between: Callable[[], object] | None = None,
@@ -129,6 +130,9 @@ def flashhead_candidates(
     The log-sum-exp is closed form, of final logits without noise: exact over probed and pinned
     tokens, and for every unprobed cluster `tokens * exp(h . mean)`, a lower bound of its mass by
     Jensen's inequality (of a cluster whose logits are not soft-capped).
+
+    need_unprobed: also give the best unprobed cluster's probing score, packed: a maximum over ranks
+    finds that of all clusters.
 
     between: called once when centroids are scored and before rows are, for a profiler; where it is
     None an implementation may do both in one.
@@ -156,17 +160,24 @@ def flashhead_candidates(
     logits = final.without_noise(torch.cat([logits, pinned], dim=1))
     ids = torch.cat([ids, pinned_token_ids.flatten().expand(batch, -1)], dim=1)
     keys = best_keys(final.with_noise(logits, ids), ids, k)
+    unprobed = best_unprobed(scores.flatten(1), cluster_ids) if need_unprobed else None
     if not need_logsumexp:
-        return Candidates(keys, None)
+        return Candidates(keys, None, unprobed)
     tokens = (token_ids >= 0).sum(-1).flatten().float()
     means = centroid_dots(hidden_states, centroids)
     if bias is not None:
         means = means + bias.clusters
-    unprobed = (final.without_noise(means).flatten(1) + tokens.log()).scatter(
+    closed = (final.without_noise(means).flatten(1) + tokens.log()).scatter(
         1, cluster_ids.long(), float("-inf")
     )
     exact = logits.masked_fill(ids < 0, float("-inf"))
-    return Candidates(keys, torch.cat([exact, unprobed], dim=1).logsumexp(1))
+    return Candidates(keys, torch.cat([exact, closed], dim=1).logsumexp(1), unprobed)
+
+
+def best_unprobed(scores: Tensor, cluster_ids: Tensor) -> Tensor:
+    """Greatest key int64 `[B]` of `scores [B, K]` outside of `cluster_ids [B, n]`, with id 0."""
+    keys = pack_keys(scores, torch.zeros_like(scores, dtype=torch.int64))
+    return keys.scatter(1, cluster_ids.long(), EMPTY_KEY).amax(1)
 
 
 def dense_candidates(

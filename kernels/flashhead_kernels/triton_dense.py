@@ -107,5 +107,5 @@ def dense_kernel(
         tl.store(sums_ptr + 2 * part + 1, total, mask=real)
     if arrive(counters_ptr + tl.program_id(1), num_parts):
         for b in tl.range(first_row, tl.minimum(first_row + BATCH, num_rows)):
-            reduce_parts(b, num_parts, keys_ptr, sums_ptr, out_keys_ptr, out_logsumexp_ptr,
-                         BEST, PART_BLOCK, LOGSUMEXP)  # fmt: skip
+            reduce_parts(b, num_rows, num_parts, keys_ptr, sums_ptr, out_keys_ptr,
+                         out_logsumexp_ptr, BEST, PART_BLOCK, LOGSUMEXP, False)  # fmt: skip

@@ -57,7 +57,8 @@ def one_launch_kernel(
     group_values, group_scales,
     HEAD: tl.constexpr, CENTROIDS: tl.constexpr, BATCH: tl.constexpr, BATCH_PAD: tl.constexpr,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr, SEQUENCES: tl.constexpr,
-    LOGSUMEXP: tl.constexpr, PART_BLOCK: tl.constexpr, DP4A: tl.constexpr,
+    LOGSUMEXP: tl.constexpr, UNPROBED: tl.constexpr, PART_BLOCK: tl.constexpr,
+    DP4A: tl.constexpr,
 ):  # fmt: skip
     """Grid `[N]`. Everything from hidden states to the rank's best keys and log-sum-exp.
 
@@ -77,19 +78,21 @@ def one_launch_kernel(
     batch = tl.arange(0, BATCH_PAD)[:, None]
     for b in tl.range(0, BATCH):
         position, sequence = noise_place(positions_ptr, sequences_ptr, b, SAMPLE, SEQUENCES)
-        best, greatest, total = probe_group(
+        best, greatest, total, left = probe_group(
             tl.sum(tl.where(batch == b, dots, 0.0), 0),
             hidden_norm(hidden_ptr, b, D, HEAD.hidden_pad), alpha, group,
             hidden_ptr + b * D, rows_ptr, ids_ptr, spread_ptr, bias_ptr, cluster_bias_ptr,
             pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr,
             inverse_temperature, softcap, seed, position, sequence,
-            HEAD, BIAS, SOFTCAP, SAMPLE, LOGSUMEXP,
+            HEAD, BIAS, SOFTCAP, SAMPLE, LOGSUMEXP, UNPROBED,
         )  # fmt: skip
-        write_part(b * num_groups + group, best, greatest, total, keys_ptr, sums_ptr, LOGSUMEXP)
+        write_part(b * num_groups + group, BATCH * num_groups, best, greatest, total, left,
+                   keys_ptr, sums_ptr, LOGSUMEXP, UNPROBED)  # fmt: skip
     if arrive(counter_ptr, num_groups):
         for b in tl.range(0, BATCH):
-            reduce_parts(b, num_groups, keys_ptr, sums_ptr, out_keys_ptr, out_logsumexp_ptr,
-                         HEAD.best, PART_BLOCK, LOGSUMEXP)  # fmt: skip
+            reduce_parts(b, BATCH, num_groups, keys_ptr, sums_ptr, out_keys_ptr,
+                         out_logsumexp_ptr, HEAD.best, PART_BLOCK, LOGSUMEXP,
+                         UNPROBED)  # fmt: skip
 
 
 @triton.jit
@@ -127,7 +130,8 @@ def candidates_kernel(
     keys_ptr, sums_ptr, counters_ptr, out_keys_ptr, out_logsumexp_ptr,
     alpha, inverse_temperature, softcap, seed,
     HEAD: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr,
-    SEQUENCES: tl.constexpr, LOGSUMEXP: tl.constexpr, PART_BLOCK: tl.constexpr,
+    SEQUENCES: tl.constexpr, LOGSUMEXP: tl.constexpr, UNPROBED: tl.constexpr,
+    PART_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid `[N, B]`: from `dots [B, N, M]` to the rank's best keys and log-sum-exp."""
     M: tl.constexpr = HEAD.clusters
@@ -139,14 +143,17 @@ def candidates_kernel(
     part = row * num_groups + group
     dots = tl.load(dots_ptr + part.to(tl.int64) * M + slots, mask=slots < M, other=0.0)
     position, sequence = noise_place(positions_ptr, sequences_ptr, row, SAMPLE, SEQUENCES)
-    best, greatest, total = probe_group(
+    best, greatest, total, left = probe_group(
         dots, hidden_norm(hidden_ptr, row, D, HEAD.hidden_pad), alpha, group,
         hidden_ptr + row * D, rows_ptr, ids_ptr, spread_ptr, bias_ptr, cluster_bias_ptr,
         pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr,
         inverse_temperature, softcap, seed, position, sequence,
-        HEAD, BIAS, SOFTCAP, SAMPLE, LOGSUMEXP,
+        HEAD, BIAS, SOFTCAP, SAMPLE, LOGSUMEXP, UNPROBED,
     )  # fmt: skip
-    write_part(part, best, greatest, total, keys_ptr, sums_ptr, LOGSUMEXP)
+    num_rows = tl.num_programs(1)
+    write_part(part, num_rows * num_groups, best, greatest, total, left, keys_ptr, sums_ptr,
+               LOGSUMEXP, UNPROBED)  # fmt: skip
     if arrive(counters_ptr + row, num_groups):
-        reduce_parts(row, num_groups, keys_ptr, sums_ptr, out_keys_ptr, out_logsumexp_ptr,
-                     HEAD.best, PART_BLOCK, LOGSUMEXP)  # fmt: skip
+        reduce_parts(row, num_rows, num_groups, keys_ptr, sums_ptr, out_keys_ptr,
+                     out_logsumexp_ptr, HEAD.best, PART_BLOCK, LOGSUMEXP,
+                     UNPROBED)  # fmt: skip

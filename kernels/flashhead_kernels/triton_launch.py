@@ -53,6 +53,7 @@ def launch_head(
     inputs: HeadInputs,
     k: int,
     need_logsumexp: bool,
+    need_unprobed: bool,
     launches: int | None,
     between: Callable[[], object] | None = None,
 ) -> Candidates:
@@ -75,14 +76,14 @@ def launch_head(
         raise ValueError(
             f"one launch cannot serve a batch of {batch} and groups of {clusters} clusters: use two"
         )
-    launch = _Launch(inputs, head, centroids, groups, batch, need_logsumexp)
+    launch = _Launch(inputs, head, centroids, groups, batch, need_logsumexp, need_unprobed)
     if not one or (launches is None and between is not None):
         launches = 2
     elif launches is None:
         device = inputs.hidden_states.device
         launches = launch_choice.table.choose(launch.case(), launch.one, launch.two, device)
     keys, logsumexp = launch.one() if launches == 1 else launch.two(between)
-    return Candidates(keys[:, :k], logsumexp)
+    return Candidates(keys[:, :k], logsumexp, launch.unprobed if need_unprobed else None)
 
 
 class _Launch:
@@ -96,12 +97,16 @@ class _Launch:
         groups: int,
         batch: int,
         need_logsumexp: bool,
+        need_unprobed: bool,
     ) -> None:
         self.inputs, self.head, self.centroids = inputs, head, centroids
         self.groups, self.batch = groups, batch
-        self.need_logsumexp = need_logsumexp
+        self.need_logsumexp, self.need_unprobed = need_logsumexp, need_unprobed
         hidden = inputs.hidden_states
-        self.keys = torch.empty((batch, head.best), dtype=torch.int64, device=hidden.device)
+        of_row = head.best + need_unprobed
+        self.out = torch.empty(batch * of_row, dtype=torch.int64, device=hidden.device)
+        self.keys = self.out[: batch * head.best].view(batch, head.best)
+        self.unprobed = self.out[batch * head.best :]
         self.logsumexp = torch.empty(batch if need_logsumexp else 0, device=hidden.device)
         values, scales = inputs.centroids.values, inputs.centroids.scales
         # Words of four bytes, where rows are made of them.
@@ -170,7 +175,7 @@ class _Launch:
             scales=rows * self.scales_a_row,
             dots=dots,
             parts=self.batch * self.groups,
-            best=self.head.best,
+            best=self.head.best + self.need_unprobed,
             rows=self.batch,
         )
 
@@ -193,7 +198,7 @@ class _Launch:
         )
 
     def _out(self, space: Workspace, counters: Tensor) -> tuple[Tensor, ...]:
-        return space.keys, space.sums, counters, self.keys, self.logsumexp
+        return space.keys, space.sums, counters, self.out, self.logsumexp
 
     def _scalars(self) -> tuple[float, float, float, int]:
         final = self.inputs.final
@@ -212,5 +217,6 @@ class _Launch:
             "SAMPLE": final.noise is not None,
             "SEQUENCES": final.noise is not None and final.noise.sequences is not None,
             "LOGSUMEXP": self.need_logsumexp,
+            "UNPROBED": self.need_unprobed,
             "PART_BLOCK": part_block(self.groups, self.head.best),
         }

@@ -67,9 +67,11 @@ def probe_group(
     pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr,
     inverse_temperature, softcap, seed, position, sequence,
     HEAD: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr,
-    LOGSUMEXP: tl.constexpr,
+    LOGSUMEXP: tl.constexpr, UNPROBED: tl.constexpr,
 ):  # fmt: skip
     """One row's best keys `[HEAD.best]` and log-sum-exp (greatest, total) within one group.
+
+    Last, for UNPROBED, the key of its best unprobed cluster's score, with id 0; else an empty key.
 
     dots: `h . centroid` float32 `[HEAD.clusters_pad]`; hidden_ptr: the row's hidden state.
     """
@@ -128,9 +130,14 @@ def probe_group(
             best, greatest, total, logits, ids, bias, inverse_temperature, softcap, seed, position,
             sequence, SOFTCAP, SAMPLE, LOGSUMEXP,
         )  # fmt: skip
+    # Keys are distinct: what is not probed lies below the last that is.
+    last = tl.min(tl.where(tl.arange(0, PROBES_PAD) < HEAD.probes, top, 2**63 - 1), 0)
+    left = tl.full([], EMPTY_KEY, tl.int64)
+    if UNPROBED:
+        left = tl.max(tl.where(order < last, order, EMPTY_KEY), 0)
+        # The complement of id 0, where the slot's was.
+        left = tl.where(left == EMPTY_KEY, left, left | 0xFFFFFFFF)
     if LOGSUMEXP:
-        # Keys are distinct: what is not probed lies below the last that is.
-        last = tl.min(tl.where(tl.arange(0, PROBES_PAD) < HEAD.probes, top, 2**63 - 1), 0)
         token = tl.arange(0, S_PAD)[None, :]
         row = (cluster + slots)[:, None] * S + token
         ids = tl.load(ids_ptr + row, mask=real[:, None] & (token < S), other=-1)
@@ -139,17 +146,25 @@ def probe_group(
         estimate = transform(dots, inverse_temperature, softcap, SOFTCAP)
         estimate += tl.log(tl.where(unprobed, count, 1.0))
         greatest, total = lse_add(greatest, total, tl.where(unprobed, estimate, float("-inf")))
-    return best, greatest, total
+    return best, greatest, total, left
 
 
 @triton.jit
-def write_part(part, best, greatest, total, keys_ptr, sums_ptr, LOGSUMEXP: tl.constexpr):
-    """Part number `part`: its best keys, and its log-sum-exp as a pair."""
+def write_part(
+    part, num_parts, best, greatest, total, left, keys_ptr, sums_ptr, LOGSUMEXP: tl.constexpr,
+    UNPROBED: tl.constexpr,
+):  # fmt: skip
+    """Part number `part` of num_parts, all rows counted: its best keys, its log-sum-exp as a pair.
+
+    Keys of unprobed clusters follow those of all parts.
+    """
     BEST: tl.constexpr = best.shape[0]
     tl.store(keys_ptr + part * BEST + tl.arange(0, BEST), best)
     if LOGSUMEXP:
         tl.store(sums_ptr + 2 * part, greatest)
         tl.store(sums_ptr + 2 * part + 1, total)
+    if UNPROBED:
+        tl.store(keys_ptr + num_parts * BEST + part, left)
 
 
 @triton.jit
@@ -169,10 +184,14 @@ def arrive(counter_ptr, number):
 
 @triton.jit
 def reduce_parts(
-    row, num_parts, keys_ptr, sums_ptr, out_keys_ptr, out_logsumexp_ptr,
-    BEST: tl.constexpr, BLOCK: tl.constexpr, LOGSUMEXP: tl.constexpr,
+    row, num_rows, num_parts, keys_ptr, sums_ptr, out_keys_ptr, out_logsumexp_ptr,
+    BEST: tl.constexpr, BLOCK: tl.constexpr, LOGSUMEXP: tl.constexpr, UNPROBED: tl.constexpr,
 ):  # fmt: skip
-    """The best keys of row `row`'s parts, and their log-sum-exp, BLOCK parts at a time."""
+    """The best keys of row `row`'s num_parts parts, and their log-sum-exp, BLOCK at a time.
+
+    The greatest key of an unprobed cluster follows the best keys of all num_rows rows.
+    """
+    left = tl.full([], EMPTY_KEY, tl.int64)
     best = tl.full([BEST], EMPTY_KEY, tl.int64)
     greatest = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
@@ -198,6 +217,12 @@ def reduce_parts(
             base = tl.where(new == float("-inf"), 0.0, new)
             total = total * tl.exp(greatest - base) + tl.sum(sums * tl.exp(high - base), 0)
             greatest = new
+        if UNPROBED:
+            left_at = keys_ptr + num_rows * num_parts * BEST + part
+            keys = tl.load(left_at, mask=inside, other=EMPTY_KEY, cache_modifier=".cg")
+            left = tl.maximum(left, tl.max(keys, 0))
     tl.store(out_keys_ptr + row * BEST + place, best)
     if LOGSUMEXP:
         tl.store(out_logsumexp_ptr + row, greatest + tl.log(total))
+    if UNPROBED:
+        tl.store(out_keys_ptr + num_rows * BEST + row, left)
