@@ -14,31 +14,26 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.evaluate.truth import dense_truth
+from flashhead_dist.evaluate.divergence import evaluate_divergence
 from flashhead_dist.heads.base import Head
-from flashhead_dist.heads.sampling import token_log_probs
+from flashhead_dist.hidden_states import HiddenStates, require_finite
 from flashhead_dist.hidden_states.body import body_dtype, run_body
 from flashhead_dist.hidden_states.split import Passage
 from flashhead_dist.hidden_states.texts import Document
 from flashhead_dist.model_source import ModelSource
 
 CONTEXT = 512
-_BATCH = 64
 
 
 @dataclass(frozen=True)
 class PredictedTokens:
-    """Hidden states `[N, D]`, the token int64 `[N]` that follows each, and where it is from."""
+    """N hidden states by source and document, and the token int64 `[N]` that follows each."""
 
-    states: Tensor
+    hidden_states: HiddenStates
     token_ids: Tensor
-    source_ids: Tensor
-    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -59,9 +54,16 @@ class Likelihood:
 
 
 def predict_tokens(
-    model: ModelSource, documents: list[Document], *, max_tokens: int, progress: bool = True
+    model: ModelSource,
+    documents: list[Document],
+    *,
+    max_tokens: int,
+    origin: str = "texts",
+    progress: bool = True,
 ) -> PredictedTokens:
     """Run the body over windows of up to CONTEXT tokens, taken from all sources in turn.
+
+    origin: what the texts are called.
 
     Raises:
         UserError: texts with no token to predict, or a model without a body.
@@ -73,23 +75,30 @@ def predict_tokens(
         raise UserError("the texts hold no token that follows another: give longer texts")
     states = run_body(body, passages, device=device, progress=progress)
     sources = tuple(sorted({passage.source for passage in passages}))
-    return PredictedTokens(
-        torch.cat(states),
-        torch.tensor([token for p in passages for token in p.token_ids[1:]]),
-        torch.tensor([sources.index(p.source) for p in passages for _ in p.positions]),
-        sources,
+    hidden = HiddenStates(
+        states=torch.cat(states),
+        source_ids=torch.tensor([sources.index(p.source) for p in passages for _ in p.positions]),
+        sources=sources,
+        origin=f"{model.name} ({str(body.dtype).removeprefix('torch.')}) over {origin}",
+        documents=torch.tensor([p.document for p in passages for _ in p.positions]),
     )
+    require_finite(hidden.states, hidden.origin)
+    following = torch.tensor([token for p in passages for token in p.token_ids[1:]])
+    return PredictedTokens(hidden, following)
 
 
 def evaluate_likelihood(
     head: Head, model: ModelSource, predicted: PredictedTokens, *, progress: bool = True
 ) -> Likelihood:
     """Compare `head` with the dense head of `model`."""
-    dense = dense_log_probs(model, predicted, progress=progress)
-    found = head_log_probs(head, model, predicted, progress=progress)
+    hidden = predicted.hidden_states
+    both = evaluate_divergence(head, model, hidden.states, predicted.token_ids, progress=progress)
+    assert both.dense_log_probs is not None
+    assert both.head_log_probs is not None
+    dense, found = both.dense_log_probs, both.head_log_probs
     ratios = {}
-    for number, source in enumerate(predicted.sources):
-        own = predicted.source_ids == number
+    for number, source in enumerate(hidden.sources):
+        own = hidden.source_ids == number
         ratios[source] = math.exp(float(dense[own].mean() - found[own].mean()))
     return Likelihood(
         num_tokens=len(found),
@@ -99,44 +108,6 @@ def evaluate_likelihood(
         ratio_by_source=ratios,
         worst_ratio=max(ratios.values(), key=lambda ratio: abs(math.log(ratio))),
     )
-
-
-def head_log_probs(
-    head: Head, model: ModelSource, predicted: PredictedTokens, *, progress: bool = True
-) -> Tensor:
-    """The head's log probability float64 `[N]` of every token."""
-    found = []
-    with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
-        task = bar.add_task(f"head {head.name}", total=len(predicted.states))
-        softcap = model.final_logit_softcap or 0.0
-        for first in range(0, len(predicted.states), _BATCH):
-            part = slice(first, first + _BATCH)
-            states, tokens = predicted.states[part], predicted.token_ids[part]
-            found.append(token_log_probs(head, states, tokens, softcap=softcap))
-            bar.advance(task, len(states))
-    return torch.cat(found).double()
-
-
-def dense_log_probs(
-    model: ModelSource, predicted: PredictedTokens, *, progress: bool = True
-) -> Tensor:
-    """The dense head's log probability float64 `[N]` of every token.
-
-    Raises:
-        UserError: a model that caps its logits, whose normaliser is not kept with the truth.
-    """
-    if model.final_logit_softcap:
-        raise UserError(
-            f"{model.name} caps its logits at {model.final_logit_softcap}, which this comparison "
-            f"does not: choose a model without"
-        )
-    truth = dense_truth(model, predicted.states, progress=progress)
-    logits = torch.empty(len(predicted.token_ids))
-    for token in torch.unique(predicted.token_ids).tolist():
-        places = predicted.token_ids == token
-        row = model.read_rows(token, token + 1)[0].float()
-        logits[places] = predicted.states[places].float() @ row
-    return logits.double() - truth.logsumexp.double()
 
 
 def _windows(tokenizer: Any, documents: list[Document], max_tokens: int) -> list[Passage]:

@@ -206,6 +206,9 @@ def closed_form(
             -(-head.sampling_probes // head.num_groups), shard.pinned_rows, shard.pinned_token_ids,
         )  # fmt: skip
     logits = ops.final_logits(scores.logits, final)
+    if final.softcap:
+        # A cap makes a number of a pad's -inf.
+        logits = logits.masked_fill(scores.token_ids < 0, float("-inf"))
     groups = len(shard.token_ids)
     mass = ops.cluster_log_mass(
         hidden_states,
