@@ -9,12 +9,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from flashhead_dist.errors import UserError
+from flashhead_dist.evaluate.by_source import (
+    DENSE_LOG_PROB,
+    HEAD_LOG_PROB,
+    clusters_of,
+    figures_by_source,
+)
+from flashhead_dist.evaluate.divergence import Divergence
 from flashhead_dist.evaluate.truth import DenseTruth
 from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.emulated import EmulatedHead
@@ -44,7 +52,11 @@ class Fidelity(Agreement):
     candidate_mass: mean share of the dense softmax on the tokens that the head scored; 1 if dense.
     logz_error: mean of (head's log-sum-exp - dense), nats; None for a head that gives none.
     logz_error_p99: 99th percentile of its magnitude.
+    kl_nats: mean divergence of the closed form from the dense softmax; None where not asked for.
+    perplexity, dense_perplexity: of the tokens that follow; None where they are unknown.
     bytes_share: weight bytes that all ranks read for one row, over the dense head's in bf16.
+    by_source: rows of `by_source.figures_by_source`, all states last; intervals are 95 %, by a
+        bootstrap of `interval_clusters`.
     """
 
     head: str
@@ -55,8 +67,13 @@ class Fidelity(Agreement):
     candidate_mass: float
     logz_error: float | None
     logz_error_p99: float | None
+    kl_nats: float | None
+    dense_perplexity: float | None
+    perplexity: float | None
     bytes_share: float
     payload_bytes_per_row: int
+    interval_clusters: str
+    by_source: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict of every field."""
@@ -85,10 +102,13 @@ def evaluate_fidelity(
     hidden_states: HiddenStates,
     truth: DenseTruth,
     *,
+    divergence: Divergence | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Fidelity:
     """Run `head` over every state and compare; on real ranks every rank gives the same answer.
+
+    divergence: of the head's closed form for the same states, where it has one and it is wanted.
 
     Raises:
         UserError: no states, a hidden size that does not fit, or NaN or inf (named by source).
@@ -104,6 +124,18 @@ def evaluate_fidelity(
     errors = None
     if output.logsumexp is not None:
         errors = output.logsumexp.double() - truth.logsumexp.double()
+    figures = {
+        "top1_agreement": (output.token_ids[:, 0] == truth.token_ids[:, 0]).double(),
+        "top10_containment": contained.double().mean(1),
+        "candidate_mass": mass,
+    }
+    if divergence is not None:
+        figures["kl_nats"] = divergence.kl
+        if divergence.dense_log_probs is not None and divergence.head_log_probs is not None:
+            figures[DENSE_LOG_PROB] = divergence.dense_log_probs
+            figures[HEAD_LOG_PROB] = divergence.head_log_probs
+    frame = figures_by_source(figures, hidden_states)
+    whole = frame.iloc[-1]
     dense_bytes = head.vocab_size * head.hidden_size * DENSE_BYTES_PER_WEIGHT
     return Fidelity(
         **asdict(agreement),
@@ -115,9 +147,18 @@ def evaluate_fidelity(
         candidate_mass=float(mass.mean()),
         logz_error=None if errors is None else float(errors.mean()),
         logz_error_p99=None if errors is None else float(errors.abs().quantile(0.99)),
+        kl_nats=_of(whole, "kl_nats"),
+        dense_perplexity=_of(whole, "dense_perplexity"),
+        perplexity=_of(whole, "perplexity"),
         bytes_share=_read_bytes(head) / dense_bytes,
         payload_bytes_per_row=head.payload_bytes_per_row,
+        interval_clusters=clusters_of(hidden_states)[1],
+        by_source=[{str(k): v for k, v in row.items()} for row in frame.to_dict("records")],
     )
+
+
+def _of(row: pd.Series[Any], name: str) -> float | None:
+    return float(row[name]) if name in row.index else None
 
 
 def run_head(
