@@ -21,10 +21,9 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.merge import local_output, merge_candidates
 from flashhead_dist.index import IndexShard
+from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.dispatch import ops_for
 from flashhead_profiles.ranges import CANDIDATES, CENTROIDS, in_parts
-
-_Found = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class IndexHead(Head):
@@ -117,11 +116,22 @@ class FlashHead(IndexHead):
         return min(-(-3 * self.num_probes // 2), self.shard.manifest.num_clusters)
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
-        return (yield from merge_candidates(*self._find(hidden_states, want)))
+        found, mass = self._find(hidden_states, want)
+        return (yield from merge_candidates(found.keys, found.logsumexp, mass))
 
-    def _find(self, hidden_states: Tensor, want: Want) -> _Found:
+    def _find(
+        self,
+        hidden_states: Tensor,
+        want: Want,
+        *,
+        num_probes: int | None = None,
+        need_unprobed: bool = False,
+    ) -> tuple[Candidates, Tensor | None]:
+        """This rank's candidates with `num_probes` (this head's where None), and the log-sum-exp
+        `[B]` over them where the candidates' mass is wanted.
+        """
         shard = self.shard
-        per_group = -(-self.num_probes // self.num_groups)
+        per_group = -(-(num_probes or self.num_probes) // self.num_groups)
         ops = ops_for(hidden_states.device)
         with in_parts(CENTROIDS, CANDIDATES) as next_part:
             found = ops.flashhead_candidates(
@@ -136,16 +146,17 @@ class FlashHead(IndexHead):
                 shard.pinned_token_ids,
                 k=want.k,
                 need_logsumexp=want.logsumexp,
+                need_unprobed=need_unprobed,
                 between=next_part,
             )
         if not want.candidate_mass:
-            return found.keys, found.logsumexp, None
+            return found, None
         scores = ops.score_centroids(hidden_states, shard.centroids, shard.spread, self.alpha)
         probes = ops.select_probes(scores, per_group)
         groups, clusters = scores.shape[1:]
         first = torch.arange(groups, dtype=torch.int32, device=scores.device) * clusters
         cluster_ids = (probes + first[:, None]).flatten(1)
-        return found.keys, found.logsumexp, self.probed_logsumexp(hidden_states, cluster_ids)
+        return found, self.probed_logsumexp(hidden_states, cluster_ids)
 
 
 class FlashHeadReplicated(FlashHead):
@@ -166,4 +177,5 @@ class FlashHeadReplicated(FlashHead):
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         yield from ()
-        return local_output(*self._find(hidden_states, want))
+        found, mass = self._find(hidden_states, want)
+        return local_output(found.keys, found.logsumexp, mass)

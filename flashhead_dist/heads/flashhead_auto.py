@@ -55,8 +55,7 @@ class FlashHeadAuto(FlashHead):
 
     def retrieve(self, hidden_states: Tensor, want: Want) -> Candidates:
         """This rank's candidates of `hidden_states [B, D]`, by retrieval."""
-        keys, logsumexp, _ = self._find(hidden_states, want)
-        return Candidates(keys, logsumexp)
+        return self._find(hidden_states, want)[0]
 
     def scan(self, hidden_states: Tensor, want: Want) -> Candidates:
         """This rank's candidates of `hidden_states [B, D]`, by scoring every token it holds."""

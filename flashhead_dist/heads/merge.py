@@ -30,21 +30,56 @@ def merge_candidates(
     if k == 1 and not partials:
         keys = yield Exchange(Operation.MAX, keys)
         return local_output(keys)
+    all_keys, sums = yield from _gather(keys, partials)
+    merged = all_keys.topk(k, dim=1).values
+    return _output(merged, sums, logsumexp is not None)
+
+
+def merge_judged(
+    keys: Tensor,
+    unprobed: Tensor,
+    logsumexp: Tensor | None = None,
+    candidate_logsumexp: Tensor | None = None,
+) -> Steps[tuple[HeadOutput, Tensor]]:
+    """As `merge_candidates`, with the greatest of the ranks' `unprobed` keys int64 `[B]` as well.
+
+    It travels in the same exchange, 8 bytes a row more. The second result is its score, float32
+    `[B]`, the same on every rank and at every P: -inf where every cluster was probed.
+    """
+    partials = [item for item in (logsumexp, candidate_logsumexp) if item is not None]
+    k = keys.shape[1]
+    both = torch.cat([keys, unprobed.unsqueeze(1)], dim=1)
+    if k == 1 and not partials:
+        both = yield Exchange(Operation.MAX, both)
+        # Unpacked together: on a GPU that is plain torch, at one price for one number or for two.
+        found = local_output(both)
+        return HeadOutput(found.token_ids[:, :1], found.logits[:, :1]), found.logits[:, 1]
+    gathered, sums = yield from _gather(both, partials)
+    by_rank = gathered.view(len(keys), -1, k + 1)
+    merged = by_rank[..., :k].flatten(1).topk(k, dim=1).values
+    left, _ = ops_for(keys.device).unpack_keys(by_rank[..., k:].amax(1))
+    return _output(merged, sums, logsumexp is not None), left[:, 0]
+
+
+def _gather(keys: Tensor, partials: list[Tensor]) -> Steps[tuple[Tensor, list[Tensor]]]:
+    """All ranks' `keys [B, n]` as `[B, P * n]`, and the sums `[B]` of their log-sum-exps."""
+    n = keys.shape[1]
     words = [keys.contiguous().view(torch.int32)]
     words += [item.float().contiguous().view(torch.int32).unsqueeze(1) for item in partials]
     gathered = yield Exchange(Operation.GATHER, torch.cat(words, dim=1))
     # A copy: of one row on one rank any slice counts as contiguous, with an odd stride.
-    halves = gathered[..., : 2 * k].clone(memory_format=torch.contiguous_format)
-    all_keys = halves.view(torch.int64)  # [P, B, k]
-    merged = all_keys.transpose(0, 1).flatten(1).topk(k, dim=1).values
-    floats = gathered[..., 2 * k :].contiguous().view(torch.float32).double()  # [P, B, n]
+    halves = gathered[..., : 2 * n].clone(memory_format=torch.contiguous_format)
+    all_keys = halves.view(torch.int64)  # [P, B, n]
+    floats = gathered[..., 2 * n :].contiguous().view(torch.float32).double()  # [P, B, sums]
     sums = [floats[..., i].logsumexp(0).float() for i in range(len(partials))]
+    return all_keys.transpose(0, 1).reshape(len(keys), -1), sums
+
+
+def _output(keys: Tensor, sums: list[Tensor], has_logsumexp: bool) -> HeadOutput:
+    """`sums`: log-sum-exp, then that over the candidates; either may be missing."""
     remaining = iter(sums)
-    return local_output(
-        merged,
-        None if logsumexp is None else next(remaining),
-        None if candidate_logsumexp is None else next(remaining),
-    )
+    logsumexp = next(remaining) if has_logsumexp else None
+    return local_output(keys, logsumexp, next(remaining, None))
 
 
 def local_output(

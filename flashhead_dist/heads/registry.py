@@ -17,6 +17,11 @@ from flashhead_dist.heads.emulated import EmulatedHead
 from flashhead_dist.heads.faiss_ivf import FaissIvf
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated, IndexHead
 from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
+from flashhead_dist.heads.flashhead_escalate import (
+    Escalation,
+    FlashHeadEscalate,
+    usual_escalation,
+)
 from flashhead_dist.heads.flashhead_global import FlashHeadGlobal
 from flashhead_dist.heads.index_scan import IndexScan
 from flashhead_dist.heads.kept_launches import keep_launches
@@ -27,7 +32,14 @@ from flashhead_kernels.cpu_memory import empty_on_large_pages
 from flashhead_kernels.dispatch import ops_for
 
 _INDEX_HEADS: dict[str, type[IndexHead]] = {
-    head.name: head for head in (FlashHead, FlashHeadAuto, FlashHeadGlobal, FlashHeadReplicated)
+    head.name: head
+    for head in (
+        FlashHead,
+        FlashHeadAuto,
+        FlashHeadEscalate,
+        FlashHeadGlobal,
+        FlashHeadReplicated,
+    )
 }
 HEAD_NAMES = (
     DenseGather.name,
@@ -37,6 +49,7 @@ HEAD_NAMES = (
     FlashHeadGlobal.name,
     FlashHead.name,
     FlashHeadAuto.name,
+    FlashHeadEscalate.name,
     FaissIvf.name,
 )
 _READ_ROWS = 1 << 14
@@ -67,8 +80,11 @@ class HeadBuilder:
         index_dir: Path | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        escalation: Escalation | None = None,
     ) -> None:
         """dtype: of the rows and columns; the model's where None.
+
+        escalation: of flashhead_escalate; what the index was calibrated to where None.
 
         Raises:
             UserError: Triton is missing where the device needs it.
@@ -82,6 +98,7 @@ class HeadBuilder:
         self.index_dir = index_dir
         self.dtype = dtype or model.dtype
         self.device = torch.device(device)
+        self.escalation = escalation
         if self.device.type == "cuda":
             keep_launches()
 
@@ -128,12 +145,14 @@ class HeadBuilder:
     def _build_index_head(self, name: str, num_probes: int | None, alpha: float | None) -> Head:
         manifest = self.manifest
         shard = self._whole_index if name == FlashHeadReplicated.name else self._index_shard
-        return _INDEX_HEADS[name](
-            self.tp,
-            shard,
-            num_probes=manifest.num_probes if num_probes is None else num_probes,
-            alpha=manifest.alpha if alpha is None else alpha,
-        )
+        probes = manifest.num_probes if num_probes is None else num_probes
+        weight = manifest.alpha if alpha is None else alpha
+        if name == FlashHeadEscalate.name:
+            escalation = self.escalation or usual_escalation(manifest)
+            return FlashHeadEscalate(
+                self.tp, shard, num_probes=probes, alpha=weight, escalation=escalation
+            )
+        return _INDEX_HEADS[name](self.tp, shard, num_probes=probes, alpha=weight)
 
     @cached_property
     def manifest(self) -> IndexManifest:
@@ -209,9 +228,17 @@ def build_head(
     num_probes: int | None = None,
     alpha: float | None = None,
     device: torch.device | str = "cpu",
+    escalation: Escalation | None = None,
 ) -> Head:
-    """One head of one rank; see `HeadBuilder.build`."""
-    builder = HeadBuilder(tp=tp, model=model, index_dir=index_dir, dtype=dtype, device=device)
+    """One head of one rank; see `HeadBuilder` and its `build`."""
+    builder = HeadBuilder(
+        tp=tp,
+        model=model,
+        index_dir=index_dir,
+        dtype=dtype,
+        device=device,
+        escalation=escalation,
+    )
     return builder.build(name, num_probes=num_probes, alpha=alpha)
 
 
@@ -225,8 +252,9 @@ def emulate_head(
     num_probes: int | None = None,
     alpha: float | None = None,
     device: torch.device | str = "cpu",
+    escalation: Escalation | None = None,
 ) -> EmulatedHead:
-    """All ranks of a head in this process; see `EmulatedHead` and `HeadBuilder.build`."""
+    """All ranks of a head in this process; see `EmulatedHead` and `HeadBuilder`."""
     if tp_size < 1:
         raise UserError(f"tp_size must be at least 1, got {tp_size}")
     # Replicas differ in nothing, so one stands for all.
@@ -241,6 +269,7 @@ def emulate_head(
             num_probes=num_probes,
             alpha=alpha,
             device=device,
+            escalation=escalation,
         )
         for rank in range(places)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index.choose import choose, measure_fidelity
 from flashhead_dist.index.cluster import cluster_tokens
+from flashhead_dist.index.escalation import calibrate_escalation
 from flashhead_dist.index.layout import cohesion, lay_out
 from flashhead_dist.index.manifest import IndexManifest
 from flashhead_dist.index.metric import second_moment
@@ -39,6 +40,8 @@ def build_index(
     device: torch.device | str | None = None,
     replace_existing: bool = False,
     progress: bool = True,
+    clusters: tuple[Tensor, int] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Build the index of `model` and store it in the folder `out`, which is returned.
 
@@ -47,6 +50,8 @@ def build_index(
         no token is pinned but those of the options and the tokenizer's special ones.
     test: its fidelity goes into the manifest.
     device: a GPU where there is one, if None.
+    clusters: what `cluster_tokens` gives for these options, where it is at hand.
+    notes: JSON-ready, kept in the manifest beside the evidence for alpha.
 
     Raises:
         HeadIndexError: options that do not fit the model, a device that is not there, weights that
@@ -65,7 +70,9 @@ def build_index(
         moment = None
         if calibration is not None and len(calibration):
             moment = second_moment(calibration.states.to(device))
-        slots, rounds = cluster_tokens(weights, options, moment=moment, report=report)
+        if clusters is None:
+            clusters = cluster_tokens(weights, options, moment=moment, report=report)
+        slots, rounds = clusters[0].to(device), clusters[1]
         tensors = lay_out(weights, slots, options.pinned_token_ids, options, moment)
         special = model.special_token_ids() if options.pin_special_tokens else ()
         choice = choose(weights, tensors, options, calibration, special, threads, report)
@@ -77,6 +84,10 @@ def build_index(
             probes = -(-options.probes(model.vocab_size) // options.num_groups)
             advance = Counter(report, "Calibrating: unprobed clusters")
             evidence = evidence | calibrate_shrinkage(
+                tensors, calibration, choice.alpha, probes, advance
+            )
+            advance = Counter(report, "Calibrating: margins")
+            evidence["escalation"] = calibrate_escalation(
                 tensors, calibration, choice.alpha, probes, advance
             )
         fidelity = measure_fidelity(weights, tensors, options, choice.alpha, test, threads, report)
@@ -108,7 +119,7 @@ def build_index(
                 cohesion=mean_cosine,
                 build_seconds=build_seconds,
                 versions=_versions(),
-                calibration=evidence,
+                calibration={**evidence, **(notes or {})},
                 fidelity=fidelity,
                 **stored,
             )

@@ -82,6 +82,16 @@ class IndexManifest:
         return float(self.calibration.get("shrinkage", _USUAL_SHRINKAGE))
 
     @property
+    def margin_by_share(self) -> dict[float, float]:
+        """By share of rows that escalate, the margin that they lie below; see `index.escalation`.
+
+        Of `num_probes` and `alpha` as stored; empty for an index built without hidden states, or
+        before this was calibrated.
+        """
+        found = self.calibration.get("escalation", {}).get("margin_by_share", [])
+        return {float(item["share"]): float(item["margin"]) for item in found}
+
+    @property
     def index_hash(self) -> str:
         """Hex sha256 that names this index and all that is in it but the time it took to build."""
         return _self_hash(_plain(self) | {"build_seconds": None})

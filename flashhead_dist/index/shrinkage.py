@@ -34,7 +34,7 @@ def calibrate_shrinkage(
     advance: Advance = lambda share: None,
 ) -> dict[str, Any]:
     """Evidence for the manifest, with the `shrinkage` chosen; ties go to the smaller one."""
-    chosen = _spread_over_sources(states, _NUM_STATES)
+    chosen = spread_over_sources(states, _NUM_STATES)
     sums = torch.zeros(2, len(SHRINKAGES), dtype=torch.float64)
     for rows in torch.split(chosen, _BATCH):
         hidden = states.states[rows].to(tensors.rows.device)
@@ -97,7 +97,7 @@ def _exact_log_mass(tensors: IndexTensors, hidden: Tensor) -> Tensor:
     return torch.stack(masses, dim=1)
 
 
-def _spread_over_sources(states: HiddenStates, count: int) -> Tensor:
+def spread_over_sources(states: HiddenStates, count: int) -> Tensor:
     """Up to `count` rows, int64: the same number from each source, evenly over its rows."""
     each = max(1, count // max(1, len(states.counts())))
     chosen = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flashhead_dist.index import IndexManifest
+from flashhead_dist.index.escalation import USUAL_SHARE
 from flashhead_dist.model_source import ModelSource
 from flashhead_topology.head_shape import HeadShape
 
@@ -52,4 +53,5 @@ def shape_of_index(
         pinned_per_group=manifest.num_pinned,
         row_bits=8 * row_bytes,
         logit_bytes=row_bytes,
+        escalated_share=USUAL_SHARE,
     )

@@ -24,6 +24,7 @@ _STYLES = {
     "flashhead_global": ("#009E73", "^"),
     "flashhead": ("#0072B2", "*"),
     "flashhead_auto": ("#8B1A1A", "h"),
+    "flashhead_escalate": ("#5B2A86", "p"),
     "faiss_ivf": ("#CC79A7", "X"),
 }
 _OTHER_STYLE = ("#777777", "P")

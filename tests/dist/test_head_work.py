@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from flashhead_dist.collectives import Operation, TensorParallel, payload_bytes,
 from flashhead_dist.heads import base, flashhead, flashhead_global, merge
 from flashhead_dist.heads import dense as dense_heads
 from flashhead_dist.heads.base import Head, Want
+from flashhead_dist.heads.flashhead_escalate import Escalation, FlashHeadEscalate
 from flashhead_dist.heads.registry import HEAD_NAMES, HeadBuilder
 from flashhead_dist.index import IndexOptions, build_index, load_manifest
 from flashhead_dist.measure.head_shape import head_shape_of
@@ -84,11 +86,13 @@ def test_bytes_are_those_of_the_head(
     shape = head_shape_of(open_model(str(tied_model)), load_manifest(index))
     for batch in BATCHES:
         work = head_work(name, shape, tp_size, batch)
-        assert work.read_bytes == head.read_bytes_per_step(batch), batch
+        assert round(work.read_bytes) == head.read_bytes_per_step(batch), batch
         assert work.weight_bytes == head.weight_bytes
+        # Once a row, whatever a second round sends now and then.
         payload = sum(
             payload_bytes(_operation(sent.operation), sent.operand_bytes, tp_size)
             for sent in work.exchanges
+            if sent.times == 1
         )
         assert payload == head.payload_bytes_per_row * batch
 
@@ -120,8 +124,10 @@ def test_what_a_step_really_exchanges_is_what_the_model_says(tied_model: Path, i
         if name == "faiss_ivf":
             continue
         head = built(tied_model, index, 3, name)
+        if isinstance(head, FlashHeadEscalate):
+            head.escalation = Escalation(margin=-inf)
         asked = [(e.operation, e.tensor.nbytes) for e in exchanges(head, 4)]
-        modelled = head_work(name, shape, 3, 4).exchanges
+        modelled = [sent for sent in head_work(name, shape, 3, 4).exchanges if sent.times == 1]
         assert len(asked) == len(modelled)
         for (operation, operand), sent in zip(asked, modelled, strict=True):
             assert operand == sent.operand_bytes, name
@@ -146,6 +152,8 @@ def test_launches_are_the_operators_of_the_head(
     """On CUDA all but two operations are the reference's torch; views are not counted."""
     head = built(tied_model, tied_index, 2, name)
     head.check_inputs = False
+    if isinstance(head, FlashHeadEscalate):
+        head.escalation = Escalation(margin=-inf)
     shape = head_shape_of(open_model(str(tied_model)), load_manifest(tied_index))
     for batch in (1, 4):
         counter = _Counter()

@@ -27,7 +27,13 @@ Run = Callable[..., list[Any]]
 Results = list[dict[tuple[Any, ...], Any]]
 WORLD_SIZE = 5
 TP_SIZES = (1, 2, 3, 5)
-EXACT_HEADS = ("flashhead", "flashhead_global", "flashhead_replicated", "dense_local_max")
+EXACT_HEADS = (
+    "flashhead",
+    "flashhead_escalate",
+    "flashhead_global",
+    "flashhead_replicated",
+    "dense_local_max",
+)
 NUM_TIES = 40
 
 
@@ -180,6 +186,8 @@ def test_argmax_over_ranks_without_packed_keys_would_break_ties_by_rank(
 PAYLOAD = {
     "flashhead": lambda tp_size, itemsize: 8,
     "flashhead_auto": lambda tp_size, itemsize: 8,
+    # A candidate and an unprobed cluster; rows that escalate have a key more, in a second exchange.
+    "flashhead_escalate": lambda tp_size, itemsize: 16,
     "faiss_ivf": lambda tp_size, itemsize: 8,
     "dense_local_max": lambda tp_size, itemsize: 8,
     "flashhead_replicated": lambda tp_size, itemsize: 0,
@@ -199,9 +207,12 @@ def test_greedy_payload_is_what_the_head_states(
         for tp_size in TP_SIZES[1:]:
             expected = PAYLOAD[name](tp_size, dtype.itemsize)
             payload, collectives = ranks[tp_size - 1][(name, tp_size, dtype, "counted")]
-            assert payload == expected * len(states)
+            again = payload - expected * len(states)
+            assert again == 0 or (name == "flashhead_escalate" and again % 8 == 0)
+            assert again < 8 * len(states)
             assert ranks[0][(name, tp_size, dtype, "stated")] == expected
             exchanges = {"flashhead_replicated": 0, "flashhead_global": 2}
+            exchanges["flashhead_escalate"] = 1 + (again > 0)
             assert collectives == exchanges.get(name, 1)
 
 

@@ -36,7 +36,7 @@ def heads(tied_model: Path, tied_index: Path) -> dict[str, Any]:
             model=open_model(str(tied_model)),
             index_dir=tied_index,
         )
-        for name in ("flashhead", "flashhead_auto", "dense_local_max")
+        for name in ("flashhead", "flashhead_auto", "flashhead_escalate", "dense_local_max")
     }
 
 

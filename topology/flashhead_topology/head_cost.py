@@ -111,9 +111,10 @@ def _cost(
         for exchange in work.exchanges:
             one_shot = _in_one_shot(exchange, levels, batch_size)
             how = "one_shot" if one_shot else "collectives"
-            exchange_s += _exchange_s(exchange, system, levels, tp_size, one_shot=one_shot)
-            sent += _ring_sent_bytes(exchange, tp_size)
-            payload += _payload_bytes(exchange, tp_size)
+            once_s = _exchange_s(exchange, system, levels, tp_size, one_shot=one_shot)
+            exchange_s += exchange.times * once_s
+            sent += exchange.times * _ring_sent_bytes(exchange, tp_size)
+            payload += exchange.times * _payload_bytes(exchange, tp_size)
     parts["head/exchange"] = exchange_s
     if back_s:
         parts["pipeline/send"] = back_s

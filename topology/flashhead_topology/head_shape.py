@@ -20,7 +20,8 @@ class HeadShape:
 
     num_clusters: 0 for none. row_bits, logit_bytes: of the model's dtype, which the dense heads
     gather logits in. group_size: columns that share a scale of the centroids. pinned_per_group:
-    slots for pinned tokens in each probing group.
+    slots for pinned tokens in each probing group. escalated_share: of rows that flashhead_escalate
+    looks at again; escalated_probes: what it then probes in all, 0 for every token.
     """
 
     vocab_size: int
@@ -34,6 +35,8 @@ class HeadShape:
     pinned_per_group: int = 0
     row_bits: int = 16
     logit_bytes: int = 2
+    escalated_share: float = 0.0
+    escalated_probes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "cluster_size", "num_groups"):
@@ -97,12 +100,14 @@ class Sent:
     """One exchange: what it does with `operand_bytes` of each rank.
 
     element_bytes: of one number in it. keys: packed candidates, which shared memory can carry.
+    times: how often a step has it, on average.
     """
 
     operation: CollectiveOperation
     operand_bytes: int
     element_bytes: int
     keys: bool = False
+    times: float = 1.0
 
 
 @dataclass(frozen=True)

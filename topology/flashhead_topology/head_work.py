@@ -27,6 +27,8 @@ _FAISS_ID_BYTES = 8
 _FAISS_SHARE = 0.15
 _UNPACK: dict[DeviceType, int] = {"cuda": 10, "cpu": 1}
 """Unpacking a key is plain torch on CUDA."""
+_JUDGING: dict[DeviceType, int] = {"cuda": 4, "cpu": 4}
+"""What flashhead_escalate adds: one tensor of two keys, a margin, and which lie below."""
 
 
 def _launches(cuda: int, cpu: int, *, unpacks: bool = False) -> dict[DeviceType, int]:
@@ -158,6 +160,51 @@ def scan_work(shape: HeadShape, tp_size: int, batch: int) -> HeadWork:
     return replace(work, parts={"head/candidates": part}, launches=launches)
 
 
+def _flashhead_escalate(shape: HeadShape, tp_size: int, batch: int) -> HeadWork:
+    """Two keys a row, and on average the second round of the share of rows that escalates.
+
+    Launches are those of the first round; on CUDA the host waits to know which rows escalate, which
+    no cost stands for.
+    """
+    work = _flashhead(shape, tp_size, batch)
+    share = shape.escalated_share
+    any_row = 1 - (1 - share) ** batch
+    parts = dict(work.parts)
+    if shape.escalated_probes:
+        wider = replace(shape, num_probes=shape.escalated_probes)
+        alone = _flashhead(wider, tp_size, 1).parts["head/candidates"]
+        again = _flashhead(wider, tp_size, 1).parts["head/centroids"]
+        groups = -(-shape.num_groups // tp_size)
+        row = shape.row_bytes + _ID_BYTES
+        pinned = groups * shape.pinned_per_group * row
+        clusters = groups * (shape.num_clusters // shape.num_groups)
+        most = clusters * shape.cluster_size * row
+        probed = min(share * batch * (alone.read_bytes - pinned), any_row * most)
+        parts["head/centroids"] = _plus(parts["head/centroids"], again, any_row)
+        rows = replace(alone, read_bytes=0.0)
+        parts["head/candidates"] = _plus(parts["head/candidates"], rows, share * batch)
+        read = parts["head/candidates"].read_bytes + any_row * pinned + probed
+        parts["head/candidates"] = replace(parts["head/candidates"], read_bytes=read)
+    else:
+        scan = scan_work(shape, tp_size, 1).parts["head/candidates"]
+        parts["head/candidates"] = _plus(parts["head/candidates"], scan, any_row)
+    exchanges = [Sent("all_reduce", 2 * KEY_BYTES * batch, KEY_BYTES, keys=True)]
+    if share:
+        rows_then = max(1, round(share * batch / any_row))
+        exchanges.append(replace(_keys(rows_then), times=any_row))
+    launches = {device: number + _JUDGING[device] for device, number in work.launches.items()}
+    return replace(work, parts=parts, exchanges=tuple(exchanges), launches=launches)
+
+
+def _plus(part: Part, other: Part, times: float) -> Part:
+    """`part`, and `other` as often as `times` says."""
+    return replace(
+        part,
+        read_bytes=part.read_bytes + times * other.read_bytes,
+        flops=part.flops + times * other.flops,
+    )
+
+
 def _flashhead_replicated(shape: HeadShape, tp_size: int, batch: int) -> HeadWork:
     return replace(_flashhead(shape, 1, batch), exchanges=())
 
@@ -206,6 +253,7 @@ _WORK: dict[str, Callable[[HeadShape, int, int], HeadWork]] = {
     "flashhead_global": _flashhead_global,
     "flashhead": _flashhead,
     "flashhead_auto": _flashhead,
+    "flashhead_escalate": _flashhead_escalate,
     "faiss_ivf": _faiss_ivf,
 }
 HEAD_NAMES = tuple(_WORK)

@@ -1,0 +1,184 @@
+"""FlashHead that looks again where it may have missed the best token.
+
+The exchange of a greedy step carries a second key beside the best candidate: the greatest probing
+score of a cluster that nobody probed. Both are maxima over fixed groups, so after it every rank
+knows every row's margin,
+
+    margin = logit of the best candidate - greatest probing score of an unprobed cluster,
+
+and every rank, at every tp_size, takes the same decision about a row: one more round for those
+whose margin lies below a threshold, nothing more for the others. A row is judged by its own margin
+alone, so its answer does not depend on its batch.
+
+The second round scores every token of the shard, or probes more clusters. What it finds replaces
+the first round's answer, whose candidates are among its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import isnan
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flashhead_dist.collectives import Operation, Steps, TensorParallel, payload_bytes
+from flashhead_dist.errors import UserError
+from flashhead_dist.heads.base import KEY_BYTES, HeadOutput, Want
+from flashhead_dist.heads.flashhead import FlashHead
+from flashhead_dist.heads.index_scan import IndexScan
+from flashhead_dist.heads.merge import merge_candidates, merge_judged
+from flashhead_dist.index import IndexManifest, IndexShard
+from flashhead_dist.index.escalation import USUAL_SHARE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Escalation:
+    """Which rows take a second round, and what it does.
+
+    Raises:
+        UserError: a margin that is NaN, fewer than one probe, a share outside 0..1.
+    """
+
+    margin: float = 0.0
+    """Rows whose margin lies below it, in logits. 0: an unprobed cluster's score is above the best
+    candidate's logit; -inf: no row; inf: every row that leaves a cluster unprobed."""
+    num_probes: int | None = None
+    """Clusters that the second round probes in all; None: it scores every token."""
+    expected_share: float = USUAL_SHARE
+    """Share of rows that are expected to escalate, for the account of bytes before any was seen."""
+
+    def __post_init__(self) -> None:
+        if isnan(self.margin):
+            raise UserError("the margin of escalation is not a number: give one in logits, as 0")
+        if self.num_probes is not None and self.num_probes < 1:
+            raise UserError(
+                f"escalation to {self.num_probes} probes looks at nothing: give more than the "
+                f"head's own number, or none to score every token"
+            )
+        if not 0 <= self.expected_share <= 1:
+            raise UserError(
+                f"the expected share of escalated rows is {self.expected_share}: it must lie "
+                f"between 0 and 1"
+            )
+
+
+def usual_escalation(manifest: IndexManifest) -> Escalation:
+    """What the index was calibrated to: USUAL_SHARE of the rows; margin 0 where it was not."""
+    return Escalation(margin=manifest.margin_by_share.get(USUAL_SHARE, 0.0))
+
+
+class FlashHeadEscalate(FlashHead):
+    """Two keys a row in one exchange, and a second round for the rows that they cast doubt on.
+
+    With k > 1 a row is judged by its best candidate too, so that the first of k tokens is the
+    greedy one. A log-sum-exp is that of the round which gave the tokens.
+
+    num_rows, num_escalated: rows served so far, and those of them that took a second round.
+    """
+
+    name: ClassVar[str] = "flashhead_escalate"
+    capturable: ClassVar[bool] = False
+    """The host has to know which rows escalate."""
+
+    def __init__(
+        self,
+        tp: TensorParallel,
+        shard: IndexShard,
+        *,
+        num_probes: int,
+        alpha: float,
+        escalation: Escalation | None = None,
+    ) -> None:
+        """escalation: the default one where None.
+
+        Raises:
+            UserError: as `IndexHead`, or a second round that probes no more than the first, or
+                more clusters than there are.
+        """
+        super().__init__(tp, shard, num_probes=num_probes, alpha=alpha)
+        self.escalation = escalation or Escalation()
+        self.num_rows = 0
+        self.num_escalated = 0
+        second, clusters = self.escalation.num_probes, shard.manifest.num_clusters
+        if second is not None and not num_probes < second <= clusters:
+            raise UserError(
+                f"escalation to {second} probes must lie above the head's own {num_probes} and "
+                f"not above the index's {clusters} clusters: choose a number between, or none to "
+                f"score every token"
+            )
+
+    @property
+    def escalated_share(self) -> float:
+        """Share of rows that take a second round: of those served, or as expected before any."""
+        if self.num_rows == 0:
+            return self.escalation.expected_share
+        return self.num_escalated / self.num_rows
+
+    @property
+    def payload_bytes_per_row(self) -> int:
+        """Of the first exchange; a row that escalates has 8 bytes more, in a second."""
+        return payload_bytes(Operation.MAX, 2 * KEY_BYTES, self.tp.tp_size)
+
+    def read_bytes_per_step(self, batch_size: int) -> int:
+        """Of the first round, and the mean over batches of what the second reads."""
+        first = super().read_bytes_per_step(batch_size)
+        share = self.escalated_share
+        any_row = 1 - (1 - share) ** batch_size
+        if self.escalation.num_probes is None:
+            return first + round(any_row * self._scan.read_bytes_per_step(1))
+        shard, clusters = self.shard, self._rows.shape[0]
+        fixed = shard.centroids.nbytes + shard.spread.nbytes
+        fixed += shard.pinned_rows.nbytes + shard.pinned_token_ids.nbytes
+        per_group = -(-self.escalation.num_probes // self.num_groups)
+        probed = min(share * batch_size * per_group * len(shard.rows), any_row * clusters)
+        per_cluster = (shard.rows.nbytes + shard.token_ids.nbytes) // clusters
+        return first + round(any_row * fixed + probed * per_cluster)
+
+    def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
+        found, mass = self._find(hidden_states, want, need_unprobed=True)
+        assert found.unprobed is not None
+        output, unprobed = yield from merge_judged(
+            found.keys, found.unprobed, found.logsumexp, mass
+        )
+        # Every cluster probed: unprobed is -inf and the margin inf, which lies below no threshold.
+        margins = output.logits[:, 0] - unprobed
+        rows = (margins < self.escalation.margin).nonzero()[:, 0]
+        self.num_rows += len(margins)
+        self.num_escalated += len(rows)
+        if len(rows) == 0:
+            return output
+        second = yield from self._second_round(hidden_states[rows], want)
+        return _replaced(output, rows, second)
+
+    def _second_round(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
+        if self.escalation.num_probes is not None:
+            found, mass = self._find(hidden_states, want, num_probes=self.escalation.num_probes)
+            return (yield from merge_candidates(found.keys, found.logsumexp, mass))
+        every = replace(want, logsumexp=want.logsumexp or want.candidate_mass)
+        scanned = self._scan.candidates(hidden_states, every)
+        return (yield from merge_candidates(
+            scanned.keys,
+            scanned.logsumexp if want.logsumexp else None,
+            scanned.logsumexp if want.candidate_mass else None,
+        ))  # fmt: skip
+
+    @cached_property
+    def _scan(self) -> IndexScan:
+        return IndexScan(self.tp, self.shard)
+
+
+def _replaced(output: HeadOutput, rows: Tensor, second: HeadOutput) -> HeadOutput:
+    """`output` with `rows` int64 `[n]` taken from `second`."""
+
+    def put(first: Tensor | None, other: Tensor | None) -> Tensor | None:
+        return None if first is None or other is None else first.index_copy(0, rows, other)
+
+    return HeadOutput(
+        torch.index_copy(output.token_ids, 0, rows, second.token_ids),
+        torch.index_copy(output.logits, 0, rows, second.logits),
+        put(output.logsumexp, second.logsumexp),
+        put(output.candidate_logsumexp, second.candidate_logsumexp),
+    )

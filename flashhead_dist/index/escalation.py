@@ -1,0 +1,75 @@
+"""From which margin on a retrieval step is to be believed: calibrated on hidden states.
+
+A row's margin is the logit of its best candidate less the greatest probing score of a cluster that
+was not probed (`heads.flashhead_escalate`). The threshold is chosen by how many rows a second round
+may be paid for, as a quantile of the margins of calibration states drawn evenly from all sources:
+it needs no state whose token was missed. Such states are few, and those of the calibration part
+are fewer than a text's, since their tokens were pinned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashhead_dist.hidden_states import HiddenStates
+from flashhead_dist.index.calibrate import Advance
+from flashhead_dist.index.layout import IndexTensors
+from flashhead_dist.index.shrinkage import spread_over_sources
+from flashhead_kernels.dispatch import ops_for
+
+SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Shares of rows that escalate, for which a margin is kept."""
+USUAL_SHARE = 0.02
+_NUM_STATES = 4096
+_BATCH = 64
+
+
+def margins(
+    tensors: IndexTensors,
+    hidden_states: Tensor,
+    alpha: float,
+    probes_per_group: int,
+    advance: Advance = lambda share: None,
+) -> Tensor:
+    """Margins float32 `[N]` of `hidden_states [N, D]`, in logits; inf where nothing is unprobed."""
+    device = tensors.rows.device
+    ops, found = ops_for(device), []
+    for part in torch.split(hidden_states, _BATCH):
+        candidates = ops.flashhead_candidates(
+            part.to(device), tensors.rows, tensors.token_ids, tensors.centroids, tensors.spread,
+            alpha, probes_per_group, tensors.pinned_rows, tensors.pinned_token_ids,
+            need_unprobed=True,
+        )  # fmt: skip
+        both = torch.stack([candidates.keys[:, 0], candidates.unprobed], dim=1)
+        logits = ops.unpack_keys(both)[0]
+        found.append((logits[:, 0] - logits[:, 1]).cpu())
+        advance(len(part) / len(hidden_states))
+    return torch.cat(found) if found else torch.empty(0)
+
+
+def calibrate_escalation(
+    tensors: IndexTensors,
+    states: HiddenStates,
+    alpha: float,
+    probes_per_group: int,
+    advance: Advance = lambda share: None,
+) -> dict[str, Any]:
+    """Evidence for the manifest: the margin below which each of SHARES of the states lies."""
+    chosen = spread_over_sources(states, _NUM_STATES)
+    found = margins(tensors, states.states[chosen], alpha, probes_per_group, advance)
+    finite = found[torch.isfinite(found)].double()
+    by_share = []
+    if len(finite):
+        quantiles = torch.quantile(finite, torch.tensor(SHARES, dtype=torch.float64)).tolist()
+        by_share = [
+            {"share": share, "margin": round(margin, 4)}
+            for share, margin in zip(SHARES, quantiles, strict=True)
+        ]
+    return {
+        "num_states": len(found),
+        "num_probes": probes_per_group * len(tensors.token_ids),
+        "margin_by_share": by_share,
+    }
