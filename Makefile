@@ -7,7 +7,7 @@ GPU_ENV := PYTHONPATH=.:kernels:topology:profiles
 # One thread a rank: torchrun would set it anyway, and say so at length.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup scale generate report reference test test-browser test-network verify verify-fidelity lint bench bench-pipeline bench-ranges bench-network bench-gpu check-gpu clean
+.PHONY: help setup scale generate report reference test test-browser test-lm-eval test-network verify verify-fidelity lint bench bench-pipeline bench-ranges bench-network bench-gpu check-gpu clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -46,6 +46,11 @@ test-browser: setup ## Look at reports in a headless Chromium, which must be ins
 
 report: setup ## The page of a run, or of several against the first (RUN="A B", ARGS=...)
 	$(BIN)/python launch/report.py $(RUN) $(ARGS)
+
+test-lm-eval: setup ## FlashHead as a model of lm-eval, and IFEval's rules; installs some fifty packages
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable ".[lm-eval]"
+	$(BIN)/python -m pytest tests/dist/test_lm_eval.py tests/dist/test_tasks.py $(ARGS)
 
 test-network: setup ## Several hosts over links of set rate and delay, as network namespaces (root)
 	$(BIN)/python -m pytest tests/topology/shaped $(ARGS)

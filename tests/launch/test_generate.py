@@ -16,16 +16,13 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flashhead_dist.model_source import open_model
 from tests.launch.ground import LAUNCH, build_small
+from tests.launch.small_llama import save_small_llama
 
 SCRIPT = LAUNCH / "generate.py"
 CONTEXT = 96
-STOP = 7
 
 
 @pytest.fixture(scope="module")
@@ -47,24 +44,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Options that name a small Llama with a tokenizer of bytes, and an index of few probes."""
     scratch = tmp_path_factory.mktemp("generate")
     folder = scratch / "model"
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=263,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.3,
-        eos_token_id=STOP,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    save_small_llama(folder, CONTEXT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLASHHEAD_CACHE", str(scratch / "cache"))
         index = build_small(open_model(str(folder)), scratch / "index", 4, num_probes=8)

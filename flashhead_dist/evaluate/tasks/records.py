@@ -33,16 +33,16 @@ class TaskRun:
         self.records: list[dict[str, Any]] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            known = _read_settings(folder / SETTINGS_NAME)
-            if known is None:
-                document = {"settings": dict(settings), "about": dict(about)}
-                text = json.dumps(document, indent=1) + "\n"
-                (folder / SETTINGS_NAME).write_text(text, encoding="utf-8")
-            else:
-                _refuse_others(folder, known, settings)
             path = folder / RECORDS_NAME
             if path.exists():
                 self.records = _read_records(path)
+            known = _read_settings(folder / SETTINGS_NAME)
+            if self.records and known is not None:
+                _refuse_others(folder, known, settings)
+            else:
+                document = {"settings": dict(settings), "about": dict(about)}
+                text = json.dumps(document, indent=1) + "\n"
+                (folder / SETTINGS_NAME).write_text(text, encoding="utf-8")
         except OSError as error:
             raise UserError(
                 f"{folder} cannot be used ({error.strerror}): name another with --out"
