@@ -154,3 +154,27 @@ def test_what_cannot_be_decoded_is_refused() -> None:
         DecodeState([[1]], max_new_tokens=0)
     with pytest.raises(UserError, match="check interval"):
         DecodeState([[1]], max_new_tokens=1, check_every=-1)
+
+
+def test_a_sequence_can_be_ended_from_outside() -> None:
+    state = DecodeState([[5], [6]], max_new_tokens=4)
+    state.advance(torch.tensor([1, 2]))
+    state.stop(0)
+    assert state.finish_reason(0) is FinishReason.STOP
+    state.advance(torch.tensor([3, 4]))
+    assert (state.tokens(0), state.tokens(1)) == ([1], [2, 4])
+    state.stop(1)
+    assert state.done
+
+
+def test_no_sequence_is_ended_while_tokens_may_be_taken_back() -> None:
+    """Fails where it is: a check would be due in the middle of a step."""
+    state = DecodeState([[5]], max_new_tokens=4, check_every=2)
+    state.advance(torch.tensor([1]))
+    state.stop(0)
+    assert state.finish_reason(0) is None
+    assert not state.check_due
+    state.advance(torch.tensor([2]))
+    assert state.settle(torch.tensor([[1], [2]])) == 0
+    state.stop(0)
+    assert state.done
