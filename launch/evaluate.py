@@ -7,13 +7,15 @@
     python launch/evaluate.py likelihood --tokens 20000
     python launch/evaluate.py tasks --data DIR --tasks gsm8k,ifeval --limit 50
     python launch/evaluate.py texts --heads flashhead flashhead_global@runs/published
+    python launch/evaluate.py robustness
 
 `fidelity` says how often a head finds the dense head's token, and how far its distribution is from
 the dense one, by source with confidence intervals; `sampling` holds 200,000 draws at temperatures
 0.7 and 1.0 against the dense distribution, and draws them at tp 1, 2 and 3; `likelihood` compares
 perplexities under the closed form and the dense head; `texts` decodes 100 prompts greedily and says
 how many texts are the dense head's own, and where the others first differ; `tasks` does so for
-GSM8K, MATH-500, MMLU-Pro, IFEval and MT-Bench, with scores and the agreement of final answers.
+GSM8K, MATH-500, MMLU-Pro, IFEval and MT-Bench, with scores and the agreement of final answers;
+`robustness` builds indexes of made-up heads: other models' shapes, odd rows.
 
 Without --index the default index of the model is used, and built where it is missing. All ranks of
 --tp-size run in this one process, one after another, and give what real gloo ranks give.
@@ -30,6 +32,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import evaluate_fidelity
+import evaluate_robustness
 import evaluate_sampling
 import evaluate_tasks
 import evaluate_texts
@@ -41,6 +44,7 @@ _MODULES: tuple[ModuleType, ...] = (
     evaluate_sampling,
     evaluate_tasks,
     evaluate_texts,
+    evaluate_robustness,
 )
 """Each has COMMANDS, `add_commands(subparsers)`, `run(arguments) -> document`, `show(document)`."""
 

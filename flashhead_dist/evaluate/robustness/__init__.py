@@ -1,0 +1,1 @@
+"""Indexes of made-up output embeddings with the shapes and oddities of other models' heads."""
