@@ -1,9 +1,9 @@
-"""Float32 linear layers of a body on a CPU, on all its threads.
+"""Linear layers of a body that decodes one token at a time on a CPU.
 
-For one token at a time torch hands a float32 linear layer to MKL, which uses one thread for it
-whatever `torch.get_num_threads()` says. oneDNN, which torch carries as well, uses all: a step of
-Gemma-3-270M's body takes 29 ms in place of 39 on two cores (torch 2.13), and 26 with its weights on
-large pages, as the heads' are. Every head decodes over the same body.
+For one row torch hands a float32 linear layer to MKL, which uses one thread for it whatever
+`torch.get_num_threads()` says, and 16-bit layers to oneDNN, at a fraction of the memory's rate.
+Here the weights are streamed as the heads' rows are, by `flashhead_kernels.crew`. Every head
+decodes over the same body.
 """
 
 from __future__ import annotations
@@ -15,72 +15,117 @@ import torch
 from torch import Tensor, nn
 
 from flashhead_kernels.cpu_memory import empty_on_large_pages
+from flashhead_kernels.crew import Crew
 
 _BLOCK_BYTES = 1 << 25
-_ALIGNMENT = 16
-"""Values that a layer's weights begin at a multiple of: a cache line."""
+_ALIGNMENT = 32
+"""Values that a layer's weights begin at a multiple of: at least a cache line."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _Place = tuple[nn.Module, str, nn.Linear]
 
 
-class OneDnnLinear(nn.Module):
-    """An `nn.Linear` in float32, computed by oneDNN.
+class StreamedLinear(nn.Module):
+    """An `nn.Linear` on a CPU: one row by a crew's threads, several by torch.
 
-    weight: `[out_features, in_features]`, the layer's own values.
+    weight: `[out_features, in_features]`, the layer's own values. A row is summed in float32 and
+    rounded once to the layer's dtype. following: the layer that is likely to be called next.
     """
 
-    def __init__(self, linear: nn.Linear, weight: Tensor) -> None:
+    def __init__(self, linear: nn.Linear, weight: Tensor, crew: Crew) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._crew = crew
+        self._following: Tensor | None = None
+
+    def precede(self, layer: StreamedLinear) -> None:
+        """Read `layer`'s weights into the cache once this one is done: it comes next."""
+        self._following = layer.weight.data
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`[..., out_features]` of float32 `[..., in_features]`."""
-        if inputs.numel() != self.in_features:
-            # Several rows are a matrix product, for which MKL has all threads at work.
+        """`[..., out_features]` of `[..., in_features]`, in the layer's dtype."""
+        if inputs.numel() != self.in_features or inputs.dtype is not self.weight.dtype:
             return nn.functional.linear(inputs, self.weight, self.bias)
-        compute: Any = torch.ops.mkldnn._linear_pointwise
-        result: Tensor = compute(inputs, self.weight, self.bias, "none", [], "")
-        return result
+        state = inputs.float().contiguous()
+        result = self._crew.multiply(self.weight, state, self._following)
+        if self.bias is not None:
+            result += self.bias
+        return result.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
 
 
-def use_onednn(model: nn.Module) -> int:
-    """Let oneDNN compute the float32 `nn.Linear` layers of `model` that are on a CPU.
+def stream_linears(model: nn.Module, decoder: nn.Module) -> int:
+    """Have the `nn.Linear` layers of `model` that are on a CPU computed by a crew of threads.
 
-    Their weights move to large pages, some megabytes at a time. Returns how many layers: none where
-    torch was built without oneDNN, or with a single thread, which MKL uses as well.
+    Their weights move to large pages, some megabytes at a time. In a step of one token torch itself
+    uses one thread, since OpenMP's would spin against the crew's; the crew is awake for such a step
+    of `decoder` and for nothing else. Returns how many layers: none with a single thread.
     """
-    available: Any = torch.backends.mkldnn.is_available
-    if not available() or torch.get_num_threads() == 1:
-        return 0
+    threads = torch.get_num_threads()
     found = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if type(child) is nn.Linear
         and child.weight.device.type == "cpu"
-        and child.weight.dtype == torch.float32
+        and child.weight.dtype in _DTYPES
+        and child.weight.numel()
     ]
-    for places in _blocks(found):
-        _move(places)
-    return len(found)
+    if threads == 1 or not found:
+        return 0
+    crew = Crew(threads)
+    layers = [layer for places in _blocks(found) for layer in _move(places, crew)]
+    for layer, following in zip(layers, layers[1:] + layers[:1], strict=True):
+        layer.precede(following)
+    shift = _Shift(crew)
+    decoder.register_forward_pre_hook(shift.begin, with_kwargs=True)
+    decoder.register_forward_hook(shift.end, with_kwargs=True, always_call=True)
+    return len(layers)
 
 
-def _move(places: list[_Place]) -> None:
+class _Shift:
+    """Wakes the crew for a decoder's step of one token, and dismisses it after."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+        self._threads = 0
+
+    def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else kwargs.get("input_ids")
+        if inputs is not None and inputs.numel() == 1:
+            self._threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            self._crew.wake()
+
+    def end(self, *_: Any) -> None:
+        if self._threads:
+            self._crew.dismiss()
+            torch.set_num_threads(self._threads)
+            self._threads = 0
+
+
+def _move(places: list[_Place], crew: Crew) -> list[StreamedLinear]:
     """Replace some layers by others, whose weights lie in one block."""
-    block = empty_on_large_pages((sum(_room(layer) for _, _, layer in places),), torch.float32)
-    start = 0
+    dtype = places[0][2].weight.dtype
+    block = empty_on_large_pages((sum(_room(layer) for _, _, layer in places),), dtype)
+    start, layers = 0, []
     for parent, name, layer in places:
         weight = block[start : start + layer.weight.numel()].view(layer.weight.shape)
         weight.copy_(layer.weight.detach())
-        setattr(parent, name, OneDnnLinear(layer, weight))
+        layers.append(StreamedLinear(layer, weight, crew))
+        setattr(parent, name, layers[-1])
         start += _room(layer)
+    return layers
 
 
 def _blocks(places: list[_Place]) -> Iterator[list[_Place]]:
+    """Neighbours of one dtype, some megabytes together."""
     block: list[_Place] = []
     for place in places:
+        if block and block[0][2].weight.dtype != place[2].weight.dtype:
+            yield block
+            block = []
         block.append(place)
         if sum(layer.weight.nbytes for _, _, layer in block) >= _BLOCK_BYTES:
             yield block

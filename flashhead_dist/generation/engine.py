@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.decode.body import TransformersBody
-from flashhead_dist.decode.cpu_linear import use_onednn
+from flashhead_dist.decode.cpu_linear import stream_linears
 from flashhead_dist.decode.embedding import share_embedding
 from flashhead_dist.decode.loop import Choose, DecodeTimes, decode
 from flashhead_dist.decode.sequences import DecodeState
@@ -148,7 +148,7 @@ class Engine:
         if group is not None:
             body = shard_body(body, group, self.dtype)
         self._body = body.to(self.device)
-        use_onednn(self._body)
+        stream_linears(self._body, self._body.get_decoder())
 
     def _build_heads(self, tp: TensorParallel) -> None:
         builder = HeadBuilder(

@@ -7,13 +7,15 @@ k best are in the blocks whose best is within a margin of the k-th best block's.
 
 from __future__ import annotations
 
+from typing import Any
+
 import llvmlite.binding as llvm
 import torch
 from torch import Tensor
 
-_SMALLEST_BATCH = {torch.bfloat16: 8, torch.float32: 4}
-"""Where the product overtakes the fused scan: measured with one thread on an AMD EPYC 9004 at
-V=262,144, D=640. bfloat16: 23 against 42 ms at batch 4, 124 against 62 at 16."""
+_SMALLEST_BATCH = {torch.bfloat16: 12, torch.float32: 16}
+"""Where the product overtakes the fused scan, with one thread and with two, on an AMD EPYC (Zen 4)
+at V=262,144, D=640: `docs/decisions.md` has the times."""
 
 _RELATIVE_MARGIN = {torch.bfloat16: 2.0**-6, torch.float32: 2.0**-12}
 _LONGEST = 64
@@ -48,7 +50,7 @@ def matmul_shortlist(
     """
     if rows.shape[0] // BLOCK < k:
         return None
-    logits = torch.nn.functional.linear(hidden_states, rows)
+    logits = _product(hidden_states, rows)
     if pads is not None and len(pads):
         logits[:, pads] = float("-inf")
     greatest = logits.view(len(hidden_states), -1, BLOCK).amax(2).float()
@@ -64,3 +66,13 @@ def matmul_shortlist(
     shortlist = torch.full((len(hidden_states), longest), -1, dtype=torch.int64)
     shortlist[row, torch.arange(len(row)) - first[row]] = block
     return shortlist
+
+
+def _product(hidden_states: Tensor, rows: Tensor) -> Tensor:
+    """All logits `[B, count]`; in float32 by oneDNN, where MKL takes up to twice as long."""
+    available: Any = torch.backends.mkldnn.is_available
+    if rows.dtype == torch.float32 and available():
+        compute: Any = torch.ops.mkldnn._linear_pointwise
+        product: Tensor = compute(hidden_states.contiguous(), rows, None, "none", [], "")
+        return product
+    return torch.nn.functional.linear(hidden_states, rows)
