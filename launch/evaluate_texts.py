@@ -28,6 +28,7 @@ from flashhead_dist.generation.texts.first_difference import (
 )
 from flashhead_dist.generation.texts.summary import summarize
 from flashhead_dist.heads.base import Head
+from flashhead_dist.heads.flashhead_escalate import FlashHeadEscalate
 from flashhead_dist.heads.registry import HEAD_NAMES, build_head, check_head_names, needs_index
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.model_source import ModelSource, open_model
@@ -125,6 +126,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             | {
                 "index_hash": _index_hash(contender.index),
                 "bytes_share": _bytes_share(heads[contender.key], model),
+                "escalated_share": _escalated_share(heads[contender.key]),
                 "verified_texts": len(verified[contender.key]),
                 "verified_equal": sum(verified[contender.key]),
             }
@@ -165,6 +167,13 @@ def _index_hash(index: Path | None) -> str | None:
 
 def _bytes_share(head: Head, model: ModelSource) -> float:
     return head.read_bytes_per_row / (2 * model.vocab_size * model.hidden_size)
+
+
+def _escalated_share(head: Head) -> float | None:
+    """Of the rows that it served now; None for other heads, and where every record was known."""
+    if isinstance(head, FlashHeadEscalate) and head.num_rows:
+        return head.escalated_share
+    return None
 
 
 def _compare(
@@ -266,6 +275,10 @@ def show(document: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     for head in document["heads"]:
+        if head["escalated_share"] is not None:
+            console.print(
+                f"{head['head']}: {100 * head['escalated_share']:.2f} % of rows escalated"
+            )
         if head["verified_texts"]:
             console.print(
                 f"{head['head']}: {head['verified_equal']} of {head['verified_texts']} texts that "
