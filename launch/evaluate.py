@@ -8,6 +8,7 @@
     python launch/evaluate.py tasks --data DIR --tasks gsm8k,ifeval --limit 50
     python launch/evaluate.py texts --heads flashhead flashhead_global@runs/published
     python launch/evaluate.py robustness
+    python launch/evaluate.py escalation --num-probes 1024 2048 --then 8192 all
 
 `fidelity` says how often a head finds the dense head's token, and how far its distribution is from
 the dense one, by source with confidence intervals; `sampling` holds 200,000 draws at temperatures
@@ -15,7 +16,8 @@ the dense one, by source with confidence intervals; `sampling` holds 200,000 dra
 perplexities under the closed form and the dense head; `texts` decodes 100 prompts greedily and says
 how many texts are the dense head's own, and where the others first differ; `tasks` does so for
 GSM8K, MATH-500, MMLU-Pro, IFEval and MT-Bench, with scores and the agreement of final answers;
-`robustness` builds indexes of made-up heads: other models' shapes, odd rows.
+`robustness` builds indexes of made-up heads: other models' shapes, odd rows; `escalation` says what
+a second look at doubtful rows costs and gains.
 
 Without --index the default index of the model is used, and built where it is missing. All ranks of
 --tp-size run in this one process, one after another, and give what real gloo ranks give.
@@ -31,6 +33,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+import evaluate_escalation
 import evaluate_fidelity
 import evaluate_robustness
 import evaluate_sampling
@@ -45,6 +48,7 @@ _MODULES: tuple[ModuleType, ...] = (
     evaluate_tasks,
     evaluate_texts,
     evaluate_robustness,
+    evaluate_escalation,
 )
 """Each has COMMANDS, `add_commands(subparsers)`, `run(arguments) -> document`, `show(document)`."""
 

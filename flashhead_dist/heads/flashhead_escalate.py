@@ -32,6 +32,9 @@ from flashhead_dist.heads.index_scan import IndexScan
 from flashhead_dist.heads.merge import merge_candidates, merge_judged
 from flashhead_dist.index import IndexManifest, IndexShard
 from flashhead_dist.index.escalation import USUAL_SHARE
+from flashhead_kernels.candidates import Candidates
+
+_GREEDY = Want()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +141,7 @@ class FlashHeadEscalate(FlashHead):
         return first + round(any_row * fixed + probed * per_cluster)
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
-        found, mass = self._find(hidden_states, want, need_unprobed=True)
+        found, mass = self.first_round(hidden_states, want)
         assert found.unprobed is not None
         output, unprobed = yield from merge_judged(
             found.keys, found.unprobed, found.logsumexp, mass
@@ -152,6 +155,14 @@ class FlashHeadEscalate(FlashHead):
             return output
         second = yield from self._second_round(hidden_states[rows], want)
         return _replaced(output, rows, second)
+
+    def first_round(
+        self, hidden_states: Tensor, want: Want = _GREEDY
+    ) -> tuple[Candidates, Tensor | None]:
+        """This rank's candidates of `hidden_states [B, D]` with its best unprobed cluster, and the
+        log-sum-exp `[B]` over them where the candidates' mass is wanted.
+        """
+        return self._find(hidden_states, want, need_unprobed=True)
 
     def _second_round(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         if self.escalation.num_probes is not None:

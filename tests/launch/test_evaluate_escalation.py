@@ -1,0 +1,114 @@
+"""launch/evaluate.py escalation: its figures against the head itself, its table, its mistakes.
+
+Mutated to see each fail: `<=` for `<` at the threshold's share, caught counted over all states, the
+second round's tokens taken where the first's stand, bytes of the expected share.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from flashhead_dist.collectives import TensorParallel
+from flashhead_dist.evaluate.fidelity import evaluate_fidelity
+from flashhead_dist.evaluate.truth import dense_truth
+from flashhead_dist.heads.flashhead_escalate import Escalation
+from flashhead_dist.heads.registry import build_head
+from flashhead_dist.hidden_states import synthetic_hidden_states
+from flashhead_dist.index import ensure_index
+from flashhead_dist.model_source import open_model
+from tests.launch.ground import LAUNCH
+
+MODEL = "3000,64"
+COMMAND = ["escalation", "--synthetic", MODEL, "--max-states", "3000", "--num-probes", "128"]
+
+
+@pytest.fixture(scope="module")
+def evaluate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHHEAD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.syspath_prepend(str(LAUNCH))
+        spec = importlib.util.spec_from_file_location("evaluate_script", LAUNCH / "evaluate.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def test_points_are_what_the_head_does(
+    evaluate: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "points.csv"
+    more = ("--then", "256", "all", "--shares", "0", "0.1", "0.3", "--csv", str(out), "--json")
+    assert evaluate.main([*COMMAND, *more]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    points = found["points"]
+    assert [point["second_probes"] for point in points] == [256] * 3 + [None] * 3
+    with out.open() as file:
+        assert len(list(csv.DictReader(file))) == 6
+    model = open_model(None, synthetic=MODEL)
+    states = synthetic_hidden_states(model)[1]
+    step = -(-len(states) // 3000)
+    states = states.subset(torch.arange(0, len(states), step))
+    truth = dense_truth(model, states.states, progress=False)
+    for point in points:
+        if point["asked_share"] == 0:
+            assert point["margin"] is None
+            assert point["escalated_share"] == 0
+            continue
+        assert point["escalated_share"] == pytest.approx(point["asked_share"], abs=0.05)
+        if point["asked_share"] == 0.1:
+            continue
+        head = build_head(
+            "flashhead_escalate",
+            tp=TensorParallel.single(),
+            model=model,
+            index_dir=ensure_index(model),
+            num_probes=128,
+            escalation=Escalation(margin=point["margin"], num_probes=point["second_probes"]),
+        )
+        measured = evaluate_fidelity(head, states, truth, progress=False)
+        assert measured.top1_agreement == point["top1_agreement"]
+        assert measured.bytes_share == pytest.approx(point["bytes_share"], rel=1e-6)
+    never, _, most = points[3:]
+    assert never["top1_agreement"] < most["top1_agreement"], "a second look gained nothing"
+    gained = most["top1_agreement"] - never["top1_agreement"]
+    missed = 1 - never["top1_agreement"]
+    assert most["caught"] == pytest.approx(gained / missed), "all tokens scored: none missed again"
+
+
+def test_the_table_names_thresholds_and_costs(
+    evaluate: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([*COMMAND, "--shares", "0", "0.2"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for word in ("never", "all", "hidden states: synthetic states"):
+        assert word in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--shares", "1.5"], "a share of 1.5 rows cannot escalate"),
+        (["--then", "many"], "--then many is no number of clusters"),
+        (["--then", "999999"], "must lie between 1 and the index's 768 clusters"),
+        (["--max-states", "0"], "--max-states 0 is too few"),
+    ],
+)
+def test_mistakes_are_named(
+    evaluate: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    complaint: str,
+) -> None:
+    assert evaluate.main([*COMMAND, *more]) == 2
+    assert complaint in capsys.readouterr().err
