@@ -14,6 +14,7 @@ from torch import Tensor
 from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.decode.body import TransformersBody
 from flashhead_dist.decode.cpu_linear import stream_linears
+from flashhead_dist.decode.cpu_norm import fuse_norms
 from flashhead_dist.decode.embedding import share_embedding
 from flashhead_dist.decode.loop import Choose, DecodeTimes, decode
 from flashhead_dist.decode.sequences import DecodeState
@@ -149,6 +150,7 @@ class Engine:
             body = shard_body(body, group, self.dtype)
         self._body = body.to(self.device)
         stream_linears(self._body, self._body.get_decoder())
+        fuse_norms(self._body)
 
     def _build_heads(self, tp: TensorParallel) -> None:
         builder = HeadBuilder(
