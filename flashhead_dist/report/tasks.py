@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from flashhead_dist.evaluate.tasks import Task
+from flashhead_dist.evaluate.tasks.summary import share_with_interval
 
 
 def task_tables(rows: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> list[Table]:
@@ -50,6 +51,10 @@ def task_notes(rows: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> list
         "first difference: median place of the first other token, from 0, over the texts that "
         "differ. tokens/s: of a whole batch after its first tokens, median over batches.",
     ]
+    for head in dict.fromkeys(row["head"] for row in rows):
+        own = [row for row in rows if row["head"] == head]
+        if len(own) > 1:
+            notes.append(_of_all(head, own))
     unscored = {
         row["task"]: row["items"] - row["scored"]
         for row in rows
@@ -63,6 +68,24 @@ def task_notes(rows: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> list
                 f"is not installed: python -m nltk.downloader punkt_tab"
             )
     return notes
+
+
+def _of_all(head: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """All tasks together: shares of items, whatever their task."""
+    said = []
+    for name, total, what in (
+        ("identical_texts", "items", "texts are the dense head's own"),
+        ("answers_agree", "finals", "final answers agree"),
+    ):
+        count = sum(round(row[name] * row[total]) for row in rows if row[total])
+        everything = sum(row[total] for row in rows)
+        share, low, high = share_with_interval(count, everything)
+        if everything:
+            said.append(
+                f"{count} of {everything} {what}, {100 * share:.1f} % "
+                f"({100 * low:.1f}-{100 * high:.1f})"
+            )
+    return f"{head}, all tasks: {'; '.join(said)}."
 
 
 def _items(row: Mapping[str, Any], task: Task) -> str:
