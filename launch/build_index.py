@@ -38,6 +38,8 @@ from flashhead_dist.hidden_states import (
     load_hidden_states,
     require_hidden_size,
 )
+from flashhead_dist.hidden_states.hold_out import parse_hold_out, set_aside
+from flashhead_dist.hidden_states.texts import read_texts, shipped_texts
 from flashhead_dist.index import (
     IndexManifest,
     IndexOptions,
@@ -99,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration", type=Path, metavar="FILE", help="hidden states [N, D] to calibrate on"
     )
     what.add_argument("--test", type=Path, metavar="FILE", help="hidden states [N, D] to test on")
+    what.add_argument(
+        "--hold-out", default="", metavar="NAMES",
+        help="texts that calibrate nothing and test the index: sources and data sets, or "
+        "languages=N,data-sets=N by the rule of launch/tune.py",
+    )  # fmt: skip
     how = parser.add_argument_group("how to index")
     how.add_argument("--method", choices=get_args(Method), default=_DEFAULTS.method)
     how.add_argument(
@@ -173,7 +180,7 @@ def _build(arguments: argparse.Namespace) -> Path:
     )
     model = open_model(arguments.model, synthetic=arguments.synthetic)
     options.check(model.vocab_size, model.hidden_size)
-    own_states = any((arguments.texts, arguments.calibration, arguments.test))
+    own_states = any((arguments.texts, arguments.calibration, arguments.test, arguments.hold_out))
     if arguments.out is None and not own_states:
         path = default_index_path(model, options)
         if arguments.force or not path.exists():
@@ -184,7 +191,7 @@ def _build(arguments: argparse.Namespace) -> Path:
         return path
     if arguments.out is None:
         raise UserError("an index of states of your own has no place in the cache: give --out DIR")
-    calibration, test = _states(arguments, model)
+    calibration, test, notes = _states(arguments, model)
     return build_index(
         model,
         options,
@@ -193,11 +200,25 @@ def _build(arguments: argparse.Namespace) -> Path:
         out=arguments.out,
         device=arguments.device,
         replace_existing=arguments.force,
+        notes=notes,
     )
 
 
-def _states(arguments: argparse.Namespace, model: ModelSource) -> States:
-    """Calibration and test states: files where given, else those of a corpus."""
+def _states(
+    arguments: argparse.Namespace, model: ModelSource
+) -> tuple[HiddenStates | None, HiddenStates | None, dict[str, Any]]:
+    """Calibration and test states, files where given, else those of a corpus; what is held out."""
+    if arguments.hold_out:
+        if model.synthetic or arguments.calibration or arguments.test:
+            raise UserError("--hold-out needs texts: leave out --synthetic, --calibration, --test")
+        documents = read_texts(arguments.texts) if arguments.texts else shipped_texts()
+        hold_out = parse_hold_out(arguments.hold_out, documents)
+        parts = set_aside(*collect_hidden_states(model, arguments.texts), documents, hold_out)
+        return parts.calibration, parts.held_out, {"held_out": list(hold_out.names)}
+    return *_all_states(arguments, model), {}
+
+
+def _all_states(arguments: argparse.Namespace, model: ModelSource) -> States:
     if arguments.texts is not None and (arguments.calibration or arguments.test):
         raise UserError("--texts makes both parts: leave out --calibration and --test, or --texts")
     if arguments.calibration or arguments.test:

@@ -107,6 +107,7 @@ def test_without_out_the_index_goes_to_the_cache_and_stays(run: Run, tmp_path: P
         (("--out", "/proc/nowhere/index"), "/proc/nowhere/index"),
         (("--out", "x", "--calibration", "no.safetensors"), "no.safetensors"),
         (("--inspect", "no_such_index"), "no_such_index"),
+        (("--out", "x", "--hold-out", "fr"), "--hold-out needs texts"),
     ],
 )
 def test_a_mistake_is_a_sentence_and_leaves_nothing(
