@@ -6,19 +6,18 @@ import argparse
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.generation.prompts import Prompt, held_out_prompts, read_prompts
-from flashhead_dist.generation.texts.dense import DENSE, Batch, DenseTexts, TextDecoder
+from flashhead_dist.generation.texts.dense import DENSE, Batch, TextDecoder
 from flashhead_dist.generation.texts.first_difference import (
     TextRecord,
     append_records,
@@ -32,6 +31,7 @@ from flashhead_dist.heads.flashhead_escalate import FlashHeadEscalate
 from flashhead_dist.heads.registry import HEAD_NAMES, build_head, check_head_names, needs_index
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.model_source import ModelSource, open_model
+from flashhead_dist.report.progress import SweepProgress
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 
@@ -188,20 +188,19 @@ def _compare(
     records = list({(r.key, r.prompt): r for r in known}.values())
     done = {(r.key, r.prompt) for r in records}
     stops = decoder.stop_token_ids
-    with _progress() as bar:
-        task = bar.add_task("texts", total=len(batches) * decoder.max_new_tokens)
-        for number, batch in enumerate(batches):
-            texts = _dense(decoder, batch, bar, f"dense text, batch {number + 1}")
+    with SweepProgress(len(batches) * (1 + len(contenders)), visible=True) as progress:
+        for number, batch in enumerate(batches, start=1):
+            progress.stage(f"dense texts, batch {number} of {len(batches)}")
+            texts = decoder.dense_texts(batch)
             for contender in contenders:
+                progress.stage(f"{contender.label}, batch {number} of {len(batches)}")
                 if (contender.key, batch.first) in done:
                     continue
-                bar.update(task, description=f"{contender.label}, batch {number + 1}")
                 found = compare_texts(
                     heads[contender.key], texts, stops, key=contender.key, label=contender.label
                 )
                 append_records(out, found)
                 records += found
-            bar.update(task, completed=(number + 1) * decoder.max_new_tokens)
     return records
 
 
@@ -216,12 +215,13 @@ def _verify(
     """By key, of each text decoded by the head itself: whether it parts where its record says."""
     equal: dict[str, list[bool]] = {contender.key: [] for contender in contenders}
     found = {(r.key, r.prompt): r for r in records}
-    with _progress() as bar:
-        for batch in [batch for batch in batches if batch.first < count]:
+    chosen = [batch for batch in batches if batch.first < count]
+    with SweepProgress(len(chosen) * len(contenders), visible=bool(chosen)) as progress:
+        for batch in chosen:
             dense = decoder.dense_texts(batch)
             for contender in contenders:
-                task = bar.add_task(f"decoding with {contender.label}", total=dense.states.shape[1])
-                tokens, _ = decoder.decode(batch, heads[contender.key], _advance(bar, task))
+                progress.stage(f"decoding with {contender.label} from prompt {batch.first + 1}")
+                tokens, _ = decoder.decode(batch, heads[contender.key])
                 for row in range(len(tokens)):
                     record = found[contender.key, batch.first + row]
                     place = first_difference(dense.token_ids[row], tokens[row])
@@ -229,24 +229,6 @@ def _verify(
                     same = (place, other) == (record.first_difference, record.head_token)
                     equal[contender.key].append(same)
     return equal
-
-
-def _dense(decoder: TextDecoder, batch: Batch, bar: Progress, label: str) -> DenseTexts:
-    task = bar.add_task(label, total=decoder.max_new_tokens)
-    texts = decoder.dense_texts(batch, _advance(bar, task))
-    bar.remove_task(task)
-    return texts
-
-
-def _advance(bar: Progress, task: Any) -> Callable[[], None]:
-    return lambda: bar.advance(task)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True,
-    )  # fmt: skip
 
 
 def show(document: dict[str, Any]) -> None:

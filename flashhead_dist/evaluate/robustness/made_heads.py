@@ -42,7 +42,7 @@ class HeadSpec:
     norm: float
     norm_std: float
     spectrum_exponent: float = 0.7
-    common_share: float = 0.1
+    common_share: float = 0.2
     tiny_rows: int = 0
     zero_rows: int = 0
     duplicates: int = 0

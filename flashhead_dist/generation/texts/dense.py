@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,7 @@ class TextDecoder:
         """What the tokens say."""
         return str(self._load()[1].decode(list(token_ids)))
 
-    def dense_texts(self, batch: Batch, on_step: Callable[[], None] | None = None) -> DenseTexts:
+    def dense_texts(self, batch: Batch) -> DenseTexts:
         """The dense head's texts, kept in the cache by weights, prompts and length."""
         settings = [_VERSION, self.model.weight_hash, self.model.name, self.max_new_tokens]
         key = json.dumps([*settings, str(BODY_DTYPE), batch.token_ids])
@@ -117,14 +117,12 @@ class TextDecoder:
             self._dense = self._dense or build_head(
                 DENSE, tp=TensorParallel.single(), model=self.model
             )
-            tokens, states = self.decode(batch, self._dense, on_step)
+            tokens, states = self.decode(batch, self._dense)
             return {"token_ids": tokens, "states": states}
 
         return DenseTexts(batch, **cached_tensors(path, compute))
 
-    def decode(
-        self, batch: Batch, head: Head, on_step: Callable[[], None] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def decode(self, batch: Batch, head: Head) -> tuple[Tensor, Tensor]:
         """Decode with any head: its tokens int64 `[B, T]` and their states float32 `[B, T, D]`."""
         state = DecodeState(
             batch.token_ids,
@@ -138,7 +136,7 @@ class TextDecoder:
             kept.append(hidden.float().cpu())
             return head.serve(hidden, Want()).token_ids[:, 0]
 
-        decode(TransformersBody(self._load()[0]), state, choose, on_step=on_step)
+        decode(TransformersBody(self._load()[0]), state, choose)
         tokens = torch.tensor([state.tokens(row) for row in range(state.batch_size)])
         return tokens, torch.stack(kept, dim=1).contiguous()
 
