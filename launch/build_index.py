@@ -57,9 +57,9 @@ from flashhead_topology.probe import probe_machine
 
 _DEFAULTS = IndexOptions()
 _OPTION_NAMES = (
-    "cluster_size", "centroid_bits", "group_size", "num_groups", "learned_pins_per_group",
-    "pin_special_tokens", "method", "centroid_kind", "alpha", "num_probes", "metric_exponent",
-    "seed",
+    "cluster_size", "centroid_bits", "group_size", "centroid_columns", "num_groups",
+    "learned_pins_per_group", "pin_special_tokens", "method", "centroid_kind", "alpha",
+    "num_probes", "metric_exponent", "seed",
 )  # fmt: skip
 
 
@@ -119,12 +119,13 @@ def _parser() -> argparse.ArgumentParser:
         "--centroid-bits", type=int, choices=CENTROID_BITS, default=_DEFAULTS.centroid_bits
     )
     how.add_argument(
-        "--group-size",
-        type=int,
-        default=_DEFAULTS.group_size,
-        metavar="N",
+        "--group-size", type=int, default=_DEFAULTS.group_size, metavar="N",
         help="columns that share a centroid's scale (default: %(default)s)",
-    )
+    )  # fmt: skip
+    how.add_argument(
+        "--centroid-columns", type=int, metavar="N",
+        help="that a centroid keeps, of the axes that matter to hidden states; CPU only",
+    )  # fmt: skip
     how.add_argument("--centroid-kind", choices=get_args(CentroidKind), default="mean")
     how.add_argument(
         "--groups",

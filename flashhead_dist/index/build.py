@@ -108,6 +108,7 @@ def build_index(
                 bits=options.centroid_bits,
                 group_size=tensors.centroids.group_size,
                 tile=tensors.centroids.tile,
+                centroid_columns=options.centroid_columns,
                 num_pinned=tensors.pinned_token_ids.shape[1],
                 centroid_kind=options.centroid_kind,
                 alpha=choice.alpha,

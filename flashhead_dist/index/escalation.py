@@ -9,6 +9,7 @@ are fewer than a text's, since their tokens were pinned.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index.calibrate import Advance
 from flashhead_dist.index.layout import IndexTensors
 from flashhead_dist.index.shrinkage import spread_over_sources
+from flashhead_kernels import reference
 from flashhead_kernels.dispatch import ops_for
 
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -36,7 +38,10 @@ def margins(
 ) -> Tensor:
     """Margins float32 `[N]` of `hidden_states [N, D]`, in logits; inf where nothing is unprobed."""
     device = tensors.rows.device
-    ops, found = ops_for(device), []
+    # Centroids of fewer columns are scored in plain torch where there is no CPU to do it.
+    plain = tensors.centroids.projection is not None and device.type != "cpu"
+    ops: ModuleType = reference if plain else ops_for(device)
+    found = []
     for part in torch.split(hidden_states, _BATCH):
         candidates = ops.flashhead_candidates(
             part.to(device), tensors.rows, tensors.token_ids, tensors.centroids, tensors.spread,

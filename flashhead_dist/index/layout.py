@@ -8,14 +8,16 @@ G groups of M clusters of S tokens; D hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from flashhead_dist.index.axes import centroid_covariance, leading_axes
 from flashhead_dist.index.compensate import quantize_for_states
 from flashhead_dist.index.metric import moment_root, score_deviations
 from flashhead_dist.index.options import IndexOptions
+from flashhead_kernels.projection import Projection
 from flashhead_kernels.quantize import (
     QuantizedCentroids,
     quantize_centroids,
@@ -64,12 +66,7 @@ def lay_out(
     centroids, spread = describe_clusters(
         weights, token_ids.flatten(0, 1), moment, unit_norm=options.centroid_kind == "unit_norm"
     )
-    centroids = centroids.reshape(*shape, -1)
-    bits, group_size = options.centroid_bits, options.group_size
-    if moment is None or bits == 16:
-        quantized = quantize_centroids(centroids, bits, group_size)
-    else:
-        quantized = quantize_for_states(centroids, moment, bits, group_size)
+    quantized = _quantize(centroids.reshape(*shape, -1), spread.reshape(shape), moment, options)
     pinned = _deal_pinned(pinned_token_ids, options.num_groups)
     return IndexTensors(
         rows=_take(weights, token_ids),
@@ -79,6 +76,29 @@ def lay_out(
         pinned_rows=_take(weights, pinned),
         pinned_token_ids=pinned,
     )
+
+
+def _quantize(
+    centroids: Tensor, spread: Tensor, moment: Tensor | None, options: IndexOptions
+) -> QuantizedCentroids:
+    """Store `centroids [G, M, D]`, in the columns that the options leave them."""
+    bits, group_size, columns = options.centroid_bits, options.group_size, options.centroid_columns
+    projection = None
+    if columns is not None:
+        real = ~torch.isneginf(spread)
+        mean, covariance = centroid_covariance(centroids[real])
+        axes = leading_axes(covariance, moment, columns, seed=options.seed)
+        device = centroids.device
+        to_state = axes.to_state.T.contiguous().to(device)
+        projection = Projection(to_state, mean.to(device))
+        centred = (centroids - projection.mean) * real.unsqueeze(-1)
+        centroids = centred @ axes.to_centroid.to(device)
+        moment = None if moment is None else axes.moment(moment)
+    if moment is None or bits == 16:
+        quantized = quantize_centroids(centroids, bits, group_size)
+    else:
+        quantized = quantize_for_states(centroids, moment, bits, group_size)
+    return replace(quantized, projection=projection)
 
 
 def describe_clusters(

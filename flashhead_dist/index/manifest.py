@@ -18,6 +18,7 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 DATA_NAME = "index.safetensors"
 _USUAL_SHRINKAGE = 0.55
+_LATER = {"centroid_columns": None, "shared_sha256": ""}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,10 @@ class IndexManifest:
     group_sha256: tuple[str, ...]
     """Of each group's slices of all tensors, in the order of their names."""
     schema_version: int = SCHEMA_VERSION
+    centroid_columns: int | None = None
+    """Columns that a stored centroid keeps; None: all D."""
+    shared_sha256: str = ""
+    """Of the tensors that are not split by group; empty where there are none."""
 
     @property
     def clusters_per_group(self) -> int:
@@ -98,8 +103,11 @@ class IndexManifest:
 
     @property
     def centroid_bytes(self) -> int:
-        """Bytes of all centroids and their scales."""
-        return _centroid_bytes(self.num_clusters, self.hidden_size, self.bits, self.group_size)
+        """Bytes of all centroids and their scales, and of the states' projection to theirs."""
+        columns = self.centroid_columns or self.hidden_size
+        centroids = _centroid_bytes(self.num_clusters, columns, self.bits, self.group_size)
+        projected = 0 if self.centroid_columns is None else self.centroid_columns + 1
+        return centroids + 4 * projected * self.hidden_size
 
     @property
     def bytes_share(self) -> float:
@@ -113,9 +121,9 @@ class IndexManifest:
         return read / (2 * self.vocab_size * self.hidden_size)
 
 
-def _centroid_bytes(clusters: int, hidden_size: int, bits: int, group_size: int) -> int:
-    scales = 0 if bits == 16 else 2 * (hidden_size // group_size)
-    return clusters * (hidden_size * bits // 8 + scales)
+def _centroid_bytes(clusters: int, columns: int, bits: int, group_size: int) -> int:
+    scales = 0 if bits == 16 else 2 * (columns // group_size)
+    return clusters * (columns * bits // 8 + scales)
 
 
 def save_manifest(folder: Path, manifest: IndexManifest) -> None:
@@ -163,7 +171,12 @@ def _damaged(path: Path) -> HeadIndexError:
 
 
 def _plain(manifest: IndexManifest) -> dict[str, Any]:
-    return {field.name: getattr(manifest, field.name) for field in fields(manifest)}
+    """Every field, but those of later versions that say what was always so."""
+    found = {field.name: getattr(manifest, field.name) for field in fields(manifest)}
+    for name, usual in _LATER.items():
+        if found[name] == usual:
+            del found[name]
+    return found
 
 
 def _self_hash(document: dict[str, Any]) -> str:

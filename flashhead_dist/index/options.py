@@ -34,6 +34,9 @@ class IndexOptions:
     """4 or 8 (integers with a bfloat16 scale per `group_size` columns) or 16 (bfloat16)."""
     group_size: int = 64
     """Columns that share a scale."""
+    centroid_columns: int | None = None
+    """Columns that a stored centroid keeps, of the axes in which hidden states tell clusters apart
+    (`index.axes`); whole groups of them, integers only. None: all D, as they are."""
     num_groups: int = 128
     """Probing groups, G: the greatest tp_size that can use the index."""
     pinned_token_ids: tuple[int, ...] = ()
@@ -83,6 +86,17 @@ class IndexOptions:
                     f"{name} {getattr(self, name)!r} is unknown; "
                     f"choose from {', '.join(get_args(allowed))}."
                 )
+        if self.centroid_columns is not None:
+            if self.centroid_bits == 16:
+                raise HeadIndexError(
+                    "16-bit centroids keep all their columns; choose 4 or 8 bits with --centroid-"
+                    "bits, or leave --centroid-columns out."
+                )
+            if self.centroid_columns < 1 or self.centroid_columns % self.group_size:
+                raise HeadIndexError(
+                    f"{self.centroid_columns} centroid columns are no whole number of scale groups "
+                    f"of {self.group_size}; give a multiple of {self.group_size}."
+                )
         if self.learned_pins_per_group < 0:
             raise HeadIndexError(
                 f"{self.learned_pins_per_group} learned pins a group are too few; give 0 for none."
@@ -104,6 +118,11 @@ class IndexOptions:
                 f"scale groups of {self.group_size} columns do not divide the hidden size "
                 f"{hidden_size} evenly; build the index with launch/build_index.py --group-size "
                 f"{fitting[-1]} or --centroid-bits 16."
+            )
+        if self.centroid_columns is not None and self.centroid_columns >= hidden_size:
+            raise HeadIndexError(
+                f"{self.centroid_columns} centroid columns are not fewer than the hidden size "
+                f"{hidden_size}; give fewer, or leave --centroid-columns out to keep all."
             )
         for token in self.pinned_token_ids:
             if not 0 <= token < vocab_size:
@@ -139,5 +158,9 @@ class IndexOptions:
 
     def fingerprint(self) -> str:
         """Twelve hex digits that differ where any choice does."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        choices = asdict(self)
+        # What an option of later versions leaves as it was has the name that it had.
+        if self.centroid_columns is None:
+            del choices["centroid_columns"]
+        text = json.dumps(choices, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from flashhead_dist.index.manifest import DATA_NAME, IndexManifest, load_manifest
 from flashhead_dist.index.options import HeadIndexError
-from flashhead_dist.index.store import hash_group, header_bytes
+from flashhead_dist.index.store import SHARED, hash_group, header_bytes
 from flashhead_dist.index.token_map import TokenMap
+from flashhead_dist.index.whole import damaged, read_projection, read_token_map
 from flashhead_dist.model_source import ModelSource
 from flashhead_kernels.cpu_memory import empty_on_large_pages
+from flashhead_kernels.projection import Projection
 from flashhead_kernels.quantize import QuantizedCentroids
 
 _PINNED = "pinned_"
@@ -74,7 +76,7 @@ class IndexShard:
 
         Raises HeadIndexError where the stored ids are damaged.
         """
-        return _read_token_map(self.path, self.manifest, self.tp_size, self.rows.device)
+        return read_token_map(self.path, self.manifest, self.tp_size, self.rows.device)
 
     def token_location(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """`(rank, row)`, both int64 like `token_ids`: `embedding_rows(...)` of that rank holds it.
@@ -130,10 +132,11 @@ def load_shard(
     check_data_file(path, manifest)
     groups = list(range(tp_rank, manifest.num_groups, tp_size))
     tensors = _read_groups(path, manifest, groups, verify=verify)
+    projection = read_projection(path, manifest, device)
     if torch.device(device).type != "cpu":
         on_device = _allocate(tensors, device)
         tensors = {name: on_device[name].copy_(tensor) for name, tensor in tensors.items()}
-    return _assemble(path, manifest, tp_rank, tp_size, groups, tensors)
+    return _assemble(path, manifest, tp_rank, tp_size, groups, tensors, projection)
 
 
 def _check_use(
@@ -171,13 +174,7 @@ def check_data_file(path: Path, manifest: IndexManifest) -> None:
         ) from error
     intact = hashlib.sha256(header).hexdigest() == manifest.header_sha256
     if size != manifest.data_bytes or not intact:
-        raise _damaged(file)
-
-
-def _damaged(file: Path) -> HeadIndexError:
-    return HeadIndexError(
-        f"{file} is damaged; build the index again with launch/build_index.py --force."
-    )
+        raise damaged(file)
 
 
 def _read_groups(
@@ -196,7 +193,7 @@ def _read_groups(
         if verify:
             stored = hash_group([tensors[name][place] for name in sorted(tensors)])
             if stored != manifest.group_sha256[group]:
-                raise _damaged(path / DATA_NAME)
+                raise damaged(path / DATA_NAME)
     return tensors
 
 
@@ -234,26 +231,10 @@ def _one_piece(first: Tensor, second: Tensor) -> Tensor | None:
 def _read_group(path: Path, group: int) -> dict[str, Tensor]:
     try:
         with safe_open(path / DATA_NAME, framework="pt") as file:
-            return {name: file.get_slice(name)[group].clone() for name in file.keys()}  # noqa: SIM118
+            names = [name for name in file.keys() if name not in SHARED]  # noqa: SIM118
+            return {name: file.get_slice(name)[group].clone() for name in names}
     except (SafetensorError, OSError) as error:
-        raise _damaged(path / DATA_NAME) from error
-
-
-def _read_token_map(
-    path: Path, manifest: IndexManifest, tp_size: int, device: torch.device
-) -> TokenMap:
-    try:
-        with safe_open(path / DATA_NAME, framework="pt") as file:
-            names = file.keys()
-            token_ids = file.get_tensor("token_ids").clone()
-            pinned = token_ids.new_empty(manifest.num_groups, 0)
-            if "pinned_token_ids" in names:
-                pinned = file.get_tensor("pinned_token_ids").clone()
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path / DATA_NAME) from error
-    if hash_group([token_ids, pinned]) != manifest.token_ids_sha256:
-        raise _damaged(path / DATA_NAME)
-    return TokenMap.of(token_ids, pinned, manifest.vocab_size, tp_size).to(device)
+        raise damaged(path / DATA_NAME) from error
 
 
 def _assemble(
@@ -263,16 +244,19 @@ def _assemble(
     tp_size: int,
     groups: list[int],
     tensors: dict[str, Tensor],
+    projection: Projection | None,
 ) -> IndexShard:
     rows = tensors["rows"]
-    group_size = manifest.hidden_size if manifest.bits == 16 else manifest.group_size
+    columns = manifest.centroid_columns or manifest.hidden_size
+    group_size = columns if manifest.bits == 16 else manifest.group_size
     centroids = QuantizedCentroids(
         tensors["centroid_values"],
         tensors.get("centroid_scales"),
         manifest.bits,
         group_size,
-        manifest.hidden_size,
+        columns,
         manifest.tile,
+        projection,
     )
     no_rows = rows.new_empty(len(groups), 0, manifest.hidden_size)
     no_ids = tensors["token_ids"].new_empty(len(groups), 0)

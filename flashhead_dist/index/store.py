@@ -19,11 +19,17 @@ from flashhead_dist.index.manifest import DATA_NAME, IndexManifest, save_manifes
 from flashhead_dist.index.options import HeadIndexError
 
 HEADER_LENGTH_BYTES = 8
+TO_STATE, CENTROID_MEAN = "centroid_to_state", "centroid_mean"
+SHARED = (CENTROID_MEAN, TO_STATE)
+"""Tensors that are not split by group: every rank reads them whole."""
 _MAX_HEADER_BYTES = 1 << 20
 
 
 def named_tensors(tensors: IndexTensors) -> dict[str, Tensor]:
-    """The tensors under the names they are stored by; empty and absent ones are left out."""
+    """The tensors under the names they are stored by; empty and absent ones are left out.
+
+    All but those of SHARED begin with the group.
+    """
     named = {
         "rows": tensors.rows,
         "token_ids": tensors.token_ids,
@@ -32,6 +38,9 @@ def named_tensors(tensors: IndexTensors) -> dict[str, Tensor]:
     }
     if tensors.centroids.scales is not None:
         named["centroid_scales"] = tensors.centroids.scales
+    if tensors.centroids.projection is not None:
+        named[TO_STATE] = tensors.centroids.projection.to_state
+        named[CENTROID_MEAN] = tensors.centroids.projection.mean
     if tensors.pinned_token_ids.numel():
         named["pinned_rows"] = tensors.pinned_rows
         named["pinned_token_ids"] = tensors.pinned_token_ids
@@ -71,7 +80,7 @@ def save_index(
     """Write an index folder under a temporary name and rename it to `out`.
 
     describe: makes the manifest from the fields that depend on the stored bytes: `data_bytes`,
-        `header_sha256`, `group_sha256`, `token_ids_sha256`.
+        `header_sha256`, `group_sha256`, `token_ids_sha256`, `shared_sha256`.
     replace: whether an `out` that is there already gives way; it does so only once the new one is
         complete.
 
@@ -83,7 +92,9 @@ def save_index(
     named = named_tensors(tensors)
     ids = [tensors.token_ids.cpu().contiguous(), tensors.pinned_token_ids.cpu().contiguous()]
     groups = range(len(tensors.token_ids))
-    hashes = tuple(hash_group([tensor[g] for tensor in named.values()]) for g in groups)
+    split = [tensor for name, tensor in named.items() if name not in SHARED]
+    hashes = tuple(hash_group([tensor[g] for tensor in split]) for g in groups)
+    shared = [named[name] for name in SHARED if name in named]
     scratch: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +107,7 @@ def save_index(
             "header_sha256": hashlib.sha256(header_bytes(folder / DATA_NAME)).hexdigest(),
             "group_sha256": hashes,
             "token_ids_sha256": hash_group(ids),
+            "shared_sha256": hash_group(shared) if shared else "",
         }
         save_manifest(folder, describe(stored))
         _flush(folder)

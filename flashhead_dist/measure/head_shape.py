@@ -54,4 +54,5 @@ def shape_of_index(
         row_bits=8 * row_bytes,
         logit_bytes=row_bytes,
         escalated_share=USUAL_SHARE,
+        centroid_columns=manifest.centroid_columns or 0,
     )

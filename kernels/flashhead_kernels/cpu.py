@@ -44,7 +44,7 @@ def score_centroids(
 ) -> Tensor:
     """See `reference.score_centroids`."""
     groups, clusters = spread.shape
-    batch, size = hidden_states.shape
+    batch = len(hidden_states)
     query, values, scales, bias = make_query(hidden_states, centroids, alpha)
     scores = np.empty(batch * groups * clusters, np.float32)
     flat_spread = flat(spread)
@@ -52,7 +52,7 @@ def score_centroids(
         _share(
             groups,
             lambda first, last: loops.score_groups(
-                first, last, query, batch, size, values, scales, centroids.group_size,
+                first, last, query, batch, values, scales, centroids.group_size,
                 centroids.tile, flat_spread, bias, clusters, scores[first * clusters :],
                 groups * clusters,
             ),
@@ -150,7 +150,7 @@ def flashhead_candidates(
             _share(
                 groups,
                 lambda first, last: loops.score_groups(
-                    first, last, query, batch, size, *of_centroids, bias, clusters,
+                    first, last, query, batch, *of_centroids, bias, clusters,
                     scores[first * clusters :], stride,
                 ),
             )  # fmt: skip

@@ -33,7 +33,7 @@ ROW_BLOCK = 4096
 
 @jit
 def score_groups(
-    first: int, last: int, query: Any, batch: int, size: int, values: Any, scales: Any,
+    first: int, last: int, query: Any, batch: int, values: Any, scales: Any,
     group_size: int, tile: int, spread: Any, bias: Any, clusters: int, scores: Any, stride: int,
 ) -> None:  # fmt: skip
     """Probing scores of groups `first..last` into `scores [B, stride]` (flat), the first at 0."""
@@ -42,9 +42,11 @@ def score_groups(
             at = b * stride + (group - first) * clusters
             base = group * clusters
             score_slots(
-                values, base, base + clusters, scales, query, b, size, group_size, tile, scores, at
-            )
+                values, base, base + clusters, scales, query, b, query[5], group_size, tile, scores,
+                at,
+            )  # fmt: skip
             for slot in range(clusters):
+                scores[at + slot] += query[4][b]
                 score = scores[at + slot] + bias[b] * spread[base + slot]
                 # A cluster of pads has spread -inf: -inf * 0 would be NaN.
                 scores[at + slot] = spread[base + slot] if spread[base + slot] < 0 else score
@@ -108,7 +110,7 @@ def probe_groups(
     stride = (last - first) * clusters
     scores = np.empty(batch * stride, np.float32)
     score_groups(
-        first, last, query, batch, size, values, scales, group_size, tile, spread, bias, clusters,
+        first, last, query, batch, values, scales, group_size, tile, spread, bias, clusters,
         scores, stride,
     )  # fmt: skip
     scan_best_groups(

@@ -43,9 +43,11 @@ def probe_and_keep(
         for group in range(first, last):
             at, base = (b * groups + group) * clusters, group * clusters
             score_slots(
-                values, base, base + clusters, scales, query, b, size, group_size, tile, means, at
-            )
+                values, base, base + clusters, scales, query, b, query[5], group_size, tile, means,
+                at,
+            )  # fmt: skip
             for slot in range(clusters):
+                means[at + slot] += query[4][b]
                 score = means[at + slot] + bias[b] * spread[base + slot]
                 only_pads = spread[base + slot] < 0
                 scores[slot] = spread[base + slot] if only_pads else score

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from flashhead_kernels.cpu_primitives import jit, quantize_query
+from flashhead_kernels.llvm_row_dot import row_dot
 from flashhead_kernels.llvm_vectors import bfloat16_value
 from flashhead_kernels.quantize import QuantizedCentroids
 
-Query = tuple[Any, Any, Any, Any]
-"""Flat arrays: float32 states, int8 states, starts and factors; see `quantize_query`."""
+Query = tuple[Any, Any, Any, Any, Any, int]
+"""Flat arrays: float32 states, int8 states, starts and factors (see `quantize_query`), and what is
+added to every score of a row; last, the columns of a centroid."""
 
 _NUMPY_VIEW = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 _EXPONENT = {
@@ -58,19 +60,30 @@ def make_query(
 ) -> tuple[Query, Any, Any, Any]:
     """Hidden states in the forms that centroids are scored with, flat centroids, and the bias.
 
-    bias: float32 `[B]`, alpha * |h|.
+    bias: float32 `[B]`, alpha * |h|. Centroids of fewer columns (`QuantizedCentroids.projection`)
+    meet the states in their coordinates, projected here in an order that depends on D alone.
     """
     batch, size = hidden_states.shape
     states, bias = float_states(hidden_states), np.empty(batch, np.float32)
+    columns, probing, added = size, states, np.zeros(batch, np.float32)
+    if centroids.projection is not None:
+        columns, projection = centroids.hidden_size, centroids.projection
+        probing = np.empty(batch * columns, np.float32)
+        _project(
+            states, size, flat(projection.to_state), flat(projection.mean), columns, probing, added
+        )
     rounded = 0 if centroids.scales is None else batch
-    groups = rounded * (size // centroids.group_size)
-    integers = np.empty(rounded * size, np.int8)
+    groups = rounded * (columns // centroids.group_size)
+    integers = np.empty(rounded * columns, np.int8)
     starts = np.empty(groups * 8, np.int32)
     factors = np.empty(groups, np.float32)
     offset = 8 if centroids.bits == 4 else 128
-    _fill_query(states, size, alpha, bias, centroids.group_size, offset, integers, starts, factors)
+    _fill_query(
+        states, size, alpha, bias, probing, centroids.group_size, offset, integers, starts, factors
+    )
     scales = np.empty(0, np.uint16) if centroids.scales is None else flat(centroids.scales)
-    return (states, integers, starts, factors), flat(centroids.values), scales, bias
+    query = (states, integers, starts, factors, added, columns)
+    return query, flat(centroids.values), scales, bias
 
 
 def unpack_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,11 +110,22 @@ def _no_full_exponent(bits: Any, exponent: int) -> Any:
 
 
 @jit
+def _project(
+    states: Any, size: int, to_state: Any, mean: Any, columns: int, probing: Any, added: Any
+) -> None:
+    for b in range(added.shape[0]):
+        for column in range(columns):
+            found = row_dot(to_state, column * size, states, b * size, size)[0]
+            probing[b * columns + column] = found
+        added[b] = row_dot(mean, 0, states, b * size, size)[0]
+
+
+@jit
 def _fill_query(
-    states: Any, size: int, alpha: float, bias: Any, group_size: int, offset: int, integers: Any,
-    starts: Any, factors: Any,
+    states: Any, size: int, alpha: float, bias: Any, probing: Any, group_size: int, offset: int,
+    integers: Any, starts: Any, factors: Any,
 ) -> None:  # fmt: skip
-    quantize_query(states, group_size, offset, integers, starts, factors)
+    quantize_query(probing, group_size, offset, integers, starts, factors)
     for b in range(bias.shape[0]):
         squares = 0.0
         for i in range(b * size, (b + 1) * size):

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flashhead_kernels.projection import Projection
+
 BITS = (4, 8, 16)
 TILE = 16
 """Centroids in a tile."""
@@ -28,6 +30,8 @@ class QuantizedCentroids:
     values: uint8 `[..., D/2]` (int4), int8 `[..., D]` (int8) or bfloat16 `[..., D]` (16).
     scales: float32-valued bfloat16 `[..., D/group_size]`, or None for 16 bits.
     tile: 1, or 16 where the bytes of tiles are interleaved within the same shapes.
+    projection: of hidden states to the D coordinates that these are kept in (integers only), D then
+        being fewer than a hidden state has; None where they are the hidden state's own.
     """
 
     values: Tensor
@@ -36,15 +40,18 @@ class QuantizedCentroids:
     group_size: int
     hidden_size: int
     tile: int = 1
+    projection: Projection | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes that scoring every centroid once reads, scales included."""
-        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        """Bytes that scoring every centroid once reads, scales and projection included."""
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return self.values.nbytes + scales + (self.projection.nbytes if self.projection else 0)
 
     def to(self, device: torch.device | str) -> QuantizedCentroids:
         scales = None if self.scales is None else self.scales.to(device)
-        return replace(self, values=self.values.to(device), scales=scales)
+        projection = None if self.projection is None else self.projection.to(device)
+        return replace(self, values=self.values.to(device), scales=scales, projection=projection)
 
     def integers(self) -> Tensor:
         """The stored integers `[..., D]` as int8 (4 and 8 bits only)."""

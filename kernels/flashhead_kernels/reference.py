@@ -19,6 +19,7 @@ from flashhead_kernels.candidates import (
 from flashhead_kernels.keys import EMPTY_KEY, pack_keys
 from flashhead_kernels.keys import unpack_keys as unpack_keys
 from flashhead_kernels.logits import PLAIN, FinalLogits, OutputBias
+from flashhead_kernels.projection import project_states
 from flashhead_kernels.quantize import QuantizedCentroids
 
 
@@ -31,13 +32,18 @@ def centroid_dots(hidden_states: Tensor, centroids: QuantizedCentroids) -> Tenso
     """Return `h . centroid` as float32 `[B, N, M]`.
 
     Integer centroids meet hidden states rounded to int8 by scale group, so that a kernel may use
-    integer dot products; 16-bit centroids meet the hidden states as they are.
+    integer dot products; 16-bit centroids meet the hidden states as they are. Centroids of fewer
+    columns meet them in the coordinates of their projection, and the mean's part is added.
     """
     hidden = hidden_states.float()
+    means = hidden.new_zeros(len(hidden))
+    if centroids.projection is not None:
+        hidden, means = project_states(hidden, centroids.projection)
     if centroids.bits != 16:
         integers, scales = quantize_hidden_states(hidden, centroids.group_size)
         hidden = integers * scales.repeat_interleave(centroids.group_size, dim=-1)
-    return torch.einsum("bd,nmd->bnm", hidden, centroids.dequantize())
+    dots = torch.einsum("bd,nmd->bnm", hidden, centroids.dequantize())
+    return dots + means[:, None, None]
 
 
 def score_centroids(

@@ -97,6 +97,7 @@ def test_fingerprints_differ_where_any_choice_does() -> None:
         "cluster_size": 8,
         "centroid_bits": 8,
         "group_size": 32,
+        "centroid_columns": 384,
         "num_groups": 64,
         "pinned_token_ids": (3,),
         "learned_pins_per_group": 0,

@@ -28,7 +28,7 @@ def _truth(bits: int) -> tuple[torch.Tensor, NDArray[np.float32]]:
     centroids = torch.randn(TILE, SIZE, generator=torch.Generator().manual_seed(bits))
     quantized = quantize_centroids(centroids, bits, GROUP_SIZE)
     state = torch.randn(1, SIZE, generator=torch.Generator().manual_seed(9))
-    (_, integers, _, factors), *_ = make_query(state, quantized, 0.0)
+    (_, integers, _, factors, *_), *_ = make_query(state, quantized, 0.0)
     rounded = torch.from_numpy(integers).double().view(-1, GROUP_SIZE)
     rounded = (rounded * torch.from_numpy(factors).double().unsqueeze(1)).flatten()
     return state, (quantized.dequantize().double() @ rounded).float().numpy()
@@ -47,7 +47,7 @@ def test_tile(features: None, bits: int) -> None:
         dot(values, 0, scales, 0, integers, 0, starts, 0, factors, 0, scores, 0, groups, group_size)
 
     scores = np.empty(TILE, np.float32)
-    run(values, scales, *query[1:], scores, SIZE // GROUP_SIZE, GROUP_SIZE)
+    run(values, scales, *query[1:4], scores, SIZE // GROUP_SIZE, GROUP_SIZE)
     np.testing.assert_allclose(scores, truth, rtol=1e-5, atol=1e-5)
 
 
@@ -64,5 +64,5 @@ def test_four_centroids(features: None, bits: int) -> None:
         return dot(values, 0, scales, 0, integers, 0, starts, 0, factors, 0, groups, group_size)
 
     assert plain.scales is not None
-    four = run(flat(plain.values), flat(plain.scales), *query[1:], SIZE // GROUP_SIZE, GROUP_SIZE)
+    four = run(flat(plain.values), flat(plain.scales), *query[1:4], SIZE // GROUP_SIZE, GROUP_SIZE)
     np.testing.assert_allclose(np.array(four), truth[:4], rtol=1e-5, atol=1e-5)

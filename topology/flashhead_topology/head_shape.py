@@ -22,6 +22,7 @@ class HeadShape:
     gather logits in. group_size: columns that share a scale of the centroids. pinned_per_group:
     slots for pinned tokens in each probing group. escalated_share: of rows that flashhead_escalate
     looks at again; escalated_probes: what it then probes in all, 0 for every token.
+    centroid_columns: that a stored centroid keeps, 0 for all of the hidden size.
     """
 
     vocab_size: int
@@ -37,6 +38,7 @@ class HeadShape:
     logit_bytes: int = 2
     escalated_share: float = 0.0
     escalated_probes: int = 0
+    centroid_columns: int = 0
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "cluster_size", "num_groups"):
@@ -76,9 +78,15 @@ class HeadShape:
     @property
     def centroid_bytes(self) -> int:
         """Bytes of one centroid with its scales."""
-        values = self.hidden_size * self.centroid_bits // 8
-        scales = 0 if self.centroid_bits == 16 else self.hidden_size // self.group_size
+        columns = self.centroid_columns or self.hidden_size
+        values = columns * self.centroid_bits // 8
+        scales = 0 if self.centroid_bits == 16 else columns // self.group_size
         return values + _SCALE_BYTES * scales
+
+    @property
+    def projection_bytes(self) -> int:
+        """Bytes, on every rank, of what takes hidden states to the centroids' columns."""
+        return 4 * (self.centroid_columns + 1) * self.hidden_size if self.centroid_columns else 0
 
 
 @dataclass(frozen=True)

@@ -125,10 +125,12 @@ def _index_work(
     row = shape.row_bytes + _ID_BYTES
     pinned = groups * shape.pinned_per_group
     scored = batch * (local_probes * shape.cluster_size + pinned)
+    columns = shape.centroid_columns or shape.hidden_size
+    projected = shape.centroid_columns * shape.hidden_size
     parts = {
         "head/centroids": Part(
-            clusters * (shape.centroid_bytes + _SPREAD_BYTES),
-            2.0 * batch * clusters * shape.hidden_size,
+            clusters * (shape.centroid_bytes + _SPREAD_BYTES) + shape.projection_bytes,
+            2.0 * batch * (clusters * columns + projected),
         ),
         "head/candidates": Part(
             probed * shape.cluster_size * row + pinned * row,
@@ -137,7 +139,7 @@ def _index_work(
         ),
     }
     held = clusters * (shape.cluster_size * row + shape.centroid_bytes + _SPREAD_BYTES)
-    return parts, held + pinned * row
+    return parts, held + pinned * row + shape.projection_bytes
 
 
 def _flashhead(shape: HeadShape, tp_size: int, batch: int) -> HeadWork:
@@ -227,7 +229,7 @@ def _faiss_ivf(shape: HeadShape, tp_size: int, batch: int) -> HeadWork:
     row = shape.row_bytes + _FAISS_ID_BYTES
     centroids = lists * shape.hidden_size * 4
     if shape.num_clusters:
-        index_bytes = shape.num_clusters * shape.centroid_bytes
+        index_bytes = shape.num_clusters * shape.centroid_bytes + shape.projection_bytes
         index_bytes += shape.num_probes * shape.cluster_size * shape.row_bytes
         budget = index_bytes // tp_size
     else:

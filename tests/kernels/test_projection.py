@@ -1,0 +1,157 @@
+"""Centroids of fewer columns: every operation against its twin and a float64 truth.
+
+Mutated to see each fail: the mean's part left out, added twice, or added to the score but not to
+the mean of an unprobed cluster; states rounded before they are projected; a row's norm taken of its
+coordinates; D taken for the columns in the scan of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashhead_kernels import cpu, reference
+from flashhead_kernels.dispatch import ops_for
+from flashhead_kernels.keys import unpack_keys
+from flashhead_kernels.logits import FinalLogits
+from flashhead_kernels.projection import Projection, project_states
+from flashhead_kernels.quantize import quantize_centroids, tile_centroids
+from flashhead_kernels.sampling_dispatch import sampling_ops_for
+from tests.kernels.shards import ALPHA, Shard, make_shard, random_states
+
+BOTH = pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
+# (groups, clusters, tokens, hidden size, bits, scale group, pinned, rows' dtype), columns kept
+SHAPES = [
+    ((3, 7, 4, 64, 4, 32, 1, torch.bfloat16), 32),
+    ((2, 32, 4, 640, 4, 64, 0, torch.bfloat16), 384),  # in tiles
+    ((2, 16, 3, 200, 8, 20, 2, torch.float32), 60),
+]
+
+
+def projected_shard(shape: Any, columns: int) -> Shard:
+    """Clusters around few directions, which an orthogonal projection of `columns` axes keeps."""
+    shard = make_shard(*shape)
+    size, bits, group_size = shape[3], shape[4], shape[5]
+    draw = torch.Generator().manual_seed(7)
+    axes = torch.linalg.qr(torch.randn(size, columns, generator=draw))[0]
+    offset = torch.randn(size, generator=draw)
+    centroids = torch.randn(*shape[:2], columns, generator=draw) @ axes.T
+    stored = tile_centroids(quantize_centroids(centroids @ axes, bits, group_size))
+    projection = Projection(axes.T.contiguous(), offset)
+    return replace(shard, centroids=replace(stored, projection=projection))
+
+
+def dots(shard: Shard, states: Tensor) -> Tensor:
+    """float64 `[B, N, M]`: products with the stored centroids, brought back to D columns."""
+    projection = shard.centroids.projection
+    assert projection is not None
+    whole = shard.centroids.dequantize().double() @ projection.to_state.double()
+    return torch.einsum("bd,nmd->bnm", states.double(), whole + projection.mean.double())
+
+
+@BOTH
+@pytest.mark.parametrize(("shape", "columns"), SHAPES)
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_scores_are_those_of_whole_centroids(
+    ops: Any, shape: Any, columns: int, batch: int
+) -> None:
+    """But for the rounding of states to int8, a part in 254 of the greatest in a scale group."""
+    shard = projected_shard(shape, columns)
+    states = random_states(batch, shape[3])
+    found = ops.score_centroids(states, shard.centroids, torch.zeros_like(shard.spread), 0.0)
+    assert found.shape == (batch, *shape[:2])
+    truth = dots(shard, states)
+    scale = truth.abs().amax() if batch else 1
+    torch.testing.assert_close(found.double() / scale, truth / scale, rtol=0, atol=0.01)
+    spread = ops.score_centroids(states, shard.centroids, shard.spread, ALPHA)
+    lift = ALPHA * states.float().norm(dim=1)[:, None, None] * shard.spread
+    torch.testing.assert_close(spread, found + lift, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "columns"), SHAPES)
+def test_cpu_agrees_with_reference(shape: Any, columns: int) -> None:
+    shard = projected_shard(shape, columns)
+    states = random_states(3, shape[3])
+    given = {"k": 2, "need_logsumexp": True, "need_unprobed": True}
+    for options in (given, given | {"between": lambda: None}):
+        ours = shard.candidates(cpu, states, 3, **options)
+        theirs = shard.candidates(reference, states, 3, **given)
+        logits, ids = unpack_keys(ours.keys)
+        expected, expected_ids = unpack_keys(theirs.keys)
+        assert torch.equal(ids, expected_ids)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(ours.logsumexp, theirs.logsumexp, rtol=1e-5, atol=1e-4)
+        left, expected_left = unpack_keys(ours.unprobed)[0], unpack_keys(theirs.unprobed)[0]
+        torch.testing.assert_close(left, expected_left, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "columns"), SHAPES)
+def test_means_of_unprobed_clusters_hold_the_mean_of_all(shape: Any, columns: int) -> None:
+    shard = projected_shard(shape, columns)
+    states = random_states(3, shape[3])
+    arguments = (
+        states, shard.rows, shard.token_ids, shard.centroids, shard.spread, ALPHA, 3,
+        shard.pinned_rows, shard.pinned_ids,
+    )  # fmt: skip
+    ours = sampling_ops_for("cpu").local_scores(*arguments)
+    theirs = sampling_ops_for("meta").local_scores(*arguments)
+    assert torch.equal(ours.token_ids, theirs.token_ids)
+    torch.testing.assert_close(ours.means, theirs.means, rtol=1e-5, atol=1e-4)
+    shut = ours.means > -torch.inf
+    truth = dots(shard, states)[shut]
+    scale = truth.abs().amax()
+    torch.testing.assert_close(ours.means[shut].double() / scale, truth / scale, rtol=0, atol=0.01)
+
+
+def test_a_row_is_projected_to_the_same_bits_in_any_batch() -> None:
+    """A matrix product would add in another order for other numbers of rows."""
+    shape, columns = SHAPES[1]
+    shard = projected_shard(shape, columns)
+    states = random_states(9, 640)
+    for ops in (cpu, reference):
+        together = ops.score_centroids(states, shard.centroids, shard.spread, ALPHA)
+        for first, last in ((0, 1), (4, 9)):
+            part = ops.score_centroids(states[first:last], shard.centroids, shard.spread, ALPHA)
+            if ops is cpu:
+                assert torch.equal(part, together[first:last])
+            torch.testing.assert_close(part, together[first:last], rtol=1e-5, atol=1e-4)
+
+
+def test_bytes_hold_the_projection() -> None:
+    shape, columns = SHAPES[1]
+    shard = projected_shard(shape, columns)
+    scales = shard.centroids.scales
+    assert scales is not None
+    expected = 64 * (384 // 2 + 2 * 6) + 4 * 385 * 640
+    assert shard.centroids.nbytes == expected
+    moved = shard.centroids.to("cpu").projection
+    assert moved is not None
+    assert moved.nbytes == 4 * 385 * 640
+
+
+def test_nothing_to_project_gives_nothing() -> None:
+    projection = Projection(torch.zeros(4, 8), torch.zeros(8))
+    coordinates, means = project_states(torch.empty(0, 8), projection)
+    assert coordinates.shape == (0, 4)
+    assert means.shape == (0,)
+
+
+def test_bias_and_soft_capping_go_the_way_of_the_twin() -> None:
+    shard = projected_shard(*SHAPES[0])
+    states = random_states(2, 64)
+    final = FinalLogits(softcap=20.0)
+    found = shard.candidates(cpu, states, 3, final=final, need_unprobed=True)
+    expected = shard.candidates(reference, states, 3, final=final, need_unprobed=True)
+    assert torch.equal(found.keys, expected.keys)
+    assert torch.equal(found.unprobed, expected.unprobed)
+
+
+def test_cuda_refuses_rather_than_reads_other_columns() -> None:
+    pytest.importorskip("triton")
+    shard = projected_shard(*SHAPES[0])
+    with pytest.raises(ValueError, match="scored on a CPU only"):
+        shard.candidates(ops_for("cuda"), random_states(1, 64), 3)
