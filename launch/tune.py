@@ -172,6 +172,7 @@ def _tune(arguments: argparse.Namespace) -> dict[str, Any]:
                 on_layout=lambda name: progress.stage(f"timing {name}"),
             )  # fmt: skip
     chosen, refusal = _choose(arguments, target, records, ours, timed)
+    used = resource.getrusage(resource.RUSAGE_SELF)
     document: dict[str, Any] = {
         "model": inputs.model.name,
         "synthetic": inputs.model.synthetic,
@@ -180,7 +181,8 @@ def _tune(arguments: argparse.Namespace) -> dict[str, Any]:
         "chosen": chosen,
         "num_points": len(records),
         "seconds": round(time.monotonic() - started_s, 1),
-        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "peak_resident_bytes": used.ru_maxrss * 1024,
     }
     if prepared.parts.held_out is not None:
         save_hidden_states(arguments.out / "held_out.safetensors", prepared.parts.held_out)

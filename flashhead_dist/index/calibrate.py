@@ -130,13 +130,13 @@ def missed_tokens(ranks: Tensor, tokens: Tensor, probes_per_group: int, limit: i
     of `probes_per_group` would miss, then those that a quarter would: other texts miss more than
     the ones that shaped the index.
     """
-    chosen: list[int] = []
+    chosen: dict[int, None] = {}
     for share in (2, 4):
         missed = tokens[(ranks >= -(-probes_per_group // share)).to(tokens.device)]
         ids, counts = torch.unique(missed, return_counts=True)
         often = ids[torch.argsort(counts, descending=True, stable=True)].tolist()
-        chosen += [token for token in often if token not in chosen]
-    return sorted(chosen[:limit])
+        chosen |= dict.fromkeys(often)
+    return sorted(list(chosen)[:limit])
 
 
 def _home_clusters(token_ids: Tensor, highest: int) -> Tensor:

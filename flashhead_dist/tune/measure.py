@@ -99,23 +99,17 @@ def _found(
     """Points with 16-bit rows, and the states `[N]` whose dense argmax is a candidate."""
     tokens = scene.top_tokens[:, 0]
     calibrating = scene.calibration.rows
+    vocab_size = len(scene.weights)
     of_frequent = {
-        count: torch.isin(tokens, torch.tensor(frequent[:count], dtype=torch.int64))
+        count: _among(tokens, frequent[:count], vocab_size)
         for count in {count for _, count in choices.pins}
     }
     for probes in choices.probes(family, scene):
         for place, alpha in enumerate(choices.alphas):
             probed = ranks[place] < probes
+            of_calibration = ranks[place][calibrating], tokens[calibrating]
             of_learned = {
-                count: torch.isin(
-                    tokens,
-                    torch.tensor(
-                        missed_tokens(
-                            ranks[place][calibrating], tokens[calibrating], probes, count
-                        ),
-                        dtype=torch.int64,
-                    ),
-                )
+                count: _among(tokens, missed_tokens(*of_calibration, probes, count), vocab_size)
                 for count in {learned for learned, _ in choices.pins}
             }
             for learned, count in choices.pins:
@@ -128,3 +122,10 @@ def _found(
                     frequent_pins=min(count, len(frequent)),
                 )
                 yield point, probed | pinned
+
+
+def _among(tokens: Tensor, chosen: Sequence[int], vocab_size: int) -> Tensor:
+    """Which of `tokens [N]` are among `chosen`: bool `[N]`."""
+    table = torch.zeros(vocab_size, dtype=torch.bool)
+    table[torch.tensor(chosen, dtype=torch.int64)] = True
+    return table[tokens]

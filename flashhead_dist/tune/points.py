@@ -155,13 +155,12 @@ def index_options(point: Point, hidden_size: int, num_groups: int) -> IndexOptio
         "num_groups": num_groups,
         "alpha": point.alpha,
     }
-    known = {field.name for field in fields(IndexOptions)}
-    for name, usual, value in (
-        ("centroid_columns", hidden_size, point.centroid_columns),
-        ("row_bits", 16, point.row_bits),
-    ):
-        if name in known:
-            choices[name] = value
-        elif value != usual:
-            return None
+    # The options that all of an index's own columns and bits are without.
+    further = {
+        "centroid_columns": (point.centroid_columns, hidden_size),
+        "row_bits": (point.row_bits, 16),
+    }
+    choices |= {name: value for name, (value, usual) in further.items() if value != usual}
+    if not choices.keys() <= {field.name for field in fields(IndexOptions)}:
+        return None
     return IndexOptions(**choices)
