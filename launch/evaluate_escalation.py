@@ -20,6 +20,7 @@ from flashhead_dist.evaluate.truth import dense_truth
 from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.hidden_states import collect_hidden_states, synthetic_hidden_states
 from flashhead_dist.index import ensure_index, load_manifest
+from flashhead_dist.index.escalation import write_escalation
 from flashhead_dist.model_source import open_model
 
 COMMANDS = ("escalation",)
@@ -58,6 +59,12 @@ def add_commands(commands: Any) -> None:
         help="of calibration states that are to lie below the threshold; 0 never looks again",
     )
     parser.add_argument("--max-states", type=int, metavar="N", help="test states (default: all)")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="make the one threshold of this run what flashhead_escalate takes from the index "
+        "from now on: give one of --num-probes, --then and --shares each",
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there too")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
 
@@ -67,9 +74,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     then = [_probes(text) for text in arguments.then]
     if arguments.max_states is not None and arguments.max_states < 1:
         raise UserError(f"--max-states {arguments.max_states} is too few: give at least 1")
+    _check_write(arguments)
     model = open_model(arguments.model, synthetic=arguments.synthetic)
     index = arguments.index or ensure_index(model)
     manifest = load_manifest(index)
+    if arguments.write and arguments.num_probes not in (None, [manifest.num_probes]):
+        raise UserError(
+            f"--write keeps a threshold for the index's own {manifest.num_probes} probes: leave "
+            f"--num-probes out"
+        )
     collect = synthetic_hidden_states if model.synthetic else collect_hidden_states
     calibration, test = collect(model)
     if arguments.max_states is not None:
@@ -86,6 +99,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         shares=arguments.shares,
     )
     rows = [asdict(point) for point in points]
+    if arguments.write:
+        point = points[0]
+        manifest = write_escalation(
+            index,
+            margin=point.margin,
+            second_probes=point.second_probes,
+            share=point.escalated_share,
+        )
     if arguments.csv is not None:
         _write(arguments.csv, rows)
     return {
@@ -123,6 +144,15 @@ def show(document: dict[str, Any]) -> None:
             point["worst_source"],
         )
     Console().print(table)
+
+
+def _check_write(arguments: argparse.Namespace) -> None:
+    if not arguments.write:
+        return
+    if len(arguments.num_probes or [0]) != 1 or len(arguments.then) != 1:
+        raise UserError("--write keeps one threshold: give one --num-probes and one --then")
+    if len(arguments.shares) != 1 or arguments.shares[0] == 0:
+        raise UserError("--write keeps one threshold: give one of --shares, above 0")
 
 
 def _probes(text: str) -> int | None:

@@ -69,7 +69,16 @@ class Escalation:
 
 
 def usual_escalation(manifest: IndexManifest) -> Escalation:
-    """What the index was calibrated to: USUAL_SHARE of the rows; margin 0 where it was not."""
+    """What was chosen for the index (`index.escalation.write_escalation`), else the margin that
+    USUAL_SHARE of its calibration states lie below, else 0.
+    """
+    chosen = manifest.calibration.get("escalation", {}).get("chosen")
+    if chosen is not None:
+        return Escalation(
+            margin=chosen["margin"],
+            num_probes=chosen["second_probes"],
+            expected_share=chosen["share"],
+        )
     return Escalation(margin=manifest.margin_by_share.get(USUAL_SHARE, 0.0))
 
 

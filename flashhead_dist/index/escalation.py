@@ -9,6 +9,8 @@ are fewer than a text's, since their tokens were pinned.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +20,8 @@ from torch import Tensor
 from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index.calibrate import Advance
 from flashhead_dist.index.layout import IndexTensors
+from flashhead_dist.index.manifest import IndexManifest, load_manifest, save_manifest
+from flashhead_dist.index.options import HeadIndexError
 from flashhead_dist.index.shrinkage import spread_over_sources
 from flashhead_kernels import reference
 from flashhead_kernels.dispatch import ops_for
@@ -53,6 +57,31 @@ def margins(
         found.append((logits[:, 0] - logits[:, 1]).cpu())
         advance(len(part) / len(hidden_states))
     return torch.cat(found) if found else torch.empty(0)
+
+
+def write_escalation(
+    path: Path, *, margin: float, second_probes: int | None, share: float
+) -> IndexManifest:
+    """Make a threshold the one that flashhead_escalate takes from the index in folder `path`.
+
+    second_probes: clusters of the second round, None for every token. share: of rows that are
+    expected to take it. Returns the manifest as it is then.
+
+    Raises:
+        HeadIndexError: no index there, or a manifest that cannot be written.
+    """
+    manifest = load_manifest(path)
+    chosen = {"margin": margin, "second_probes": second_probes, "share": share}
+    kept = {**manifest.calibration.get("escalation", {}), "chosen": chosen}
+    changed = replace(manifest, calibration={**manifest.calibration, "escalation": kept})
+    try:
+        save_manifest(path, changed)
+    except OSError as error:
+        raise HeadIndexError(
+            f"the manifest of {path} cannot be written ({error.strerror}); copy the index to a "
+            "folder that can."
+        ) from error
+    return changed
 
 
 def calibrate_escalation(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ from flashhead_dist.evaluate.truth import dense_truth
 from flashhead_dist.heads.flashhead_escalate import Escalation
 from flashhead_dist.heads.registry import build_head
 from flashhead_dist.hidden_states import synthetic_hidden_states
-from flashhead_dist.index import ensure_index
+from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.model_source import open_model
 from tests.launch.ground import LAUNCH
 
@@ -86,6 +87,29 @@ def test_points_are_what_the_head_does(
     assert most["caught"] == pytest.approx(gained / missed), "all tokens scored: none missed again"
 
 
+def test_what_is_written_is_what_the_head_then_takes(
+    evaluate: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = open_model(None, synthetic=MODEL)
+    index = tmp_path / "index"
+    shutil.copytree(ensure_index(model), index)
+    more = ("--index", str(index), "--then", "256", "--shares", "0.1", "--write", "--json")
+    assert evaluate.main([*COMMAND, *more]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (point,) = document["points"]
+    head = build_head("flashhead_escalate", tp=TensorParallel.single(), model=model,
+                      index_dir=index, num_probes=128)  # fmt: skip
+    assert head.escalation == Escalation(  # type: ignore[attr-defined]
+        margin=point["margin"], num_probes=256, expected_share=point["escalated_share"]
+    )
+    manifest = load_manifest(index)
+    assert manifest.index_hash == document["index_hash"]
+    others = ["--num-probes", "256", "--then", "512"]
+    assert evaluate.main([*COMMAND, *more[:-1], *others]) == 2
+    assert "for the index's own 128 probes" in capsys.readouterr().err
+    assert manifest.margin_by_share == load_manifest(ensure_index(model)).margin_by_share
+
+
 def test_the_table_names_thresholds_and_costs(
     evaluate: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +125,8 @@ def test_the_table_names_thresholds_and_costs(
         (["--shares", "1.5"], "a share of 1.5 rows cannot escalate"),
         (["--then", "many"], "--then many is no number of clusters"),
         (["--then", "999999"], "must lie between 1 and the index's 768 clusters"),
+        (["--write"], "give one of --shares, above 0"),
+        (["--write", "--then", "256", "all"], "give one --num-probes and one --then"),
         (["--max-states", "0"], "--max-states 0 is too few"),
     ],
 )
