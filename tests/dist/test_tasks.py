@@ -126,6 +126,15 @@ def test_rules_of_ifeval() -> None:
         ifeval.judge(item_of("ifeval", instruction_id_list=["no:rule"]), ["It"])
 
 
+def test_equal_answers_meet_the_same_rule() -> None:
+    """IFEval asks for exclamation marks; the rule wants a letter, and draws one in their place."""
+    pytest.importorskip("lm_eval", reason="needs lm-eval: make test-lm-eval")
+    kwargs = [{"letter": "!", "let_frequency": 2, "let_relation": "at least"}]
+    item = item_of("ifeval", instruction_id_list=["keywords:letter_frequency"], kwargs=kwargs)
+    judged = [task_named("ifeval").judge(item, ["see the tests"]) for _ in range(40)]
+    assert all(one == judged[0] for one in judged)
+
+
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_prompts_end_where_the_model_goes_on_and_hold_no_answer(name: str) -> None:
     task, item = task_named(name), item_of(name)

@@ -7,8 +7,9 @@ maintains it. An item is correct where every instruction is followed, by the str
 from __future__ import annotations
 
 import contextlib
+import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -48,8 +49,9 @@ class IfEval(Task):
                 )
         asked = rules.InputExample(key=0, prompt=item.turns[0], **item.truth)
         try:
-            strict = rules.test_instruction_following_strict(asked, answers[0])
-            loose = rules.test_instruction_following_loose(asked, answers[0])
+            with _same_draws(item.id):
+                strict = rules.test_instruction_following_strict(asked, answers[0])
+                loose = rules.test_instruction_following_loose(asked, answers[0])
         except LookupError:
             return Judgement(None, None, {"not_scored": "nltk's punkt_tab is not installed"})
         followed = "".join("01"[bool(one)] for one in strict.follow_instruction_list)
@@ -58,6 +60,20 @@ class IfEval(Task):
 
     def require(self) -> None:
         _rules()
+
+
+@contextlib.contextmanager
+def _same_draws(seed: str) -> Iterator[None]:
+    """A rule draws what it cannot use from `random`: for the letter `!`, say, another letter.
+
+    Two answers to an item are to meet the same rule.
+    """
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 @cache
