@@ -40,17 +40,20 @@ COMMANDS = ("texts",)
 
 @dataclass(frozen=True)
 class _Contender:
-    """A head with its index, as NAME or NAME@DIR names it."""
+    """A head with its index, as NAME[:PROBES][@DIR] names it."""
 
     label: str
     name: str
+    num_probes: int | None
     index: Path | None
     key: str
     model: ModelSource
 
     def build(self) -> Head:
-        tp = TensorParallel.single()
-        return build_head(self.name, tp=tp, model=self.model, index_dir=self.index)
+        return build_head(
+            self.name, tp=TensorParallel.single(), model=self.model, index_dir=self.index,
+            num_probes=self.num_probes,
+        )  # fmt: skip
 
 
 def add_commands(commands: Any) -> None:
@@ -65,8 +68,9 @@ def add_commands(commands: Any) -> None:
     )
     texts.add_argument("--model", help="HF folder, .gguf file or hub id (default: built in)")
     texts.add_argument(
-        "--heads", nargs="+", default=["flashhead"], metavar="NAME[@DIR]",
-        help=f"heads, each with an index folder or the default index: {', '.join(HEAD_NAMES)}",
+        "--heads", nargs="+", default=["flashhead"], metavar="NAME[:PROBES][@DIR]",
+        help="heads, each with its number of probes (default: the index's) and an index folder "
+        f"(default: the model's): {', '.join(HEAD_NAMES)}",
     )  # fmt: skip
     texts.add_argument(
         "--prompts", type=Path, metavar="FILE",
@@ -94,11 +98,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: something given cannot be used.
     """
-    named = [spec.partition("@")[::2] for spec in arguments.heads]
-    check_head_names([name for name, _ in named])
-    for _, folder in named:
-        if folder:
-            load_manifest(Path(folder))
+    named = [_parsed(spec) for spec in arguments.heads]
     known = read_records(arguments.out)
     prompts = _prompts(arguments)
     model = open_model(arguments.model)
@@ -108,8 +108,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with compute_threads(arguments.threads or probe_machine().num_cores):
         batches = decoder.batches(prompts)
         contenders = [
-            _contender(spec, name, folder, model, decoder, batches)
-            for spec, (name, folder) in zip(arguments.heads, named, strict=True)
+            _contender(label, *parts, model, decoder, batches)
+            for label, parts in zip(arguments.heads, named, strict=True)
         ]
         heads = {contender.key: contender.build() for contender in contenders}
         records = _compare(decoder, batches, contenders, heads, known, arguments.out)
@@ -144,21 +144,34 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     return [Prompt(arguments.prompts.stem or "prompts", text) for text in texts]
 
 
+def _parsed(spec: str) -> tuple[str, int | None, Path | None]:
+    """Name, probes and index folder of NAME[:PROBES][@DIR]."""
+    named, _, folder = spec.partition("@")
+    name, _, probes = named.partition(":")
+    check_head_names([name])
+    if probes and not probes.isdecimal():
+        raise UserError(f"{probes!r} in {spec} is no number of probes: give NAME:PROBES@DIR")
+    if folder:
+        load_manifest(Path(folder))
+    return name, int(probes) if probes else None, Path(folder) if folder else None
+
+
 def _contender(
     label: str,
     name: str,
-    folder: str,
+    num_probes: int | None,
+    index: Path | None,
     model: ModelSource,
     decoder: TextDecoder,
     batches: Sequence[Batch],
 ) -> _Contender:
-    index = Path(folder) if folder else None
     if index is None and needs_index(name):
         index = ensure_index(model)
-    settings = [name, _index_hash(index), model.weight_hash, decoder.max_new_tokens]
+    settings: list[object] = [name, _index_hash(index), model.weight_hash, decoder.max_new_tokens]
+    settings += [num_probes] if num_probes else []
     texts = [batch.token_ids for batch in batches]
     digest = hashlib.sha256(json.dumps([*settings, texts]).encode())
-    return _Contender(label, name, index, digest.hexdigest()[:16], model)
+    return _Contender(label, name, num_probes, index, digest.hexdigest()[:16], model)
 
 
 def _index_hash(index: Path | None) -> str | None:

@@ -128,6 +128,8 @@ def test_mistakes_are_one_sentence(
     cases = {
         "'nosuch'": ["texts", "--heads", "nosuch"],
         "nowhere holds no index": ["texts", "--heads", "flashhead@nowhere"],
+        "'many' in flashhead:many": ["texts", "--heads", "flashhead:many"],
+        "num_probes 999": [*arguments, "--heads", arguments[8].replace("@", ":999@")],
         "--num-prompts 0": [*arguments, "--num-prompts", "0"],
         "--batch-size 0": [*arguments, "--batch-size", "0"],
         "prompt 1 has 3 tokens": [*arguments, "--max-new-tokens", "126"],
