@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import sys
 import time
@@ -86,7 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--groups", type=int, default=128, metavar="G", help="probing groups (default: %(default)s)"
     )
-    what.add_argument("--quick", action="store_true", help="three families instead of some sixty")
+    what.add_argument("--quick", action="store_true", help="three families instead of some thirty")
+    what.add_argument(
+        "--only", default="", metavar="REGEX",
+        help="families whose name it finds, such as S4_int4g64 (names: points.csv, column family)",
+    )  # fmt: skip
     goal = parser.add_argument_group("what to choose")
     goal.add_argument(
         "--target", default="", metavar="worst=0.997,overall=0.999",
@@ -141,6 +146,10 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"{flag} holds {value}: give 1 or more")
     if arguments.max_bytes is not None and not 0 < arguments.max_bytes <= 1:
         raise UserError(f"--max-bytes is {arguments.max_bytes}: give a share such as 0.10")
+    try:
+        re.compile(arguments.only)
+    except re.error as error:
+        raise UserError(f"--only {arguments.only!r} is no pattern ({error}): correct it") from error
     if arguments.build and arguments.apply:
         raise UserError("--build makes an index and --apply changes one: give one of them")
 
@@ -227,6 +236,9 @@ def _simulate(
         )  # fmt: skip
     scene = prepared.scene
     families = grid.families(scene.shape, quick=arguments.quick)
+    families = [family for family in families if re.search(arguments.only, family.key)]
+    if not families:
+        raise UserError(f"--only {arguments.only!r} finds no family: leave it out to see them all")
     choices = grid.choices(scene.num_groups, quick=arguments.quick)
     frequent = frequent_of(inputs.model, max(count for _, count in choices.pins))
     with SweepProgress(len(families), visible=True) as progress:

@@ -117,8 +117,8 @@ def show(
             f"{chosen['held_out_worst_source']} ({chosen['held_out_worst_states']} states)"
         )
     console.print(
-        f"{document['seconds']:.0f} s, {document['cpu_seconds']:.0f} s of them a core's work; "
-        f"peak {document['peak_resident_bytes'] / 1e9:.2f} GB"
+        f"{document['seconds']:.0f} s, {document['cpu_seconds']:.0f} s of processor time, peak "
+        f"of {document['peak_resident_bytes'] / 1e9:.2f} GB"
     )
     for path in paths:
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)

@@ -95,10 +95,11 @@ def build_default(
 def fits(record: Record, manifest: IndexManifest) -> bool:
     """Whether the index of `manifest` becomes `record` by other probes and another alpha alone."""
     usual = {"centroid_columns": manifest.hidden_size, "row_bits": 16}
-    same = all(
-        record[name] == getattr(manifest, there, usual.get(name))
+    stored = {
+        name: getattr(manifest, there, None) or usual.get(name)
         for name, there in _MANIFEST_FIELDS.items()
-    )
+    }
+    same = all(record[name] == value for name, value in stored.items())
     learned = len(manifest.calibration.get("learned_pinned_token_ids", []))
     as_pinned = not record["frequent_pins"] and bool(record["learned_pins"]) == bool(learned)
     simple = not record["coarse_size"] and record["second_order"] == "spread"

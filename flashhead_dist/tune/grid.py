@@ -12,8 +12,6 @@ from flashhead_dist.tune.points import Family, Shape
 MOST_BYTES_SHARE = 0.2
 _COLUMN_SHARES = (0.8, 0.6, 0.5, 0.4, 0.3)
 """Of D that centroids keep, rounded to whole scale groups."""
-_COARSE = (16, 32)
-_KEPT = (0.5, 0.25, 0.125)
 
 
 def columns_of(hidden_size: int, group_size: int) -> list[int]:
@@ -58,24 +56,23 @@ def _quick(shape: Shape) -> Iterator[Family]:
 
 
 def _all(shape: Shape) -> Iterator[Family]:
+    # Some thirty, at ten seconds of a core each: with the dense head and the tree, a quarter of an
+    # hour for a vocabulary of 2^18.
     columns = columns_of(shape.hidden_size, 64)
-    for size in (4, 2, 8, 16):
-        yield from (_family(size, count) for count in columns)
-    for coarse in _COARSE:
-        for size in (4, 2):
-            for count in (columns[0], *columns[2:3]):
-                base = _family(size, count)
-                yield from _two_levels(base, coarse, _KEPT)
-    for count in (columns[0], *columns[2:3]):
-        yield replace(_family(4, count), second_order="blocks")
-    for group_size in (32, 128):
-        yield from (
-            _family(4, n, group_size=group_size)
-            for n in columns_of(shape.hidden_size, group_size)[:3]
-        )
-    for size in (4, 8, 16):
-        yield from (_family(size, count, bits=8) for count in columns[:3])
-    yield _family(16, columns[0], bits=16)
+    whole, fewer, few = columns[0], columns[min(2, len(columns) - 1)], columns[-2:][0]
+    yield from (_family(4, count) for count in columns)
+    yield from (_family(2, count) for count in (fewer, few))
+    yield from (_family(8, count) for count in columns[:2])
+    yield _family(16, whole)
+    yield from _two_levels(_family(4, whole), 16, (0.5, 0.25))
+    yield from _two_levels(_family(4, fewer), 16, (0.5, 0.25))
+    yield from _two_levels(_family(2, fewer), 16, (0.5, 0.25))
+    yield from (replace(_family(4, count), second_order="blocks") for count in (whole, fewer))
+    yield from (_family(4, whole, group_size=size) for size in (32, 128))
+    yield _family(4, fewer, group_size=128)
+    yield from (_family(8, count, bits=8) for count in (whole, fewer))
+    yield _family(16, whole, bits=8)
+    yield _family(16, whole, bits=16)
 
 
 def _family(size: int, columns: int, *, bits: int = 4, group_size: int = 64) -> Family:

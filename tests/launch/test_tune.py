@@ -89,6 +89,8 @@ def test_measures_builds_resumes_and_applies(
         (["--iters", "0"], "--iters"),
         (["--build", "a", "--apply", "b"], "--build"),
         (["--hold-out", "klingon"], "klingon"),
+        (["--only", "("], "is no pattern"),
+        (["--only", "S99"], "finds no family"),
         (["--mark", "published=none.json", "--skip-times"], "none.json"),
         (["--target", "worst=1,overall=1", "--skip-times"], "no setting reaches"),
     ],
