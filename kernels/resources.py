@@ -58,7 +58,9 @@ MODELS = {
 }
 _GROUPS, _TOKENS, _SCALE_GROUP = 128, 4, 64
 _POINTERS = {
-    "hidden_ptr": "*bf16", "rows_ptr": "*bf16", "ids_ptr": "*i32", "values_ptr": "*i32",
+    "hidden_ptr": "*bf16", "probe_ptr": "*bf16", "added_ptr": "*fp32", "to_state_ptr": "*fp32",
+    "mean_ptr": "*fp32", "coordinates_ptr": "*fp32", "means_ptr": "*fp32",
+    "rows_ptr": "*bf16", "ids_ptr": "*i32", "values_ptr": "*i32",
     "scales_ptr": "*bf16", "spread_ptr": "*fp32", "bias_ptr": "*fp32",
     "cluster_bias_ptr": "*fp32", "pinned_rows_ptr": "*bf16", "pinned_ids_ptr": "*i32",
     "pinned_bias_ptr": "*fp32", "positions_ptr": "*i32", "sequences_ptr": "*i32",
@@ -71,7 +73,7 @@ _FLOATS = ("alpha", "inverse_temperature", "softcap")
 _LOADS = re.compile(
     r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)|cp\.async\.cg\.shared\.global [^;]*0x10"
 )
-_KERNELS_A_MODEL = 10
+_KERNELS_A_MODEL = 11
 _EXCHANGE_RANKS = (2, 4, 8)
 _EXCHANGE_KEYS = 256
 _TABLE_WIDTH = 130
@@ -175,7 +177,7 @@ def every_kernel(models: Sequence[str], capability: int) -> Iterator[Resources]:
             what += ", unprobed" if flags is judged else ""
             parts = {"PART_BLOCK": part_block(_GROUPS, head.best)}
             one = {"HEAD": head, "CENTROIDS": centroids, "BATCH": batch, "BATCH_PAD": batch,
-                   "DP4A": True, **flags, **parts}  # fmt: skip
+                   "DP4A": True, "PROJECTED": False, **flags, **parts}  # fmt: skip
             yield compile_kernel(triton_head.one_launch_kernel, one, what, HEAD_WARPS, capability)
             if batch == 8:
                 dots = {
@@ -184,6 +186,7 @@ def every_kernel(models: Sequence[str], capability: int) -> Iterator[Resources]:
                     "BLOCK_M": 64,
                     "BATCH": 8,
                     "DP4A": True,
+                    "PROJECTED": False,
                 }
                 yield compile_kernel(triton_head.dots_kernel, dots, what, 4, capability)
             else:
@@ -191,6 +194,10 @@ def every_kernel(models: Sequence[str], capability: int) -> Iterator[Resources]:
                 yield compile_kernel(
                     triton_head.candidates_kernel, candidates, what, HEAD_WARPS, capability
                 )
+        columns = hidden_size * 6 // 10 // _SCALE_GROUP * _SCALE_GROUP
+        projection = {"D": hidden_size, "BLOCK_D": 128, "COLUMNS": columns, "BLOCK": 16}
+        what = f"{model}, {columns} columns"
+        yield compile_kernel(triton_head.project_kernel, projection, what, 4, capability)
         for batch in (1, 8):
             dense = dense_blocks(batch, hidden_size, 1) | plain
             dense |= {"PART_BLOCK": 512, "UPCAST": False, "TABLE": False}
@@ -221,7 +228,7 @@ def _print(found: Sequence[Resources], markdown: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; 1 where a greedy kernel spills registers."""
+    """Print the table; 1 where a kernel spills that does no more than a greedy step needs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -246,8 +253,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps([asdict(item) for item in found]))
     else:
         _print(found, arguments.markdown)
-    spilled = [item for item in found if item.stack_bytes and "all" not in item.shape]
-    return 1 if spilled else 0
+    extras = ("all", "unprobed")
+    plain = [item for item in found if not any(word in item.shape for word in extras)]
+    return 1 if any(item.stack_bytes for item in plain) else 0
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     how.add_argument(
         "--centroid-columns", type=int, metavar="N",
-        help="that a centroid keeps, of the axes that matter to hidden states; CPU only",
+        help="that a centroid keeps, of the axes that matter to hidden states (default: all)",
     )  # fmt: skip
     how.add_argument("--centroid-kind", choices=get_args(CentroidKind), default="mean")
     how.add_argument(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from flashhead_dist.index.layout import IndexTensors
 from flashhead_dist.index.manifest import IndexManifest, load_manifest, save_manifest
 from flashhead_dist.index.options import HeadIndexError
 from flashhead_dist.index.shrinkage import spread_over_sources
-from flashhead_kernels import reference
 from flashhead_kernels.dispatch import ops_for
 
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -42,10 +40,7 @@ def margins(
 ) -> Tensor:
     """Margins float32 `[N]` of `hidden_states [N, D]`, in logits; inf where nothing is unprobed."""
     device = tensors.rows.device
-    # Centroids of fewer columns are scored in plain torch where there is no CPU to do it.
-    plain = tensors.centroids.projection is not None and device.type != "cpu"
-    ops: ModuleType = reference if plain else ops_for(device)
-    found = []
+    ops, found = ops_for(device), []
     for part in torch.split(hidden_states, _BATCH):
         candidates = ops.flashhead_candidates(
             part.to(device), tensors.rows, tensors.token_ids, tensors.centroids, tensors.spread,

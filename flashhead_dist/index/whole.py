@@ -29,15 +29,10 @@ def read_projection(
     """What takes states to the centroids' columns; None where these keep all.
 
     Raises:
-        HeadIndexError: a device that is no CPU, or a damaged file.
+        HeadIndexError: a damaged file.
     """
     if manifest.centroid_columns is None:
         return None
-    if torch.device(device).type != "cpu":
-        raise HeadIndexError(
-            f"{path} holds centroids of {manifest.centroid_columns} columns, which are scored on a "
-            "CPU only; build an index without --centroid-columns for this device."
-        )
     try:
         with safe_open(path / DATA_NAME, framework="pt") as file:
             shared = {name: file.get_tensor(name).clone() for name in SHARED}
@@ -45,7 +40,7 @@ def read_projection(
         raise damaged(path / DATA_NAME) from error
     if hash_group([shared[name] for name in SHARED]) != manifest.shared_sha256:
         raise damaged(path / DATA_NAME)
-    return Projection(shared[TO_STATE], shared[CENTROID_MEAN])
+    return Projection(shared[TO_STATE], shared[CENTROID_MEAN]).to(device)
 
 
 def read_token_map(

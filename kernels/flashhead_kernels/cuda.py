@@ -53,11 +53,8 @@ def flashhead_candidates(
     something is to be called between them.
 
     Raises:
-        ValueError: as the reference does; one launch for a shape that it cannot serve; centroids
-            of fewer columns than the hidden states.
+        ValueError: as the reference does; one launch for a shape that it cannot serve.
     """
-    if centroids.projection is not None:
-        raise ValueError("centroids of fewer columns are scored on a CPU only: this device is not")
     groups, clusters, _, size = rows.shape
     check_candidate_arguments(hidden_states, size, num_probes_per_group, clusters, k)
     batch = hidden_states.shape[0]

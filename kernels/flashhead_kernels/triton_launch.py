@@ -15,7 +15,12 @@ from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.launch_choice import LaunchCase
 from flashhead_kernels.logits import FinalLogits, OutputBias
 from flashhead_kernels.quantize import QuantizedCentroids
-from flashhead_kernels.triton_head import candidates_kernel, dots_kernel, one_launch_kernel
+from flashhead_kernels.triton_head import (
+    candidates_kernel,
+    dots_kernel,
+    one_launch_kernel,
+    project_kernel,
+)
 from flashhead_kernels.triton_shapes import (
     HEAD_WARPS,
     MAX_BATCH_IN_ONE_LAUNCH,
@@ -30,6 +35,8 @@ from flashhead_kernels.triton_workspace import Workspace, workspace
 
 _CLUSTERS_A_BLOCK = 64
 _DOTS_WARPS = 4
+_COLUMNS_A_BLOCK = 16
+_PROJECT_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -139,10 +146,12 @@ class _Launch:
         space = self._workspace(rows=rows_pad, dots=0)
         out = self._out(space, space.counters)
         one_launch_kernel[(self.groups,)](
-            self.inputs.hidden_states, *self._rows(), self.values, self.scales, *self._tables(),
-            space.words, space.scales, *out, *self._scalars(), *self._group_strides(),
+            self.inputs.hidden_states, *self._probing(), *self._rows(), self.values, self.scales,
+            *self._tables(), space.words, space.scales, *out, *self._scalars(),
+            *self._group_strides(),
             HEAD=self.head, CENTROIDS=self.centroids, BATCH=self.batch, BATCH_PAD=rows_pad,
-            **self._flags(), DP4A=not is_interpreted(), num_warps=HEAD_WARPS,
+            **self._flags(), DP4A=not is_interpreted(), PROJECTED=self._projected,
+            num_warps=HEAD_WARPS,
         )  # fmt: skip
         return self.keys, self.logsumexp if self.need_logsumexp else None
 
@@ -153,11 +162,11 @@ class _Launch:
         grid = (self.groups, triton.cdiv(clusters, block), triton.cdiv(self.batch, rows))
         space = self._workspace(rows=grid[2] * rows, dots=self.batch * self.groups * clusters)
         dots_kernel[grid](
-            self.inputs.hidden_states, self.values, self.scales, space.words, space.scales,
-            space.dots, self.batch, *self._group_strides(),
+            *self._probing(), self.values, self.scales, space.words, space.scales, space.dots,
+            self.batch, *self._group_strides(),
             rows * self.words_a_row, rows * self.scales_a_row,
             HEAD=self.head, CENTROIDS=self.centroids, BLOCK_M=block, BATCH=rows,
-            DP4A=not is_interpreted(), num_warps=_DOTS_WARPS,
+            DP4A=not is_interpreted(), PROJECTED=self._projected, num_warps=_DOTS_WARPS,
         )  # fmt: skip
         if between is not None:
             between()
@@ -167,6 +176,25 @@ class _Launch:
             HEAD=self.head, **self._flags(), num_warps=HEAD_WARPS,
         )  # fmt: skip
         return self.keys, self.logsumexp if self.need_logsumexp else None
+
+    @property
+    def _projected(self) -> bool:
+        return self.inputs.centroids.projection is not None
+
+    def _probing(self) -> tuple[Tensor, Tensor]:
+        """States in the columns of the centroids, and what is added to each row's scores."""
+        hidden, projection = self.inputs.hidden_states, self.inputs.centroids.projection
+        if projection is None:
+            return hidden, self.inputs.spread
+        columns, size = projection.to_state.shape
+        probing = torch.empty((self.batch, columns), device=hidden.device)
+        added = torch.empty(self.batch, device=hidden.device)
+        project_kernel[(self.batch, triton.cdiv(columns, _COLUMNS_A_BLOCK))](
+            hidden, projection.to_state, projection.mean, probing, added,
+            D=size, BLOCK_D=self.head.block_columns, COLUMNS=columns, BLOCK=_COLUMNS_A_BLOCK,
+            num_warps=_PROJECT_WARPS,
+        )  # fmt: skip
+        return probing, added
 
     def _workspace(self, *, rows: int, dots: int) -> Workspace:
         return workspace(

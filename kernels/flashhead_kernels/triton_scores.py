@@ -13,9 +13,7 @@ from flashhead_kernels.triton_pieces import dot_words, round_to_int8, rounded_pr
 
 
 @triton.jit
-def quantize_hidden(
-    hidden_ptr, words_ptr, scales_ptr, place, D: tl.constexpr, CENTROIDS: tl.constexpr
-):
+def quantize_hidden(hidden_ptr, words_ptr, scales_ptr, place, CENTROIDS: tl.constexpr):
     """Round the hidden state at hidden_ptr to int8 by scale group, pack it, and keep it as `place`.
 
     words_ptr: int32 `[B, 2, groups, words]`, for 4 bits the columns that the low halves of the

@@ -20,7 +20,7 @@ from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
 from flashhead_dist.index import HeadIndexError, IndexOptions, load_manifest, load_shard
 from flashhead_dist.measure.head_shape import shape_of_index
 from flashhead_dist.model_source import ModelSource, open_model
-from flashhead_kernels import reference
+from flashhead_kernels import dispatch, reference
 from flashhead_topology.head_work import head_work
 
 COLUMNS = {"centroid_columns": 32, "group_size": 16, "learned_pins_per_group": 0}
@@ -126,9 +126,21 @@ def test_a_damaged_projection_is_noticed(build_one: Any) -> None:
         load_shard(index, tp_rank=1, tp_size=2)
 
 
-def test_a_gpu_is_told_what_it_cannot_score(build_one: Any) -> None:
-    with pytest.raises(HeadIndexError, match="scored on a CPU only; build an index without"):
-        load_shard(build_one(**COLUMNS), device="cuda")
+def test_triton_gives_the_tokens_of_the_cpu(
+    build_one: Any, index_states: Any, model: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("a CPU is played as CUDA by the interpreter")
+    single = TensorParallel.single()
+    head = build_head("flashhead", tp=single, model=model, index_dir=build_one(**COLUMNS))
+    states = index_states[1].states[:3]
+    expected = head.forward(states, k=2, need_logsumexp=True)
+    monkeypatch.setitem(dispatch._MODULES, "cpu", "cuda")
+    found = head.forward(states, k=2, need_logsumexp=True)
+    assert torch.equal(found.token_ids, expected.token_ids)
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(found.logsumexp, expected.logsumexp, rtol=1e-4, atol=1e-4)
 
 
 def test_indexes_without_it_are_what_they_were(tied_index: Path) -> None:

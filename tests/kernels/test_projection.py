@@ -150,8 +150,27 @@ def test_bias_and_soft_capping_go_the_way_of_the_twin() -> None:
     assert torch.equal(found.unprobed, expected.unprobed)
 
 
-def test_cuda_refuses_rather_than_reads_other_columns() -> None:
+@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize(("place", "batch"), [(0, 3), (1, 1), (2, 2)])
+def test_triton_agrees_with_reference(place: int, batch: int, launches: int) -> None:
     pytest.importorskip("triton")
-    shard = projected_shard(*SHAPES[0])
-    with pytest.raises(ValueError, match="scored on a CPU only"):
-        shard.candidates(ops_for("cuda"), random_states(1, 64), 3)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape, columns = SHAPES[place]
+    made = projected_shard(shape, columns)
+    shard = Shard(**{name: value.to(device) for name, value in vars(made).items()})
+    states = random_states(batch, shape[3]).to(device)
+    given: dict[str, Any] = {"k": 2, "need_logsumexp": True, "need_unprobed": True}
+    ours = shard.candidates(ops_for("cuda"), states, 3, launches=launches, **given)
+    theirs = shard.candidates(reference, states, 3, **given)
+    logits, ids = unpack_keys(ours.keys)
+    expected, expected_ids = unpack_keys(theirs.keys)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(ours.logsumexp, theirs.logsumexp, rtol=1e-5, atol=1e-4)
+    assert ours.unprobed is not None
+    assert theirs.unprobed is not None
+    left, expected_left = unpack_keys(ours.unprobed)[0], unpack_keys(theirs.unprobed)[0]
+    torch.testing.assert_close(left, expected_left, rtol=1e-5, atol=1e-4)
+    again = shard.candidates(ops_for("cuda"), states, 3, launches=3 - launches, **given)
+    assert torch.equal(again.keys, ours.keys), "one launch and two score alike"
+    assert torch.equal(again.unprobed, ours.unprobed)

@@ -29,10 +29,13 @@ def compiled() -> list[dict[str, Any]]:
 def test_default_shapes_compile_without_spilling(compiled: list[dict[str, Any]]) -> None:
     assert {item["kernel"] for item in compiled} == {
         "one_launch_kernel", "candidates_kernel", "dots_kernel", "dense_kernel", "exchange_kernel",
+        "project_kernel",
     }  # fmt: skip
     for item in compiled:
-        if "Gemma" in item["shape"] or "4 best of all" not in item["shape"]:
-            assert item["stack_bytes"] == 0, item
+        extras = "4 best of all" in item["shape"] or "unprobed" in item["shape"]
+        # Llama's groups of 256 clusters leave 64 registers a thread: four of them, once a program.
+        limit = 0 if "Gemma" in item["shape"] or not extras else 16
+        assert item["stack_bytes"] <= limit, item
         assert (item["loads_of_16_bytes"] > 0) is (item["kernel"] != "exchange_kernel"), item
         scores_centroids = item["kernel"] in ("one_launch_kernel", "dots_kernel")
         assert (item["dp4a"] > 0) is scores_centroids, item
