@@ -33,17 +33,21 @@ def lloyd(scene: Scene) -> Tensor:
     count, size = scene.slots.shape
     step = max(1, _NODE_ROWS // size)
     owner = torch.full((len(scene.weights),), -1, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
     for start in range(0, count, step):
         slots = scene.slots[start : start + step]
         real = slots >= 0
-        ids, own = slots[real], torch.arange(len(slots)).unsqueeze(1).expand_as(slots)[real]
+        ids = slots[real]
         rows = scene.vectors[ids]
+        # Equal clusters are where Lloyd's iterations hardly move: start from rows at random.
+        first = torch.randperm(len(rows), generator=generator)[: len(slots)]
         centres = torch.zeros(len(slots), rows.shape[1])
+        centres[: len(first)] = rows[first]
         for _ in range(_ITERATIONS):
+            own = (rows @ centres.T - centres.square().sum(1) / 2).argmax(1)
             sums = torch.zeros_like(centres).index_add_(0, own, rows)
             sizes = torch.bincount(own, minlength=len(slots)).unsqueeze(1)
             centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
-            own = (rows @ centres.T - centres.square().sum(1) / 2).argmax(1)
         owner[ids] = start + own
     return owner
 
