@@ -50,9 +50,7 @@ def write_outputs(
     title = f"{document['model']}{made_up}: bytes a token against its dense argmax found"
     kinds = [(FRONT_NAME, False, f"{title}, selection states")]
     if held:
-        kinds.append(
-            (f"held_out_{FRONT_NAME}", True, f"{title},\nstates of texts held out: {held}")
-        )
+        kinds.append((f"held_out_{FRONT_NAME}", True, f"{title},\nfront of texts held out: {held}"))
     for name, held_out, words in kinds:
         path = arguments.out / name
         write_front(

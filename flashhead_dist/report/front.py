@@ -42,7 +42,8 @@ def write_front(
     """Draw shares of misses against shares of bytes, both as powers of ten, and return `path`.
 
     records: every measured point; runnable: those that a real head runs, drawn solid. held_out:
-        use the held-out states' agreement, where points were chosen by the others'.
+        draw the front of the held-out states, as it is seen afterwards: the chosen point was
+        chosen without them.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
@@ -61,8 +62,8 @@ def write_front(
         prefix = "held_out_" if held_out else ""
         for name, key in (("overall", "top1"), ("worst source", "top1_worst")):
             colour = _COLOURS[name]
-            _steps(axes, records, key, prefix, colour, "--", f"{name}, simulated")
-            _steps(axes, runnable, key, prefix, colour, "-", f"{name}, the head as it is")
+            _steps(axes, records, prefix + key, colour, "--", f"{name}, simulated")
+            _steps(axes, runnable, prefix + key, colour, "-", f"{name}, the head as it is")
             for mark, marker in zip(marks, "sDv^P", strict=False):
                 share = mark.top1 if key == "top1" else mark.top1_worst
                 axes.plot(
@@ -89,7 +90,6 @@ def _steps(
     axes: Axes,
     records: Sequence[dict[str, Any]],
     key: str,
-    prefix: str,
     colour: str,
     style: str,
     label: str,
@@ -99,7 +99,7 @@ def _steps(
         return
     axes.plot(
         [100 * record["bytes_share"] for record in steps],
-        [_miss(record[prefix + key]) for record in steps],
+        [_miss(record[key]) for record in steps],
         style, marker="." if style == "-" else None, color=colour, lw=1.3, label=label,
     )  # fmt: skip
 

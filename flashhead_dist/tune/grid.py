@@ -59,9 +59,9 @@ def _all(shape: Shape) -> Iterator[Family]:
     # Some thirty, at ten seconds of a core each: with the dense head and the tree, a quarter of an
     # hour for a vocabulary of 2^18.
     columns = columns_of(shape.hidden_size, 64)
-    whole, fewer, few = columns[0], columns[min(2, len(columns) - 1)], columns[-2:][0]
+    whole, fewer = columns[0], columns[min(2, len(columns) - 1)]
     yield from (_family(4, count) for count in columns)
-    yield from (_family(2, count) for count in (fewer, few))
+    yield from (_family(2, count) for count in columns[2:])
     yield from (_family(8, count) for count in columns[:2])
     yield _family(16, whole)
     yield from _two_levels(_family(4, whole), 16, (0.5, 0.25))
