@@ -68,7 +68,7 @@ def add_commands(commands: Any) -> None:
         "test documents: files or folders of .jsonl and .txt",
     )  # fmt: skip
     fidelity.add_argument(
-        "--tokens", type=int, default=20_000, metavar="N", help="of --texts, over all sources"
+        "--tokens", type=int, default=30_000, metavar="N", help="of --texts, over all sources"
     )
     fidelity.add_argument(
         "--head", default="flashhead", metavar="NAME", help=f"one of {', '.join(HEAD_NAMES)}"
@@ -225,6 +225,7 @@ def show(document: dict[str, Any]) -> None:
 
 def _cell(row: dict[str, Any], name: str, factor: float, decimals: int) -> str:
     value, low, high = (
-        f"{factor * row[key]:.{decimals}f}" for key in (name, f"{name}_low", f"{name}_high")
+        "?" if row[key] is None else f"{factor * row[key]:.{decimals}f}"
+        for key in (name, f"{name}_low", f"{name}_high")
     )
     return f"{value} [{low}, {high}]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,18 +32,23 @@ PERPLEXITIES = ("dense_perplexity", "perplexity", "perplexity_ratio")
 def clusters_of(hidden_states: HiddenStates) -> tuple[Array, str]:
     """What is drawn as one in the bootstrap: a number int `[N]` for each state, and what it is.
 
-    The document where documents are known, or else runs of 64 states of a source.
+    The document, or runs of 64 states of a source where documents are unknown, or the source has
+    only one: a single document would give an interval without width.
     """
     sources = hidden_states.source_ids.numpy()
-    if hidden_states.documents is not None:
-        documents = hidden_states.documents.numpy()
-        numbers: Array = sources * (int(documents.max(initial=0)) + 1) + documents
-        return numbers, "documents"
+    documents = hidden_states.documents
+    known = np.zeros(len(sources), np.int64) if documents is None else documents.numpy()
     numbers = np.zeros(len(sources), dtype=np.int64)
+    single = False
     for source in np.unique(sources):
         own = np.flatnonzero(sources == source)
-        numbers[own] = source * len(sources) + blocks_of(len(own), BLOCK)
-    return numbers, f"blocks of {BLOCK} states"
+        _, parts = np.unique(known[own], return_inverse=True)
+        if parts.max(initial=0) == 0:
+            parts, single = blocks_of(len(own), BLOCK), True
+        numbers[own] = source * len(sources) + parts
+    if documents is None:
+        return numbers, f"blocks of {BLOCK} states"
+    return numbers, "documents" + (f" (blocks of {BLOCK} states where one)" if single else "")
 
 
 def figures_by_source(
@@ -52,7 +58,7 @@ def figures_by_source(
 
     figures: a number float64 `[N]` of each state by name. `dense_log_prob` and `head_log_prob`
     become perplexities, and their ratio (head over dense) by paired samples. `clusters` counts what
-    was drawn as one.
+    was drawn as one; limits are NaN where that is 1, but for SHARES.
     """
     names = list(figures)
     values = torch.stack([figures[name].double() for name in names], dim=1).numpy()
@@ -79,9 +85,10 @@ def _row(
     for place, name in enumerate(names):
         if name in (DENSE_LOG_PROB, HEAD_LOG_PROB):
             continue
-        found = percentile_interval(float(means[place]), samples[:, place])
+        found = _interval(float(means[place]), samples[:, place], row["clusters"])
         if name in SHARES:
-            found = found.widened(wilson(float(values[:, place].sum()), len(values)))
+            least = wilson(float(values[:, place].sum()), len(values))
+            found = least if row["clusters"] < 2 else found.widened(least)
         row |= _named(name, found)
     if DENSE_LOG_PROB in names:
         dense, head = names.index(DENSE_LOG_PROB), names.index(HEAD_LOG_PROB)
@@ -94,8 +101,15 @@ def _row(
             ),
         }
         for name, (mean, drawn) in logs.items():
-            row |= _named(name, percentile_interval(float(np.exp(mean)), np.exp(drawn)))
+            row |= _named(name, _interval(float(np.exp(mean)), np.exp(drawn), row["clusters"]))
     return row
+
+
+def _interval(value: float, samples: Array, clusters: int) -> Interval:
+    """By the samples; unknown (NaN) where there is only one cluster to draw."""
+    if clusters < 2:
+        return Interval(value, math.nan, math.nan)
+    return percentile_interval(value, samples)
 
 
 def _named(name: str, interval: Interval) -> dict[str, float]:

@@ -153,7 +153,10 @@ def evaluate_fidelity(
         bytes_share=_read_bytes(head) / dense_bytes,
         payload_bytes_per_row=head.payload_bytes_per_row,
         interval_clusters=clusters_of(hidden_states)[1],
-        by_source=[{str(k): v for k, v in row.items()} for row in frame.to_dict("records")],
+        by_source=[
+            {str(k): None if v != v else v for k, v in row.items()}
+            for row in frame.to_dict("records")
+        ],
     )
 
 

@@ -26,6 +26,7 @@ from flashhead_dist.hidden_states.texts import Document
 from flashhead_dist.model_source import ModelSource
 
 CONTEXT = 512
+_LEAST_CONTEXT = 64
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,13 @@ def predict_tokens(
     documents: list[Document],
     *,
     max_tokens: int,
+    evenly: bool = False,
     origin: str = "texts",
     progress: bool = True,
 ) -> PredictedTokens:
     """Run the body over windows of up to CONTEXT tokens, taken from all sources in turn.
 
+    evenly: a source's documents take turns as well, so that few tokens are still of many documents.
     origin: what the texts are called.
 
     Raises:
@@ -70,7 +73,7 @@ def predict_tokens(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     body, tokenizer = model.load_body(body_dtype(device))
-    passages = _windows(tokenizer, documents, max_tokens)
+    passages = _windows(tokenizer, documents, max_tokens, evenly=evenly)
     if not passages:
         raise UserError("the texts hold no token that follows another: give longer texts")
     states = run_body(body, passages, device=device, progress=progress)
@@ -110,15 +113,23 @@ def evaluate_likelihood(
     )
 
 
-def _windows(tokenizer: Any, documents: list[Document], max_tokens: int) -> list[Passage]:
+def _windows(
+    tokenizer: Any, documents: list[Document], max_tokens: int, *, evenly: bool
+) -> list[Passage]:
     """Windows from all sources in turn, until they predict `max_tokens` tokens."""
-    by_source: dict[str, list[Passage]] = defaultdict(list)
+    context = CONTEXT
+    if evenly:
+        context = min(CONTEXT, max(_LEAST_CONTEXT, max_tokens // len(documents)))
+    placed: dict[str, list[tuple[int, Passage]]] = defaultdict(list)
     for number, document in enumerate(documents):
-        for tokens in _cut(tokenizer, document.text):
+        for place, tokens in enumerate(_cut(tokenizer, document.text, context)):
             positions = list(range(len(tokens) - 1))
-            by_source[document.source].append(
-                Passage(document.source, "test", number, tokens, positions)
-            )
+            passage = Passage(document.source, "test", number, tokens, positions)
+            placed[document.source].append((place if evenly else 0, passage))
+    by_source = {
+        source: [passage for _, passage in sorted(windows, key=lambda item: item[0])]
+        for source, windows in placed.items()
+    }
     chosen: list[Passage] = []
     left = max_tokens
     while left > 0 and any(by_source.values()):
@@ -139,10 +150,10 @@ def _windows(tokenizer: Any, documents: list[Document], max_tokens: int) -> list
     return chosen
 
 
-def _cut(tokenizer: Any, text: str) -> Iterator[list[int]]:
+def _cut(tokenizer: Any, text: str, context: int) -> Iterator[list[int]]:
     tokens = list(tokenizer(text).input_ids)
     first = [tokens.pop(0)] if tokens and tokens[0] == tokenizer.bos_token_id else []
-    room = CONTEXT - len(first)
+    room = context - len(first)
     for start in range(0, len(tokens), room):
         window = first + tokens[start : start + room]
         if len(window) > 1:

@@ -60,6 +60,17 @@ def test_a_share_of_one_has_an_interval() -> None:
     assert frame["top1_agreement_low"][0] == pytest.approx(0.9542, abs=1e-3)
 
 
+def test_one_cluster_has_no_interval_but_that_of_a_share() -> None:
+    """Fails where one document is drawn again and again: limits equal to the figure."""
+    few = HiddenStates(torch.zeros(30, 4), torch.zeros(30).long(), ("a",), "made up", None)
+    figures = {"top1_agreement": torch.ones(30), "kl_nats": torch.linspace(0, 1, 30)}
+    row = figures_by_source(figures, few).iloc[0]
+    assert row["clusters"] == 1
+    assert math.isnan(row["kl_nats_low"])
+    assert math.isnan(row["kl_nats_high"])
+    assert 0.8 < row["top1_agreement_low"] < 0.9
+
+
 def test_perplexities_and_their_ratio_are_of_the_same_draws() -> None:
     """Fails where dense and head are drawn apart: their common ups and downs would not cancel."""
     draw = torch.Generator().manual_seed(0)
@@ -74,8 +85,14 @@ def test_perplexities_and_their_ratio_are_of_the_same_draws() -> None:
 
 def test_clusters_are_documents_of_a_source_or_else_runs() -> None:
     # One number in two sources is two documents.
-    numbers, what = clusters_of(hidden(torch.zeros(200, dtype=torch.int64)))
-    assert (len(np.unique(numbers)), what) == (2, "documents")
+    numbers, what = clusters_of(hidden(torch.arange(200) % 2))
+    assert (len(np.unique(numbers)), what) == (4, "documents")
+    # A source of one document is drawn by runs, or its interval would have no width.
+    numbers, what = clusters_of(hidden(torch.arange(200).clamp(min=80) // 20))
+    assert (len(np.unique(numbers[:80])), len(np.unique(numbers[80:]))) == (2, 6)
+    numbers, what = clusters_of(hidden((torch.arange(200) // 40).clamp(max=2)))
+    assert (len(np.unique(numbers[:80])), len(np.unique(numbers[80:]))) == (2, 2)
+    assert what == "documents (blocks of 64 states where one)"
     numbers, what = clusters_of(hidden(None))
     # 80 states are two runs of at most 64, and so are 120.
     assert (len(np.unique(numbers)), what) == (4, "blocks of 64 states")

@@ -151,6 +151,15 @@ def test_perplexity_of_texts_by_document(model: ModelSource, tied_index: Path) -
     assert hidden.documents is not None
     assert hidden.documents.tolist() == [0, 0, 0, 1, 1, 2, 2]
     assert [hidden.sources[n] for n in hidden.source_ids] == list("aaabbaa")
+    # Evenly: the first window of another document comes before the second of the same.
+    long = [Document("a", "1", "abc" * 50), Document("b", "2", "x" * 90), Document("a", "3", "de")]
+    few = predict_tokens(
+        lettered, long, max_tokens=189, evenly=True, origin="three", progress=False
+    )
+    assert few.hidden_states.documents is not None
+    assert (
+        few.hidden_states.documents.tolist() == [0] * 63 + [1] * 63 + [2] * 2 + [1] * 27 + [0] * 34
+    )
     head = head_of(model, tied_index)
     likelihood = evaluate_likelihood(head, model, found, progress=False)
     before = torch.tensor([2, *map(ord, "ab"), 2, ord("x"), 2, ord("d")])
