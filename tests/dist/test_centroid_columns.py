@@ -1,7 +1,7 @@
 """An index whose centroids keep fewer columns: what it stores, counts and answers.
 
-Mutated to see each fail: the projection left out of the bytes or of the hash, its transpose stored,
-pads' centroids drawn into the covariance, the fingerprint of options that leave columns alone.
+Mutated to see each fail: the projection left out of the bytes, its hash not looked at, its columns
+in another order than the centroids', the fingerprint of options that leave columns alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """launch/evaluate.py escalation: its figures against the head itself, its table, its mistakes.
 
-Mutated to see each fail: `<=` for `<` at the threshold's share, caught counted over all states, the
-second round's tokens taken where the first's stand, bytes of the expected share.
+Mutated to see each fail: a threshold a logit too high, caught counted over all states, the second
+round's tokens taken where the first's stand, bytes of the share that was asked for.
 """
 
 from __future__ import annotations
