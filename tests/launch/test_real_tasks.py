@@ -36,6 +36,5 @@ def test_answers_are_sums_and_checked_texts_the_dense_heads(tmp_path: Path) -> N
         answer = record["answers"][DENSE]
         assert record["answers"][CHECKED]["texts"] == answer["texts"]
         # A base model that has seen eight examples follows their form, right or wrong.
-        assert "The answer is" in answer["texts"][0]
         assert answer["final"] is not None
         assert answer["finish_reasons"] == ["stop"]
