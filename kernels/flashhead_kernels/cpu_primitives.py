@@ -200,9 +200,6 @@ def best_left(ordered: Any, threshold: int, count: int) -> Any:
     for i in range(ordered.shape[0]):
         if ordered[i] <= threshold:
             best = max(best, ordered[i])
-    # -0.0 and 0.0 are equal as scores and must be equal as keys.
-    if best == -1:
-        best = np.int32(0)
     return (np.int64(best) << 32) | np.int64(0xFFFFFFFF)
 
 

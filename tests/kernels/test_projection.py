@@ -1,8 +1,7 @@
 """Centroids of fewer columns: every operation against its twin and a float64 truth.
 
-Mutated to see each fail: the mean's part left out, added twice, or added to the score but not to
-the mean of an unprobed cluster; states rounded before they are projected; a row's norm taken of its
-coordinates; D taken for the columns in the scan of rows.
+Mutated to see each fail: the mean's part left out (of the twin, of the kernels), added twice, or
+added to the score but not to the mean of an unprobed cluster; D taken for the centroids' columns.
 """
 
 from __future__ import annotations

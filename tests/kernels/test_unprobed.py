@@ -1,7 +1,7 @@
 """The best unprobed cluster's score: every implementation against a float64 reading of the rule.
 
 Mutated to see each fail: probed clusters not taken out, a tie at the threshold forgotten, the slot
-left in the key where the id is, one group's key taken for all groups', -0.0 below 0.0.
+left in the key where the id is, one group's key taken for all groups'.
 """
 
 from __future__ import annotations
