@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index.choose import choose, measure_fidelity
 from flashhead_dist.index.cluster import cluster_tokens
 from flashhead_dist.index.escalation import calibrate_escalation
-from flashhead_dist.index.layout import cohesion, lay_out
+from flashhead_dist.index.layout import cohesion, keep_spread, lay_out
 from flashhead_dist.index.manifest import IndexManifest
 from flashhead_dist.index.metric import second_moment
 from flashhead_dist.index.options import HeadIndexError, IndexOptions
@@ -77,8 +78,9 @@ def build_index(
         special = model.special_token_ids() if options.pin_special_tokens else ()
         choice = choose(weights, tensors, options, calibration, special, threads, report)
         if choice.pinned_token_ids != options.pinned_token_ids:
-            slots = _without(slots, choice.pinned_token_ids)
+            slots, before = _without(slots, choice.pinned_token_ids), tensors.spread
             tensors = lay_out(weights, slots, choice.pinned_token_ids, options, moment)
+            tensors = replace(tensors, spread=keep_spread(tensors, before))
         evidence = choice.evidence
         if calibration is not None and len(calibration):
             probes = -(-options.probes(model.vocab_size) // options.num_groups)

@@ -127,6 +127,16 @@ def describe_clusters(
     return centroids, spread
 
 
+def keep_spread(tensors: IndexTensors, before: Tensor) -> Tensor:
+    """The spread `[G, M]` of `tensors`, whose clusters have lost tokens to pins since `before`.
+
+    A cluster left with one row has none, and alpha raises the scores of all others above its own:
+    the token that pins left alone would seldom be found. It keeps the spread that it had.
+    """
+    alone = (tensors.token_ids >= 0).sum(-1) == 1
+    return torch.where(alone, torch.maximum(before, tensors.spread), tensors.spread)
+
+
 def cohesion(weights: Tensor, slots: Tensor) -> float:
     """Mean over the tokens of `slots [C, S]` of the cosine of a row to its cluster's mean."""
     total = 0.0

@@ -173,6 +173,22 @@ def test_special_tokens_are_pinned_and_take_the_place_of_learned_ones(
     assert len(_pinned(without)) <= 8
 
 
+def test_a_token_that_a_pin_leaves_alone_keeps_its_clusters_spread(
+    build_one: Build, model: ModelSource
+) -> None:
+    """A lone row strays from nothing: with a spread of 0 alpha would put all others before it."""
+    given: dict[str, Any] = {"num_probes": 8, "calibration": None}
+    whole = load_shard(build_one("whole", **given))
+    widest = divmod(int(whole.spread.argmax()), whole.spread.shape[1])
+    *special, alone = whole.token_ids[widest].tolist()
+    named = SimpleNamespace(all_special_ids=special)
+    told = replace(model, tokenizer_loader=lambda: named)
+    pinned = load_shard(build_one("pinned", model=told, **given))
+    assert sorted(pinned.token_ids[widest].tolist()) == [-1, -1, -1, alone]
+    assert whole.spread[widest] > 0
+    assert torch.equal(pinned.spread, whole.spread)
+
+
 def test_without_states_nothing_is_learned(build_one: Build) -> None:
     manifest = load_manifest(build_one(calibration=None, test=None))
     assert (manifest.alpha, manifest.metric_exponent, manifest.num_pinned) == (0.0, 0.0, 0)
