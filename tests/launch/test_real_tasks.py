@@ -11,7 +11,7 @@ import pytest
 
 from tests.launch.ground import LAUNCH
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(900)]
 DENSE, CHECKED = "dense_local_max", "flashhead --lossless 8"
 PROBLEMS = [
     ("Nia has 4 pens and buys 3 boxes of 5 pens each. How many pens has she now?", 19),
