@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.topology.shaped.comparison import (
     Cell,
     by_kind,
+    calibrated_alike,
+    calibrated_on,
     crossover,
     crossovers,
     mean_error,
@@ -16,7 +20,7 @@ from tests.topology.shaped.comparison import (
 def cell(
     head: str, batch_size: int, measured_s: float, predicted_s: float, payload: int = 8192
 ) -> Cell:
-    return Cell("net", 2, head, batch_size, payload, measured_s, predicted_s)
+    return Cell("net", 2, 2, head, batch_size, payload, measured_s, predicted_s)
 
 
 def test_errors_do_not_cancel() -> None:
@@ -25,6 +29,14 @@ def test_errors_do_not_cancel() -> None:
     assert mean_error(cells) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="no cell"):
         mean_error([])
+
+
+def test_cells_are_told_apart_by_the_hosts_of_their_constants() -> None:
+    """A prediction from fewer hosts that passed for one from as many would hide its error."""
+    four = replace(cell("flashhead", 1, 1.0, 1.0), num_hosts=4)
+    cells = [cell("flashhead", 1, 1.0, 1.0), four, replace(four, calibrated_hosts=4)]
+    assert calibrated_alike(cells) == [cells[0], cells[2]]
+    assert calibrated_on(cells, 2) == cells[:2]
 
 
 def test_kinds_are_by_payload_and_operation() -> None:

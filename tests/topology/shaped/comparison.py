@@ -16,10 +16,14 @@ GATHER, KEYS = "dense_gather", "flashhead"
 
 @dataclass(frozen=True)
 class Cell:
-    """One head at one batch size over one network; seconds of one step's communication."""
+    """One head at one batch size over one network; seconds of one step's communication.
+
+    calibrated_hosts: on how many hosts of the same link the model's constants were measured.
+    """
 
     network: str
     num_hosts: int
+    calibrated_hosts: int
     head: str
     batch_size: int
     payload_bytes: int
@@ -37,6 +41,16 @@ class Cell:
         if self.payload_bytes <= LEAST_BYTES:
             return "small"
         return "all_gather" if self.head == GATHER else "all_reduce"
+
+
+def calibrated_alike(cells: Sequence[Cell]) -> list[Cell]:
+    """Those whose constants are from as many hosts as they run on."""
+    return [cell for cell in cells if cell.calibrated_hosts == cell.num_hosts]
+
+
+def calibrated_on(cells: Sequence[Cell], num_hosts: int) -> list[Cell]:
+    """Those whose constants are from `num_hosts` hosts, whatever they run on."""
+    return [cell for cell in cells if cell.calibrated_hosts == num_hosts]
 
 
 def mean_error(cells: Sequence[Cell]) -> float:
