@@ -9,7 +9,6 @@ are fewer than a text's, since their tokens were pinned.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from torch import Tensor
 from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index.calibrate import Advance
 from flashhead_dist.index.layout import IndexTensors
-from flashhead_dist.index.manifest import IndexManifest, load_manifest, save_manifest
-from flashhead_dist.index.options import HeadIndexError
+from flashhead_dist.index.manifest import IndexManifest, change_manifest, load_manifest
 from flashhead_dist.index.shrinkage import spread_over_sources
 from flashhead_kernels.dispatch import ops_for
 
@@ -68,15 +66,7 @@ def write_escalation(
     manifest = load_manifest(path)
     chosen = {"margin": margin, "second_probes": second_probes, "share": share}
     kept = {**manifest.calibration.get("escalation", {}), "chosen": chosen}
-    changed = replace(manifest, calibration={**manifest.calibration, "escalation": kept})
-    try:
-        save_manifest(path, changed)
-    except OSError as error:
-        raise HeadIndexError(
-            f"the manifest of {path} cannot be written ({error.strerror}); copy the index to a "
-            "folder that can."
-        ) from error
-    return changed
+    return change_manifest(path, calibration={**manifest.calibration, "escalation": kept})
 
 
 def calibrate_escalation(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,27 @@ def _centroid_bytes(clusters: int, columns: int, bits: int, group_size: int) -> 
 def save_manifest(folder: Path, manifest: IndexManifest) -> None:
     """Write `manifest` into `folder`; OSError where it cannot be written."""
     (folder / MANIFEST_NAME).write_bytes(_encode(_plain(manifest)))
+
+
+def change_manifest(path: Path, **changes: Any) -> IndexManifest:
+    """Give fields of the index folder `path` other values; returns its manifest as it is then.
+
+    The old manifest stands until the new one is complete.
+
+    Raises:
+        HeadIndexError: no index there, or a manifest that cannot be written.
+    """
+    changed = replace(load_manifest(path), **changes)
+    scratch = Path(path) / f"{MANIFEST_NAME}.new"
+    try:
+        scratch.write_bytes(_encode(_plain(changed)))
+        scratch.replace(Path(path) / MANIFEST_NAME)
+    except OSError as error:
+        raise HeadIndexError(
+            f"the manifest of {path} cannot be written ({error.strerror}); copy the index to a "
+            "folder that can."
+        ) from error
+    return changed
 
 
 def load_manifest(path: Path) -> IndexManifest:

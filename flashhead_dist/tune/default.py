@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flashhead_dist.index import build_index, load_manifest
-from flashhead_dist.index.manifest import IndexManifest, save_manifest
+from flashhead_dist.index.manifest import IndexManifest, change_manifest
 from flashhead_dist.index.options import HeadIndexError, IndexOptions
 from flashhead_dist.model_source import ModelSource
 from flashhead_dist.tune.front import Record, Target
@@ -129,19 +129,13 @@ def apply_default(path: Path, chosen: Record, notes: dict[str, Any]) -> IndexMan
         HeadIndexError: an index that the point does not fit, or that cannot be written.
     """
     manifest = load_manifest(path)
-    changed = replace(
-        manifest,
+    # Margins are of the probes and the alpha that they were calibrated with.
+    kept = {name: item for name, item in manifest.calibration.items() if name != "escalation"}
+    return change_manifest(
+        path,
         num_probes=chosen["probes_per_group"] * manifest.num_groups,
         alpha=chosen["alpha"],
-        calibration={**manifest.calibration, **notes},
+        calibration={**kept, **notes},
         # Measured with other probes, on other states.
         fidelity={},
     )
-    try:
-        save_manifest(path, changed)
-    except OSError as error:
-        raise HeadIndexError(
-            f"the manifest of {path} cannot be written ({error.strerror}): copy the index to a "
-            "folder that can"
-        ) from error
-    return changed

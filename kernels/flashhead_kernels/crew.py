@@ -161,17 +161,15 @@ class Crew:
                 target=_stand_by, args=(self._box, call), name="flashhead-crew", daemon=True
             ).start()
         weakref.finalize(self, _send_home, self._box, self._calls)
-        self._products = np.int64(0)
 
     def wake(self) -> None:
         """Have the threads spin for products, until dismissed or for some milliseconds."""
-        _set_word(self._box, self._products)
+        _set_word(self._box, 0)
         for call in self._calls:
             call.set()
 
     def dismiss(self) -> None:
         """Let the threads sleep, so that others have their cores."""
-        self._products = self._box[_PIECES]
         self._box[_NEXT_BYTES] = 0
         _set_word(self._box, _DISMISSED)
 

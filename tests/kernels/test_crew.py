@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from flashhead_kernels.crew import Crew
+from flashhead_kernels.crew import _PIECES, Crew
 
 # One piece, several, a last piece that is short, rows longer than a piece, none.
 SHAPES = [(1, 640), (257, 640), (1000, 640), (5, 70_001), (3, 7), (0, 64)]
@@ -62,6 +62,17 @@ def test_woken_and_dismissed_at_any_time() -> None:
             assert torch.equal(found if turn % 2 == 0 else -found, truth)
         if turn % 7:
             crew.dismiss()
+
+
+def test_dismissed_twice_it_can_be_woken() -> None:
+    """A word kept over a dismissal, of a crew that was dismissed already, would end all help."""
+    crew = Crew(2)
+    crew.wake()
+    crew.dismiss()
+    crew.dismiss()
+    crew.wake()
+    assert crew._box[_PIECES] == 0
+    crew.dismiss()
 
 
 def test_infinity_and_nan_pass_through() -> None:

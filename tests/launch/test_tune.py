@@ -60,6 +60,7 @@ def test_measures_builds_resumes_and_applies(
     assert (front[front["measured"]]["median_us"] > 0).all()
 
     manifest = load_manifest(index)
+    assert manifest.margin_by_share
     load_shard(index)
     assert manifest.num_probes == chosen["probes_per_group"] * 16
     assert manifest.alpha == chosen["alpha"]
@@ -77,6 +78,8 @@ def test_measures_builds_resumes_and_applies(
     assert again["bytes_share"] < chosen["bytes_share"]
     changed = load_manifest(index)
     assert changed.num_probes == again["probes_per_group"] * 16
+    # Margins of other probes would make flashhead_escalate look again at the wrong rows.
+    assert changed.margin_by_share == {}
     assert changed.calibration["tuning"]["target"] == "at least 90 % in the worst source"
     load_shard(index)
 
