@@ -12,15 +12,14 @@ from torch import Tensor
 
 from flashhead_dist.index import IndexOptions, build_index, load_manifest, load_shard
 from flashhead_dist.index.calibrate import probe_ranks
-from flashhead_dist.index.cluster import cluster_tokens
 from flashhead_dist.index.layout import lay_out
-from flashhead_dist.index.metric import cluster_space, second_moment
 from flashhead_dist.model_source import open_model
 from flashhead_dist.tune.nested import halve, resize
 from flashhead_dist.tune.points import Family, Point, Shape, index_options
 from flashhead_dist.tune.row_rounding import int8_logits, survives
-from flashhead_dist.tune.scene import Part, Scene
+from flashhead_dist.tune.scene import Scene
 from flashhead_dist.tune.simulate import Simulator
+from tests.dist.tune_scene import make_scene
 
 V, D, G, N = 1000, 64, 8, 300
 OPTIONS = IndexOptions(num_groups=G)
@@ -34,21 +33,7 @@ def scene() -> Scene:
     weights = torch.randn(V, D, generator=generator).to(torch.bfloat16)
     near = weights[torch.randint(V, (N,), generator=generator)].float()
     states = (near + 2.5 * torch.randn(N, D, generator=generator)).to(torch.bfloat16)
-    moment = second_moment(states)
-    slots, _ = cluster_tokens(weights, OPTIONS, moment=moment)
-    part = Part(slice(0, N), torch.zeros(N, dtype=torch.int64), ("all",))
-    return Scene(
-        weights=weights,
-        slots=slots,
-        vectors=cluster_space(weights, moment, OPTIONS.metric_exponent),
-        moment=moment,
-        num_groups=G,
-        states=states,
-        top_tokens=(states.float() @ weights.float().T).topk(10, dim=1).indices,
-        calibration=part,
-        selection=part,
-        held_out=None,
-    )
+    return make_scene(weights, states, OPTIONS)
 
 
 @pytest.mark.parametrize("bits", [4, 16])

@@ -5,39 +5,24 @@ from __future__ import annotations
 import torch
 
 from flashhead_dist.index import IndexOptions
-from flashhead_dist.index.cluster import cluster_tokens
-from flashhead_dist.index.metric import cluster_space, second_moment
 from flashhead_dist.tune.points import Family
-from flashhead_dist.tune.scene import Part, Scene
+from flashhead_dist.tune.scene import Scene
 from flashhead_dist.tune.simulate import Simulator
 from flashhead_dist.tune.unequal import lloyd, measure_unequal, owner_of
+from tests.dist.tune_scene import make_scene
 
 V, D, G, N = 600, 64, 4, 200
 
 
-def make_scene() -> Scene:
+def random_scene() -> Scene:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(V, D, generator=generator).to(torch.bfloat16)
     states = torch.randn(N, D, generator=generator).to(torch.bfloat16)
-    moment = second_moment(states)
-    options = IndexOptions(num_groups=G)
-    part = Part(slice(0, N), torch.zeros(N, dtype=torch.int64), ("all",))
-    return Scene(
-        weights=weights,
-        slots=cluster_tokens(weights, options, moment=moment)[0],
-        vectors=cluster_space(weights, moment, options.metric_exponent),
-        moment=moment,
-        num_groups=G,
-        states=states,
-        top_tokens=(states.float() @ weights.float().T).topk(10, dim=1).indices,
-        calibration=part,
-        selection=part,
-        held_out=None,
-    )
+    return make_scene(weights, states, IndexOptions(num_groups=G))
 
 
 def test_every_token_is_with_its_nearest_mean_and_sizes_differ() -> None:
-    scene = make_scene()
+    scene = random_scene()
     owner = lloyd(scene)
     assert len(owner) == V
     sizes = torch.bincount(owner, minlength=len(scene.slots))
@@ -52,7 +37,7 @@ def test_every_token_is_with_its_nearest_mean_and_sizes_differ() -> None:
 
 def test_equal_clusters_come_out_as_in_the_simulation() -> None:
     # Fails where rows are counted of all clusters, or clusters are dealt otherwise.
-    scene = make_scene()
+    scene = random_scene()
     found = measure_unequal(scene, owner_of(scene), (1, 5), 1.0)
     family = Family(cluster_size=4, centroid_bits=4, group_size=64, centroid_columns=D)
     ranks = Simulator(scene).ranks(family, (1.0,))[0]
