@@ -21,7 +21,8 @@ from flashhead_dist.evaluate.tasks.records import TaskRun
 from flashhead_dist.evaluate.tasks.summary import summarise
 from flashhead_dist.generation.answers import AskOptions, answer_batch, batches
 from flashhead_dist.generation.engine import DENSE, Engine, Layout, Variant
-from flashhead_dist.heads.registry import HEAD_NAMES, check_head_names, needs_index
+from flashhead_dist.heads.named import named_head
+from flashhead_dist.heads.registry import HEAD_NAMES, needs_index
 from flashhead_dist.heads.sampling import SamplingParameters
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.measure.environment import software_versions
@@ -44,6 +45,7 @@ pip install 'flashhead-dist[lm-eval]'.
 
 examples:
   launch/evaluate.py tasks --data DIR --tasks gsm8k --limit 50
+  launch/evaluate.py tasks --data DIR --head flashhead,flashhead_escalate,flashhead_global@PUBLISHED
   launch/evaluate.py tasks --data DIR --model MODEL --chat --head flashhead --lossless 16
 """
 _LEAST = {"limit": 1, "batch_size": 1, "max_new_tokens": 1, "num_probes": 1, "lossless": 0}
@@ -71,8 +73,9 @@ def add_commands(commands: Any) -> None:
     how.add_argument(
         "--head",
         default="flashhead",
-        metavar="A[,B]",
-        help=f"beside {DENSE}: {', '.join(name for name in HEAD_NAMES if name != DENSE)}",
+        metavar="NAME[:PROBES][@DIR],...",
+        help=f"beside {DENSE}, each with its number of probes and an index folder where they are "
+        f"not those below: {', '.join(name for name in HEAD_NAMES if name != DENSE)}",
     )
     how.add_argument(
         "--lossless", type=int, default=0, metavar="N", help="each --head checked as well, every N"
@@ -98,7 +101,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         items[task] = found[: arguments.limit]
     model = open_model(arguments.model)
     index = arguments.index
-    if index is None and any(needs_index(variant.head) for variant in variants):
+    if index is None and any(needs_index(v.head) and v.index is None for v in variants):
         index = ensure_index(model)
     options = AskOptions(
         batch_size=arguments.batch_size,
@@ -106,7 +109,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         chat=arguments.chat,
     )
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    settings = _settings(arguments, model, index, options, device)
+    settings = _settings(arguments, variants, model, index, options, device)
     record = TaskRun(arguments.out, settings, _about())
     engine = Engine(
         model=model,
@@ -161,8 +164,9 @@ def _check(arguments: argparse.Namespace) -> tuple[list[Task], list[Variant]]:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}: give {least} or more")
-    names = [name for name in arguments.head.split(",") if name]
-    check_head_names(names or [arguments.head])
+    heads = [named_head(text) for text in arguments.head.split(",") if text]
+    if not heads:
+        raise UserError(f"--head names none: choose from {', '.join(HEAD_NAMES)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU, and there is none here: leave it out")
     if arguments.index is not None:
@@ -171,7 +175,11 @@ def _check(arguments: argparse.Namespace) -> tuple[list[Task], list[Variant]]:
     for task in tasks:
         task.require()
     checked = [arguments.lossless] if arguments.lossless else []
-    variants = [Variant(name, every) for name in names for every in (0, *checked)]
+    variants = [
+        Variant(head.name, every, head.num_probes, head.index)
+        for head in heads
+        for every in (0, *checked)
+    ]
     return tasks, list(dict.fromkeys([Variant(DENSE), *variants]))
 
 
@@ -208,6 +216,7 @@ def _answer(
 
 def _settings(
     arguments: argparse.Namespace,
+    variants: Sequence[Variant],
     model: ModelSource,
     index: Path | None,
     options: AskOptions,
@@ -215,6 +224,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What records of one folder have in common."""
     manifest = None if index is None else load_manifest(index)
+    own = {str(v.index): load_manifest(v.index).index_hash for v in variants if v.index is not None}
     return {
         "model": model.name,
         "weight_hash": model.weight_hash,
@@ -225,6 +235,8 @@ def _settings(
         "dtype": arguments.dtype,
         "device": device.type,
         **asdict(options),
+        # Left out where there are none, as in records of before heads had indexes of their own.
+        **({"named_index_hashes": own} if own else {}),
     }
 
 

@@ -28,7 +28,8 @@ from flashhead_dist.generation.texts.first_difference import (
 from flashhead_dist.generation.texts.summary import summarize
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.flashhead_escalate import FlashHeadEscalate
-from flashhead_dist.heads.registry import HEAD_NAMES, build_head, check_head_names, needs_index
+from flashhead_dist.heads.named import NamedHead, named_head
+from flashhead_dist.heads.registry import HEAD_NAMES, build_head, needs_index
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.model_source import ModelSource, open_model
 from flashhead_dist.report.progress import SweepProgress
@@ -98,7 +99,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: something given cannot be used.
     """
-    named = [_parsed(spec) for spec in arguments.heads]
+    named = [named_head(text) for text in arguments.heads]
     known = read_records(arguments.out)
     prompts = _prompts(arguments)
     model = open_model(arguments.model)
@@ -108,8 +109,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with compute_threads(arguments.threads or probe_machine().num_cores):
         batches = decoder.batches(prompts)
         contenders = [
-            _contender(label, *parts, model, decoder, batches)
-            for label, parts in zip(arguments.heads, named, strict=True)
+            _contender(label, head, model, decoder, batches)
+            for label, head in zip(arguments.heads, named, strict=True)
         ]
         heads = {contender.key: contender.build() for contender in contenders}
         records = _compare(decoder, batches, contenders, heads, known, arguments.out)
@@ -144,27 +145,14 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     return [Prompt(arguments.prompts.stem or "prompts", text) for text in texts]
 
 
-def _parsed(spec: str) -> tuple[str, int | None, Path | None]:
-    """Name, probes and index folder of NAME[:PROBES][@DIR]."""
-    named, _, folder = spec.partition("@")
-    name, _, probes = named.partition(":")
-    check_head_names([name])
-    if probes and not probes.isdecimal():
-        raise UserError(f"{probes!r} in {spec} is no number of probes: give NAME:PROBES@DIR")
-    if folder:
-        load_manifest(Path(folder))
-    return name, int(probes) if probes else None, Path(folder) if folder else None
-
-
 def _contender(
     label: str,
-    name: str,
-    num_probes: int | None,
-    index: Path | None,
+    head: NamedHead,
     model: ModelSource,
     decoder: TextDecoder,
     batches: Sequence[Batch],
 ) -> _Contender:
+    name, num_probes, index = head.name, head.num_probes, head.index
     if index is None and needs_index(name):
         index = ensure_index(model)
     settings: list[object] = [name, _index_hash(index), model.weight_hash, decoder.max_new_tokens]

@@ -21,6 +21,8 @@ from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.dense import DenseLocalMax
+from flashhead_dist.heads.flashhead_escalate import Escalation
+from flashhead_dist.heads.named import NamedHead
 from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
 from flashhead_dist.integrations.deepspeed_comm import DeepSpeedCalls
@@ -36,15 +38,26 @@ _CONFIRMING = "confirming"
 
 @dataclass(frozen=True)
 class Variant:
-    """A head, and how often a dense pass checks it: every `check_every` tokens, 0 for never."""
+    """A head, and how often a dense pass checks it: every `check_every` tokens, 0 for never.
+
+    num_probes, index: of this head alone; the engine's where None.
+    """
 
     head: str
     check_every: int = 0
+    num_probes: int | None = None
+    index: Path | None = None
+
+    @property
+    def named(self) -> NamedHead:
+        """The head without its checks, which are the engine's to make."""
+        return NamedHead(self.head, self.num_probes, self.index)
 
     @property
     def label(self) -> str:
         """What tables call it."""
-        return f"{self.head} --lossless {self.check_every}" if self.check_every else self.head
+        own = self.named.label
+        return f"{own} --lossless {self.check_every}" if self.check_every else own
 
 
 @dataclass(frozen=True)
@@ -99,9 +112,13 @@ class Engine:
         device: torch.device,
         parameters: SamplingParameters,
         num_probes: int | None = None,
+        escalation: Escalation | None = None,
         layers_per_stage: Sequence[int] | None = None,
     ) -> None:
-        """Loads nothing yet: see `load`."""
+        """Loads nothing yet: see `load`.
+
+        escalation: of flashhead_escalate; what each index was calibrated to where None.
+        """
         self._layers_per_stage = layers_per_stage
         self.model, self.layout, self.device, self.dtype = model, layout, device, dtype
         self.parameters = parameters
@@ -110,7 +127,8 @@ class Engine:
         self.stop_token_ids: frozenset[int] = frozenset()
         self.pad_token_id = 0
         self._index_dir, self._num_probes = index_dir, num_probes
-        self._names = list(dict.fromkeys(variant.head for variant in variants))
+        self._escalation = escalation
+        self._named = list(dict.fromkeys(variant.named for variant in variants))
         self._checks = any(variant.check_every for variant in variants)
         self._heads: dict[str, Head] = {}
         self._body: Any = None
@@ -153,24 +171,30 @@ class Engine:
         fuse_norms(self._body)
 
     def _build_heads(self, tp: TensorParallel) -> None:
-        builder = HeadBuilder(
-            tp=tp,
-            model=self.model,
-            index_dir=self._index_dir,
-            dtype=self.dtype,
-            device=self.device,
-        )
-        for name in self._names:
-            probes = None if name == DENSE else self._num_probes
-            self._heads[name] = builder.build(name, num_probes=probes)
+        folders = dict.fromkeys([self._index_dir, *(head.index for head in self._named)])
+        builders = {
+            folder: HeadBuilder(
+                tp=tp,
+                model=self.model,
+                index_dir=folder,
+                dtype=self.dtype,
+                device=self.device,
+                escalation=self._escalation,
+            )
+            for folder in folders
+        }
+        for head in self._named:
+            probes = None if head.name == DENSE else head.num_probes or self._num_probes
+            builder = builders[head.index or self._index_dir]
+            self._heads[head.label] = builder.build(head.name, num_probes=probes)
         if self._checks:
-            self._heads[_CONFIRMING] = builder.build_confirming()
-        for name in self._heads:
-            self._try_out(name)
+            self._heads[_CONFIRMING] = builders[self._index_dir].build_confirming()
+        for label in self._heads:
+            self._try_out(label)
 
-    def _try_out(self, name: str) -> None:
+    def _try_out(self, label: str) -> None:
         """Choose a token once, so that what a head cannot serve is said before a body waits."""
-        choose = self._chooser(name)
+        choose = self._chooser(label)
         assert choose is not None
         nothing = torch.zeros(1, dtype=torch.int64)
         hidden = torch.zeros(1, self.model.hidden_size, dtype=self.dtype, device=self.device)
@@ -184,9 +208,9 @@ class Engine:
         self.pad_token_id = self.tokenizer.pad_token_id or 0
         return body
 
-    def head(self, name: str) -> Head | None:
+    def head(self, label: str) -> Head | None:
         """This rank's part of a head; None on a stage that holds none, or if it is not loaded."""
-        return self._heads.get(name)
+        return self._heads.get(label)
 
     def decode(
         self,
@@ -199,7 +223,7 @@ class Engine:
         One after the other, or where there are pipeline stages all in flight at once.
         on_step: called with the number of a state that may have released tokens.
         """
-        choose = self._chooser(variant.head)
+        choose = self._chooser(variant.named.label)
         confirm = self._chooser(_CONFIRMING) if variant.check_every else None
         if self._pipeline is not None:
             times = self._pipeline.decode(states, choose, confirm=confirm, on_step=on_step)
@@ -212,8 +236,8 @@ class Engine:
             found.append(decode(body, state, choose, confirm=confirm, on_step=step))
         return Decoded(found, [])
 
-    def _chooser(self, name: str) -> Choose | None:
-        head = self._heads.get(name)
+    def _chooser(self, label: str) -> Choose | None:
+        head = self._heads.get(label)
         if head is None:
             # A stage of the pipeline that holds no head.
             return None

@@ -13,6 +13,7 @@ import pytest
 
 from flashhead_dist.evaluate.tasks.mt_bench import MtBench
 from flashhead_dist.generation.engine import Engine
+from flashhead_dist.index import load_manifest
 from flashhead_dist.model_source import open_model
 from tests.launch.ground import LAUNCH, build_small
 from tests.launch.small_llama import save_small_llama
@@ -99,6 +100,23 @@ def test_answers_of_all_heads_are_kept_and_compared(run: Callable[..., dict[str,
     assert rows[RETRIEVED]["tokens_per_s"] > 0
     # No judge: a score would be made up.
     assert rows[RETRIEVED]["score"] is None
+
+
+def test_heads_with_probes_and_an_index_of_their_own(
+    run: Callable[..., dict[str, Any]], files: list[str], tmp_path: Path
+) -> None:
+    """Fails where all heads are built of one index, or one head stands for two of its name."""
+    model = open_model(files[1])
+    every = load_manifest(Path(files[3])).num_clusters
+    index = build_small(model, tmp_path / "every", 4, num_probes=every)
+    whole, many = f"flashhead_global@{index}", f"flashhead:{every}"
+    found = run(*SMALL, "--head", f"flashhead,flashhead_escalate,{many},{whole}")
+    labels = [DENSE, RETRIEVED, "flashhead_escalate", many, whole]
+    assert list(found["records"][0]["answers"]) == labels
+    dense = texts_of(found, DENSE)
+    assert texts_of(found, many) == texts_of(found, whole) == dense
+    assert texts_of(found, RETRIEVED) != dense
+    assert found["settings"]["named_index_hashes"] == {str(index): load_manifest(index).index_hash}
 
 
 def test_a_batch_answers_each_item_as_alone(run: Callable[..., dict[str, Any]]) -> None:
@@ -208,6 +226,9 @@ def test_a_folder_made_otherwise_is_not_added_to(
         (["--tasks", "gsm9k"], "there is no task named 'gsm9k': choose from gsm8k, "),
         (["--tasks", "mmlu_pro"], "mmlu_pro holds 0 .jsonl files: give --data a folder with one"),
         (["--head", "none"], "there is no head named 'none'"),
+        (["--head", ","], "--head names none: choose from "),
+        (["--head", "flashhead:few"], "'few' in flashhead:few is no number of probes"),
+        (["--head", "flashhead@nowhere"], "nowhere"),
         (["--limit", "0"], "--limit is 0: give 1 or more"),
         (["--lossless", "-1"], "--lossless is -1: give 0 or more"),
         ([*SMALL, "--chat"], "has no chat template in its tokenizer: leave out --chat"),
