@@ -8,7 +8,7 @@ decodes over the same body.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class StreamedLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._crew = crew
+        self.crew = crew
         self._following: Tensor | None = None
 
     def precede(self, layer: StreamedLinear) -> None:
@@ -49,10 +49,31 @@ class StreamedLinear(nn.Module):
         if inputs.numel() != self.in_features or inputs.dtype is not self.weight.dtype:
             return nn.functional.linear(inputs, self.weight, self.bias)
         state = inputs.float().contiguous()
-        result = self._crew.multiply(self.weight, state, self._following)
+        result = self.crew.multiply(self.weight, state, self._following)
         if self.bias is not None:
             result += self.bias
         return result.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
+
+
+def stacked(layers: Sequence[StreamedLinear]) -> tuple[Tensor, Tensor | None] | None:
+    """The weights of neighbours as one `[sum of out_features, in_features]`, and their biases.
+
+    None where the layers differ in width or dtype, or do not lie side by side.
+    """
+    first = layers[0]
+    end = first.weight.data_ptr()
+    for layer in layers:
+        if (
+            layer.weight.data_ptr() != end
+            or layer.in_features != first.in_features
+            or layer.weight.dtype is not first.weight.dtype
+            or (layer.bias is None) != (first.bias is None)
+        ):
+            return None
+        end += layer.weight.nbytes
+    rows = sum(layer.out_features for layer in layers)
+    weight = first.weight.detach().as_strided((rows, first.in_features), (first.in_features, 1))
+    return weight, None if first.bias is None else torch.cat([layer.bias for layer in layers])
 
 
 def stream_linears(model: nn.Module, decoder: nn.Module) -> int:
@@ -120,16 +141,17 @@ def _move(places: list[_Place], crew: Crew) -> list[StreamedLinear]:
 
 
 def _blocks(places: list[_Place]) -> Iterator[list[_Place]]:
-    """Neighbours of one dtype, some megabytes together."""
+    """Neighbours of one dtype, some megabytes together; layers of one parent are not parted."""
     block: list[_Place] = []
     for place in places:
-        if block and block[0][2].weight.dtype != place[2].weight.dtype:
+        full = sum(layer.weight.nbytes for _, _, layer in block) >= _BLOCK_BYTES
+        if block and (
+            block[0][2].weight.dtype != place[2].weight.dtype
+            or (full and block[-1][0] is not place[0])
+        ):
             yield block
             block = []
         block.append(place)
-        if sum(layer.weight.nbytes for _, _, layer in block) >= _BLOCK_BYTES:
-            yield block
-            block = []
     if block:
         yield block
 

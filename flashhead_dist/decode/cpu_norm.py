@@ -19,14 +19,14 @@ class FusedNorm(nn.Module):
     def __init__(self, plain: nn.Module, scale: Tensor, eps: float) -> None:
         super().__init__()
         self.plain = plain
-        self._scale, self._eps = scale, eps
+        self.scale, self.eps = scale, eps
 
     def forward(self, states: Tensor) -> Tensor:
         """`[..., D]` of `[..., D]`."""
         if states.numel() > _FEW_VALUES or states.dtype is not torch.float32:
             result: Tensor = self.plain(states)
             return result
-        return rms_norm(states, self._scale, self._eps)
+        return rms_norm(states, self.scale, self.eps)
 
 
 def fuse_norms(model: nn.Module) -> int:

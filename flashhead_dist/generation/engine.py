@@ -13,7 +13,9 @@ from torch import Tensor
 
 from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.decode.body import TransformersBody
+from flashhead_dist.decode.cpu_attention import fuse_attention
 from flashhead_dist.decode.cpu_linear import stream_linears
+from flashhead_dist.decode.cpu_mlp import fuse_mlps
 from flashhead_dist.decode.cpu_norm import fuse_norms
 from flashhead_dist.decode.embedding import share_embedding
 from flashhead_dist.decode.loop import Choose, DecodeTimes, decode
@@ -169,6 +171,8 @@ class Engine:
         self._body = body.to(self.device)
         stream_linears(self._body, self._body.get_decoder())
         fuse_norms(self._body)
+        fuse_attention(self._body)
+        fuse_mlps(self._body)
 
     def _build_heads(self, tp: TensorParallel) -> None:
         folders = dict.fromkeys([self._index_dir, *(head.index for head in self._named)])

@@ -20,7 +20,8 @@ from flashhead_kernels.llvm_row_dot import row_dot
 
 
 @jit
-def _normalize(states: int, weight: int, result: int, rows: int, size: int, eps: float) -> None:
+def normalize(states: int, weight: int, result: int, rows: int, size: int, eps: float) -> None:
+    """RMSNorm of `rows` states at an address, for compiled code; `result` may be `states`."""
     values: Any = carray(address(states), (rows * size,), np.float32)
     factors: Any = carray(address(weight), (size,), np.float32)
     out: Any = carray(address(result), (rows * size,), np.float32)
@@ -40,7 +41,7 @@ def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     states = states.contiguous()
     result = torch.empty_like(states)
     if size:
-        _normalize(
+        normalize(
             states.data_ptr(), weight.data_ptr(), result.data_ptr(), states.numel() // size, size,
             eps,
         )  # fmt: skip
