@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.integrations.deepspeed_comm import import_deepspeed
+from flashhead_dist.model_source.int4_linear import unpack_linears
 
 
 class NoHead(nn.Module):
@@ -70,6 +71,8 @@ def shard_body(model: Any, group: dist.ProcessGroup | None, dtype: torch.dtype) 
     deepspeed = import_deepspeed()
     if group is None or dist.get_world_size(group) == 1:
         return model
+    # AutoTP would leave packed layers whole on every rank, and sum them up all the same.
+    unpack_linears(model, dtype)
     tp_size = dist.get_world_size(group)
     parallel = {"tp_size": tp_size, "mpu": _Mpu(group), "tp_group": group}
     try:

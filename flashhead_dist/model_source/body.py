@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from flashhead_dist.model_source.compressed import settle_compressed
 from flashhead_dist.model_source.errors import ModelSourceError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -17,6 +18,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenize
 def load_folder_body(find_folder: Callable[[], Path], dtype: torch.dtype | None) -> tuple[Any, Any]:
     """Model (eval mode, CPU, `dtype` or as stored) and tokenizer of the folder that is found.
 
+    Four-bit layers that compressed-tensors wrote stay packed: see `settle_compressed`.
     Raises ModelSourceError where transformers cannot load either.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,7 +28,8 @@ def load_folder_body(find_folder: Callable[[], Path], dtype: torch.dtype | None)
         with _no_bars():
             tokenizer = AutoTokenizer.from_pretrained(folder)
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
-    except (OSError, ValueError, KeyError) as error:
+        settle_compressed(model)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise _unloadable(folder, error) from error
     return model.eval(), tokenizer
 
