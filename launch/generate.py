@@ -144,6 +144,7 @@ class _Run:
             device=setup.device,
             parameters=arguments.parameters,
             num_probes=arguments.num_probes,
+            escalation=arguments.escalation,
             layers_per_stage=arguments.layers_per_stage,
         )
 

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from escalation_arguments import add_escalation, escalation_of
 from flashhead_dist.errors import UserError
 from flashhead_dist.generation.engine import DENSE, Layout, Variant
 from flashhead_dist.heads.closed_form import SAMPLING_HEADS
@@ -27,7 +28,7 @@ def parse_arguments(
 ) -> argparse.Namespace:
     """Read the command line on one of `world_size` ranks; only one that `speaks` prints help.
 
-    Adds `variants`, `layout` and `parameters`.
+    Adds `variants`, `layout`, `parameters` and `escalation`.
 
     Raises:
         UserError: something given cannot be, whatever the model.
@@ -51,6 +52,7 @@ def parse_arguments(
             "--temperature too, or leave them out"
         )
     arguments.variants = _variants(arguments)
+    arguments.escalation = escalation_of(arguments, arguments.heads)
     return arguments
 
 
@@ -96,6 +98,7 @@ def _parser(description: str | None, *, speaks: bool) -> RankParser:
         help=f"decode with {DENSE}, each head, and each head with --lossless in turn",
     )
     how.add_argument("--num-probes", type=int, metavar="P", help="default: the index's")
+    add_escalation(how)
     how.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="default: fp32")
     where = parser.add_argument_group("on which ranks")
     where.add_argument("--tp-size", type=int, metavar="N", help="default: all ranks of a stage")

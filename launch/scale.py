@@ -120,6 +120,7 @@ class _Run:
                     index_hash=workload.index_hash,
                     num_probes=plan.num_probes,
                     alpha=plan.alpha,
+                    escalate_below=self.arguments.escalate_below,
                     seed=self.arguments.seed,
                     world_size=self.world.size,
                 ),
@@ -196,6 +197,7 @@ class _Run:
             dtype=model.dtype,
             num_probes=arguments.num_probes,
             alpha=arguments.alpha,
+            escalation=arguments.escalation,
             effort=Effort(
                 iterations=arguments.iters,
                 warmup=arguments.warmup,

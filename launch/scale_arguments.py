@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 
+from escalation_arguments import add_escalation, escalation_of
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.registry import HEAD_NAMES, check_head_names
 from rank_parser import DTYPES, RankParser, integers
@@ -17,11 +18,14 @@ def parse_arguments(
 ) -> argparse.Namespace:
     """Read the command line on one of `world_size` ranks; only one that `speaks` prints help.
 
+    Adds `escalation`.
+
     Raises:
         UserError: something given cannot be, whatever the model.
     """
     arguments = _parser(description, speaks=speaks).parse_args(argv)
     _check(arguments, world_size)
+    arguments.escalation = escalation_of(arguments, arguments.heads)
     return arguments
 
 
@@ -44,6 +48,7 @@ def _parser(description: str | None, *, speaks: bool) -> RankParser:
     what.add_argument("--dtype", choices=sorted(DTYPES), help="of the rows (default: as stored)")
     what.add_argument("--num-probes", type=int, metavar="P", help="default: the index's")
     what.add_argument("--alpha", type=float, metavar="A", help="default: the index's")
+    add_escalation(what)
     how = parser.add_argument_group("how to measure")
     how.add_argument("--iters", type=int, default=40, metavar="N", help="at most, a cell")
     how.add_argument("--warmup", type=int, default=3, metavar="N")

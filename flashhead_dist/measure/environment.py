@@ -58,6 +58,7 @@ def make_provenance(
     index_hash: str | None,
     num_probes: int | None,
     alpha: float | None,
+    escalate_below: float | None = None,
     seed: int,
     world_size: int,
 ) -> Callable[[], Provenance]:
@@ -82,6 +83,7 @@ def make_provenance(
             index_hash=index_hash,
             num_probes=num_probes,
             alpha=alpha,
+            escalate_below=escalate_below,
             seed=seed,
         )
 

@@ -47,6 +47,7 @@ def load_heads(
                     num_probes=plan.num_probes if needs_index(name) else None,
                     alpha=plan.alpha,
                     device=place.device,
+                    escalation=plan.escalation,
                 )
         with control.phase():
             heads[name].forward(one_state)

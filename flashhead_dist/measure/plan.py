@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flashhead_dist.heads.flashhead_escalate import Escalation
 from flashhead_dist.measure.cell import Effort
 from flashhead_dist.model_source import ModelSource
 from flashhead_topology.machine import Oversubscription
@@ -24,6 +25,8 @@ class Plan:
     dtype: torch.dtype
     num_probes: int | None = None
     alpha: float | None = None
+    escalation: Escalation | None = None
+    """Of flashhead_escalate; the index's own where None."""
     effort: Effort = field(default_factory=Effort)
     num_cores: int
     """Cores of this host, for loading: heads are built with all of them and timed with their own

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,6 +42,8 @@ class Provenance:
     index_hash: str | None
     num_probes: int | None
     alpha: float | None
+    escalate_below: float | None = None
+    """Of flashhead_escalate, in logits; None for the index's own, and in records of before it."""
     seed: int
 
 
@@ -144,7 +146,8 @@ def record_from_json(value: dict[str, Any]) -> Record:
     if version != SCHEMA_VERSION:
         raise SchemaError(version, value.get("commit"))
     known = {field.name for field in fields(Record)}
-    if missing := sorted(known - value.keys()):
+    needed = {field.name for field in fields(Record) if field.default is MISSING}
+    if missing := sorted(needed - value.keys()):
         raise ValueError(f"it lacks {', '.join(missing)}")
     if unknown := sorted(value.keys() - known):
         raise ValueError(f"it has the unknown keys {', '.join(unknown)}")

@@ -72,7 +72,8 @@ def differences(baseline: Run, run: Run) -> list[str]:
     """What the runs differ in besides their figures, as `name: before -> after`."""
     names = (
         "system", "device", "os", "backend", "dtype", "threads_per_rank", "commit", "model",
-        "model_hash", "index_hash", "num_probes", "alpha", "seed",
+        "model_hash", "index_hash", "num_probes", "alpha", "escalate_below",
+        "seed",
     )  # fmt: skip
     pairs = [(name, getattr(baseline.first, name), getattr(run.first, name)) for name in names]
     theirs, ours = baseline.first.versions, run.first.versions

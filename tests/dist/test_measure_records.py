@@ -38,6 +38,12 @@ def test_writing_and_reading_gives_the_same_records(tmp_path: Path) -> None:
     assert read_records(tmp_path) == records
 
 
+def test_records_of_before_a_key_with_a_default_are_read() -> None:
+    """The golden file was written before there was a threshold of escalation."""
+    assert '"escalate_below"' not in DATA.read_text()
+    assert {record.escalate_below for record in read_records(DATA)} == {None}
+
+
 def test_every_key_is_documented() -> None:
     text = DOCUMENT.read_text()
     missing = [f.name for f in dataclasses.fields(Record) if f"`{f.name}`" not in text]

@@ -112,6 +112,17 @@ def test_sampling_is_repeated_by_its_seed_and_confirmed_by_the_same_noise(
     assert run(*sampled, "--seed", "2")["texts"]["flashhead"] != one["texts"]["flashhead"]
 
 
+def test_a_threshold_of_escalation_takes_every_row_or_none(
+    run: Callable[..., dict[str, Any]], prompts: Path
+) -> None:
+    """Fails where the engine builds its heads without the threshold."""
+    heads = ["--prompts", str(prompts), "--head", "dense_local_max,flashhead,flashhead_escalate"]
+    every = run(*heads, "--escalate-below", "1e9")["texts"]
+    never = run(*heads, "--escalate-below=-1e9")["texts"]
+    assert every["flashhead_escalate"] == every["dense_local_max"]
+    assert never["flashhead_escalate"] == every["flashhead"] != every["dense_local_max"]
+
+
 def test_text_is_streamed_and_written(
     generate: ModuleType, files: list[str], prompts: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -146,6 +157,7 @@ def test_text_is_streamed_and_written(
         (["--temperature", "1", "--top-k", "200"], "top_k 200 is more than the"),
         (["--prompt", "abc", "--out", "no/such/folder/x"], "cannot be written"),
         (["--model", "nowhere"], "nowhere"),
+        (["--escalate-below", "0"], "flashhead_escalate, which is not among flashhead"),
         (["--nosuch"], "unrecognized arguments: --nosuch"),
     ],
 )

@@ -68,6 +68,9 @@ def _facts(run: Run) -> dict[str, str]:
         "weights": first.model_hash[:12],
         "index": first.index_hash[:12] if first.index_hash else "none",
         "probes": "the index's own" if first.num_probes is None else str(first.num_probes),
+        "escalation": "the index's own"
+        if first.escalate_below is None
+        else f"margins below {first.escalate_below:g} logits",
         "commit": first.commit,
         "batch sizes": ", ".join(map(str, run.batch_sizes)),
         "tp sizes": ", ".join(map(str, run.tp_sizes)),
