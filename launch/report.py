@@ -5,10 +5,11 @@
     python launch/report.py RUN --project h100-infiniband --tp-sizes 1,8,64
     python launch/report.py RUN --fail-if 'flashhead.top1_agreement<0.995' --fail-if ...
 
-A RUN is a folder that launch/scale.py wrote. Writes report.html, which needs no network, and the
-same figures as CSV files to --output (default: `report` in the last RUN). An earlier report there
-is replaced; nothing else is, and nothing is written where a run cannot be read. docs/report.md
-explains every part of the page, the noise of a comparison and what --fail-if can ask.
+A RUN is a folder that launch/scale.py wrote, or one (alone) that launch/serve_bench.py wrote.
+Writes report.html, which needs no network, and the same figures as CSV files to --output (default:
+`report` in the last RUN). An earlier report there is replaced; nothing else is, and nothing is
+written where a run cannot be read. docs/report.md explains every part of the page, the noise of a
+comparison and what --fail-if can ask.
 
 Exit codes: 0; 1 where a condition of --fail-if holds, with the figure on standard error; 2 for a
 mistake in what was given.
@@ -32,6 +33,7 @@ from flashhead_dist.report.runs import Run, load_runs
 from flashhead_dist.report.section import Section
 from flashhead_dist.report.sections.compared import comparison_section
 from flashhead_dist.report.sections.projection import projection_section
+from flashhead_dist.report.serving_page import is_serving_run, serving_report
 from flashhead_dist.report.verdict import verdict
 from flashhead_dist.report.write import REPORT_FOLDER, check_output, write_output
 from flashhead_topology.systems import list_systems
@@ -83,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    if any(is_serving_run(path) for path in arguments.runs):
+        return _serving(arguments)
     conditions = [parse_condition(text) for text in arguments.fail_if]
     runs = load_runs(arguments.runs)
     output = arguments.output or runs[-1].folder / REPORT_FOLDER
@@ -108,6 +112,31 @@ def _report(arguments: argparse.Namespace) -> int:
         }
         print(json.dumps(document))
     return _CONDITION_HOLDS if failures else 0
+
+
+def _serving(arguments: argparse.Namespace) -> int:
+    """The page of one run of launch/serve_bench.py, which nothing else applies to."""
+    folder, *others = arguments.runs
+    asked = {
+        "--project": arguments.project,
+        "--tp-sizes": arguments.tp_sizes,
+        "--measured-on": arguments.measured_on,
+        "--fail-if": arguments.fail_if,
+    }
+    refused = [flag for flag, value in asked.items() if value]
+    if others or refused:
+        what = refused[0] if refused else f"{others[0]} beside it"
+        raise UserError(
+            f"a run of launch/serve_bench.py is shown alone, without {what}: leave that out"
+        )
+    output = arguments.output or folder / REPORT_FOLDER
+    paths = write_output(serving_report(folder), output)
+    for path in paths:
+        print(f"wrote {path}")
+    if arguments.json:
+        files = [str(path) for path in paths[1:]]
+        print(json.dumps({"page": str(paths[0]), "files": files, "failures": []}))
+    return 0
 
 
 def _projection(arguments: argparse.Namespace, run: Run) -> list[Section]:

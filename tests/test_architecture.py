@@ -20,9 +20,9 @@ GROUND = {
 }
 # From the top floor down: a part imports from parts behind it in this list only.
 FLOORS = [
-    "report", "generation", "tune", "evaluate", "integrations", "measure", "decode", "heads",
-    "index", "hidden_states", "collectives", "collective_calls", "model_source", "progress",
-    "errors",
+    "report", "serving", "generation", "tune", "evaluate", "integrations", "measure", "decode",
+    "heads", "index", "hidden_states", "collectives", "collective_calls", "model_source",
+    "progress", "errors",
 ]  # fmt: skip
 COLLECTIVES = {
     "all_reduce", "all_gather", "all_gather_single", "all_gather_into_tensor", "reduce_scatter",

@@ -49,6 +49,10 @@ def _megabytes(value: float) -> str:
     return f"{value / 1e6:,.1f}"
 
 
+def _tenth(value: float) -> str:
+    return f"{value:,.1f}"
+
+
 def _gb_per_s(value: float) -> str:
     return f"{value / 1e9:,.1f}"
 
@@ -95,7 +99,21 @@ _COLUMNS = {
     "scan_over_retrieval": Column("scan / retrieval", _times),
     "micro_batches": Column("micro-batches", _count),
     "schedule": Column("schedule", str),
-    "tokens_per_s": Column("tokens/s", lambda value: f"{value:,.1f}"),
+    "tokens_per_s": Column("tokens/s", _tenth),
+    "tokens_per_s_p10": Column("p10", _tenth),
+    "tokens_per_s_p90": Column("p90", _tenth),
+    "concurrency": Column("concurrency", str),
+    "ttft_p50_ms": Column("TTFT ms, p50", _tenth),
+    "ttft_p99_ms": Column("p99", _tenth),
+    "tpot_p50_ms": Column("TPOT ms, p50", _tenth),
+    "tpot_p99_ms": Column("p99", _tenth),
+    "over_dense": Column("× dense", _times),
+    "identical_texts": Column("same texts %", _percent),
+    "same_start": Column("same start %", _percent),
+    "dense_repeats": Column("dense repeats itself %", _percent),
+    "flashhead_steps": Column("FlashHead's steps %", _fine_percent),
+    "rounds": Column("rounds", _count),
+    "requests": Column("requests", _count),
     "measured_bubble": Column("bubble %", _percent),
     "formula_bubble": Column("equal stages, formula %", _percent),
     "ideal_bubble": Column("these stages, free messages %", _percent),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import groupby
@@ -53,7 +53,7 @@ FRAME_NAMES = frozenset(
     {
         "setting", "comparison", "latency", "split", "scaling", "ranks", "wire", "roofline",
         "fidelity", "crossover", "memory", "pipeline", "projection",
-        "device_counts", "ranges", "kernels",
+        "device_counts", "ranges", "kernels", "serving",
     }
 )  # fmt: skip
 """Stems of all files of figures that a report may hold."""
@@ -152,6 +152,42 @@ def make_report(runs: Sequence[Run], extra: Sequence[Section] = ()) -> Report:
     html = _render(
         title=_title(runs),
         runs=runs,
+        parts=parts,
+        warnings=warnings,
+        files=[f"{name}.csv" for name in frames],
+        generator=GENERATOR,
+        css=_read("page.css"),
+    )
+    return Report(html=html, frames=frames)
+
+
+def make_page(
+    *,
+    title: str,
+    label: str,
+    words: Sequence[str],
+    facts: Mapping[str, str],
+    sections: Sequence[Section],
+    warnings: Sequence[str],
+) -> Report:
+    """The page of one run of another kind than launch/scale.py's; nothing is written.
+
+    words: sentences to begin with. facts: what was measured on what.
+
+    Raises:
+        UserError: matplotlib or jinja2 is missing.
+    """
+    _require_libraries()
+    known = tuple(_Fact(name, (value,), differs=False) for name, value in facts.items())
+    parts = [
+        _Part("words", "In words", paragraphs=tuple(_Paragraph.of("", text) for text in words)),
+        *map(_extra_part, sections),
+        _Part(SETTING_KEY, "What was measured on what", facts=known),
+    ]
+    frames = {section.key: section.frame for section in sections}
+    html = _render(
+        title=title,
+        runs=[{"label": label}],
         parts=parts,
         warnings=warnings,
         files=[f"{name}.csv" for name in frames],

@@ -9,6 +9,7 @@ from pathlib import Path
 from flashhead_dist.errors import UserError
 from flashhead_dist.report.page import FRAME_NAMES, GENERATOR, Report, make_report
 from flashhead_dist.report.runs import load_run
+from flashhead_dist.report.serving_page import is_serving_run, serving_report
 
 PAGE_NAME = "report.html"
 REPORT_FOLDER = "report"
@@ -69,12 +70,13 @@ def write_output(report: Report, folder: Path) -> list[Path]:
 
 
 def write_page(run_folder: Path) -> Path:
-    """Write the report of one finished run to `report` within it, and return the page's path.
+    """Write the report of one run to `report` within it, and return the page's path.
 
     Raises:
-        UserError: see `load_run` and `write_output`.
+        UserError: see `load_run`, `serving_report` and `write_output`.
     """
-    report = make_report([load_run(run_folder)])
+    serving = is_serving_run(run_folder)
+    report = serving_report(run_folder) if serving else make_report([load_run(run_folder)])
     return write_output(report, run_folder / REPORT_FOLDER)[0]
 
 
