@@ -32,6 +32,7 @@ from flashhead_dist.integrations.deepspeed_pipeline import PipelineDecoder
 from flashhead_dist.integrations.deepspeed_tp import drop_head, shard_body
 from flashhead_dist.integrations.pipeline_bubble import StageTimes
 from flashhead_dist.model_source import ModelSource
+from flashhead_dist.model_source.int4_linear import unpack_linears
 
 DENSE = DenseLocalMax.name
 """The head whose text the others are compared with, and that lossless mode repeats."""
@@ -206,6 +207,8 @@ class Engine:
 
     def _load_body(self) -> Any:
         body, self.tokenizer = self.model.load_body(self.dtype)
+        if self.device.type != "cpu":
+            unpack_linears(body, self.dtype)
         self.context_length = getattr(body.get_decoder().config, "max_position_embeddings", None)
         stops = body.generation_config.eos_token_id
         self.stop_token_ids = frozenset([stops] if isinstance(stops, int) else stops or [])
