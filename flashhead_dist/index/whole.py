@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from flashhead_dist.index.manifest import DATA_NAME, IndexManifest
 from flashhead_dist.index.options import HeadIndexError
@@ -43,10 +44,12 @@ def read_projection(
     return Projection(shared[TO_STATE], shared[CENTROID_MEAN]).to(device)
 
 
-def read_token_map(
-    path: Path, manifest: IndexManifest, tp_size: int, device: torch.device
-) -> TokenMap:
-    """Where every token's row is, on `device`; HeadIndexError where the stored ids are damaged."""
+def read_token_ids(path: Path, manifest: IndexManifest) -> tuple[Tensor, Tensor]:
+    """Ids of all groups: clustered int32 `[G, M, S]` and pinned int32 `[G, n]`, -1 for pads.
+
+    Raises:
+        HeadIndexError: the stored ids are damaged.
+    """
     try:
         with safe_open(path / DATA_NAME, framework="pt") as file:
             names = file.keys()
@@ -58,4 +61,12 @@ def read_token_map(
         raise damaged(path / DATA_NAME) from error
     if hash_group([token_ids, pinned]) != manifest.token_ids_sha256:
         raise damaged(path / DATA_NAME)
+    return token_ids, pinned
+
+
+def read_token_map(
+    path: Path, manifest: IndexManifest, tp_size: int, device: torch.device
+) -> TokenMap:
+    """Where every token's row is, on `device`; HeadIndexError where the stored ids are damaged."""
+    token_ids, pinned = read_token_ids(path, manifest)
     return TokenMap.of(token_ids, pinned, manifest.vocab_size, tp_size).to(device)

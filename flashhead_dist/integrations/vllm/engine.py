@@ -1,0 +1,138 @@
+"""What the pieces of one engine share in one process: options, index, batch, and the table.
+
+vLLM imports this where FlashHead is off too, and on a CPU does not start once llvmlite is loaded
+(`vllm.triton_utils.dispatcher` 0.32 stumbles over it): what needs numba is imported where it is
+first used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+import vllm
+from vllm.distributed import get_tp_group
+
+from flashhead_dist.collectives import TensorParallel
+from flashhead_dist.integrations.vllm.needs import RequestNeed, RowNeed
+from flashhead_dist.integrations.vllm.options import FlashHeadOptions, options_of
+from flashhead_dist.integrations.vllm.refusals import refuse
+
+if TYPE_CHECKING:
+    from flashhead_dist.index import IndexManifest, IndexShard
+    from flashhead_dist.integrations.vllm.head import RowsHead
+
+
+@dataclass
+class Batch:
+    """The requests of the step to come: needs by row, for `size` rows."""
+
+    size: int = 0
+    needs: dict[int, RequestNeed] = field(default_factory=dict)
+
+    def rows(self) -> list[RowNeed]:
+        """The rows' needs, in order."""
+        return [self.needs[row].row for row in range(self.size)]
+
+    def dense(self, num_rows: int) -> str | None:
+        """Why a step of so many rows needs every logit; None where it does not."""
+        for row in range(self.size):
+            reason = self.needs[row].dense
+            if reason is not None:
+                return reason
+        return None if num_rows == self.size else "unknown_rows"
+
+
+class Engine:
+    """One engine that FlashHead serves; found by every piece through its vLLM configuration."""
+
+    def __init__(self, vllm_config: Any, options: FlashHeadOptions) -> None:
+        """Raises UserError for a configuration or an index that does not fit."""
+        from flashhead_dist.index import load_manifest
+
+        self.options = options
+        self.manifest: IndexManifest = load_manifest(options.index)
+        refuse(vllm_config, self.manifest, vllm.__version__)
+        self.max_num_rows: int = vllm_config.scheduler_config.max_num_seqs
+        self.model_name: str = vllm_config.model_config.model
+        self.tied = bool(
+            getattr(vllm_config.model_config.hf_text_config, "tie_word_embeddings", False)
+        )
+        self.batch = Batch()
+        self.shard: IndexShard | None = None
+
+    @property
+    def num_candidates(self) -> int:
+        """Tokens of a greedy row that are scored exactly, pads left out."""
+        manifest = self.manifest
+        probes = self.options.num_probes or manifest.num_probes
+        per_group = -(-probes // manifest.num_groups)
+        return manifest.num_groups * per_group * manifest.cluster_size
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> IndexShard:
+        """This rank's part of the index, once."""
+        from flashhead_dist.index import load_shard
+        from flashhead_dist.index.row_block import with_row_dtype
+
+        if self.shard is None:
+            group = get_tp_group()
+            with torch.device("cpu"):
+                shard = load_shard(
+                    self.options.index,
+                    tp_rank=group.rank_in_group,
+                    tp_size=group.world_size,
+                    device=device,
+                )
+                self.shard = with_row_dtype(shard, dtype)
+        return self.shard
+
+    def rows_head(self, dtype: torch.dtype | None, softcap: float | None, scale: float) -> RowsHead:
+        """The head over this rank's part; dtype, softcap and scale are those of vLLM's layer."""
+        from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
+        from flashhead_dist.index.whole import read_token_ids
+        from flashhead_dist.integrations.vllm.head import Finish, RowsHead
+        from flashhead_dist.integrations.vllm.rows import VocabularyMap
+
+        manifest, shard, options = self.manifest, self.shard, self.options
+        assert shard is not None
+        head = FlashHeadAuto(
+            self.place(),
+            shard,
+            num_probes=options.num_probes or manifest.num_probes,
+            alpha=manifest.alpha if options.alpha is None else options.alpha,
+        )
+        token_ids, _ = read_token_ids(options.index, manifest)
+        where = VocabularyMap.of(token_ids.to(shard.rows.device), manifest.vocab_size)
+        return RowsHead(head, Finish(dtype or shard.rows.dtype, softcap, scale), where)
+
+    def place(self) -> TensorParallel:
+        """This rank's place in vLLM's tensor-parallel group."""
+        assert self.shard is not None
+        group = get_tp_group()
+        device = self.shard.rows.device
+        if group.world_size == 1:
+            return TensorParallel.single(device)
+        return TensorParallel.from_group(group.device_group, device)
+
+
+_ENGINES: WeakValueDictionary[str, Engine] = WeakValueDictionary()
+
+
+def engine_of(vllm_config: Any) -> Engine | None:
+    """The engine of a configuration, the same object for every piece; None where FlashHead is off.
+
+    The caller keeps it: nothing else does.
+
+    Raises:
+        UserError: see `Engine` and `options_of`.
+    """
+    options = options_of(vllm_config)
+    if options is None:
+        return None
+    found = _ENGINES.get(vllm_config.instance_id)
+    if found is None:
+        found = Engine(vllm_config, options)
+        _ENGINES[vllm_config.instance_id] = found
+    return found

@@ -1,0 +1,141 @@
+"""From hidden states to rows of logits, for the kinds of rows that a batch of requests needs.
+
+Letters: `B` rows, `V` vocabulary, `D` hidden size, `R` rows of this rank's table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from flashhead_dist.heads.base import Want
+from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
+from flashhead_dist.integrations.vllm.needs import Rest, RowNeed
+from flashhead_dist.integrations.vllm.rows import VocabularyMap, know, make_rows
+from flashhead_profiles.ranges import HEAD, annotate
+
+_BEST = 4
+"""Best tokens asked for: logits that are equal once rounded go to the smallest id, as in vLLM."""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What becomes of `hidden . row`: vLLM's own steps, in its head's dtype."""
+
+    dtype: torch.dtype
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Final logits in the head's dtype, of logits in any."""
+        logits = logits.to(self.dtype)
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits if self.scale == 1.0 else logits * self.scale
+
+
+class RowsHead:
+    """Serves rows over one rank's part of an index; all ranks of the group make the same calls."""
+
+    def __init__(self, head: FlashHeadAuto, finish: Finish, where: VocabularyMap) -> None:
+        """head: whose shard's rows lie in one piece; where: of the whole index."""
+        head.check_inputs = False
+        self.head = head
+        self.finish = finish
+        self.where = where
+        self.vocab_size = head.vocab_size
+        table = head.shard.table
+        assert table is not None
+        self._table, self._ids = table
+
+    @property
+    def num_local_candidates(self) -> int:
+        """Tokens of a greedy row that this rank scores exactly, pads included."""
+        head = self.head
+        manifest = head.shard.manifest
+        pinned = manifest.num_pinned * len(head.shard.group_ids)
+        return head.num_local_probes * manifest.cluster_size + pinned
+
+    def serves(self, needs: Sequence[RowNeed]) -> bool:
+        """Whether `rows` is the faster way for a batch with these needs: past the crossover only
+        where the head's own scan can serve it.
+        """
+        return not self.head.scans(len(needs)) or all(need.best_only for need in needs)
+
+    def rows(self, hidden_states: Tensor, needs: Sequence[RowNeed]) -> Tensor:
+        """Rows float32 `[B, V]` of `hidden_states [B, D]`, one need for each."""
+        with annotate(HEAD, len(hidden_states), self.head.name):
+            kinds = sorted(set(needs), key=needs.index)
+            if len(kinds) == 1:
+                return self._of_kind(hidden_states, kinds[0])
+            out = hidden_states.new_empty((len(needs), self.vocab_size), dtype=torch.float32)
+            for kind in kinds:
+                places = [i for i, need in enumerate(needs) if need == kind]
+                chosen = torch.tensor(places, device=hidden_states.device)
+                out[chosen] = self._of_kind(hidden_states[chosen], kind)
+            return out
+
+    def dense(self, hidden_states: Tensor) -> Tensor:
+        """Every logit `[B, V]`, in the head's dtype."""
+        with annotate(HEAD, len(hidden_states), "dense"):
+            dtype = self.finish.dtype
+            logits = torch.nn.functional.linear(hidden_states.to(dtype), self._table.to(dtype))
+            tp = self.head.tp
+            if tp.tp_size > 1:
+                width = self._position.width
+                logits = torch.nn.functional.pad(logits, (0, width - logits.shape[1]))
+                logits = tp.all_gather(logits).transpose(0, 1).flatten(1)
+            return self.finish(logits.index_select(1, self._position.of_token))
+
+    def _of_kind(self, hidden_states: Tensor, need: RowNeed) -> Tensor:
+        if need.best_only:
+            return self._best(hidden_states)
+        steps = know(
+            self.head,
+            hidden_states,
+            need.temperature,
+            softcap=self.finish.softcap or 0.0,
+            scale=self.finish.scale,
+            draws=need.rest is Rest.CLUSTERS,
+        )
+        known = self.head.tp.run(steps)
+        return make_rows(known, self.finish(known.logits), self.where, need.rest)
+
+    def _best(self, hidden_states: Tensor) -> Tensor:
+        k = min(_BEST, self.vocab_size)
+        found = self.head.serve(hidden_states, Want(k=k))
+        rows = hidden_states.new_full(
+            (len(hidden_states), self.vocab_size), -torch.inf, dtype=torch.float32
+        )
+        logits = self.finish(found.logits).float()
+        # Fewer than k were scored: repeat the first. None was, for states with NaN: leave -inf.
+        missing = found.token_ids < 0
+        first = found.token_ids[:, :1].clamp(min=0)
+        ids = torch.where(missing, first, found.token_ids)
+        return rows.scatter_(1, ids, torch.where(missing, logits[:, :1], logits))
+
+    @cached_property
+    def _position(self) -> _Positions:
+        return _Positions.of(self.head)
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Where a token's logit stands once the ranks' logits, padded to `width`, are side by side."""
+
+    of_token: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, head: FlashHeadAuto) -> _Positions:
+        shard = head.shard
+        packed = shard.token_map.packed.long()
+        rank, row = packed % shard.tp_size, packed // shard.tp_size
+        manifest = shard.manifest
+        per_group = manifest.clusters_per_group * manifest.cluster_size + manifest.num_pinned
+        width = -(-manifest.num_groups // shard.tp_size) * per_group
+        return cls(rank * width + row, width)

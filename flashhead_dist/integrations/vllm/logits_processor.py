@@ -1,0 +1,89 @@
+"""The layer that makes rows of logits from hidden states, in the place of vLLM's own."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+from flashhead_dist.errors import UserError
+from flashhead_dist.integrations.vllm.engine import Engine, engine_of
+from flashhead_dist.integrations.vllm.metrics import HeadCounters
+
+if TYPE_CHECKING:
+    from flashhead_dist.integrations.vllm.head import RowsHead
+
+
+class IndexLogits(LogitsProcessor):
+    """Asks the index for what the batch needs, or scores every token where a request needs that."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        engine = None if self.logits_as_input else engine_of(get_current_vllm_config())
+        if engine is None:
+            self.__class__ = LogitsProcessor  # vLLM's own, as if nothing were installed
+            return
+        if engine.shard is None:
+            raise UserError(
+                f"FlashHead did not find the output head of {engine.model_name}, or it is of "
+                f"another shape than the index's: start without the flashhead option"
+            )
+        if self.org_vocab_size != self.vocab_size or self.scale <= 0:
+            raise UserError(
+                f"FlashHead does not serve the output head of {engine.model_name} "
+                f"({self.extra_repr()}): start without the flashhead option"
+            )
+        self.engine: Engine = engine
+        self.counters = HeadCounters(tp_rank=engine.shard.tp_rank)
+
+    @cached_property
+    def rows_head(self) -> RowsHead:
+        """The head over this rank's part of the index."""
+        return self.engine.rows_head(self.head_dtype, self.soft_cap, self.scale)
+
+    def forward(
+        self,
+        lm_head: nn.Module,
+        hidden_states: Tensor,
+        embedding_bias: Tensor | None = None,
+        skip_gather: bool = False,
+    ) -> Tensor | None:
+        """Rows `[B, V]` of `hidden_states [B, D]`, the same on every rank."""
+        self._check(lm_head, embedding_bias, skip_gather)
+        head, batch, counters = self.rows_head, self.engine.batch, self.counters
+        num_rows = len(hidden_states)
+        before = head.head.tp.payload_bytes
+        reason = batch.dense(num_rows)
+        if reason is None and not head.serves(batch.rows()):
+            reason = "crossover"
+        if reason is None:
+            logits = head.rows(hidden_states, batch.rows())
+            counters.candidates(num_rows * head.num_local_candidates)
+        else:
+            logits = head.dense(hidden_states)
+        if batch.size:
+            counters.step("flashhead" if reason is None else "dense", num_rows)
+            if reason is not None:
+                counters.fallback(reason)
+            counters.exchange(head.head.tp.payload_bytes - before)
+        return logits
+
+    def get_top_tokens(self, *_: Any, **__: Any) -> Tensor:
+        """Raises UserError: only drafts of speculative decoding ask for it."""
+        raise UserError("FlashHead does not serve drafts in vLLM: start without the option")
+
+    get_top_k_tokens = get_top_tokens
+
+    def _check(self, lm_head: Any, bias: Tensor | None, skip_gather: bool) -> None:
+        shard = self.engine.shard
+        assert shard is not None
+        assert shard.table is not None
+        same = lm_head.weight.data_ptr() == shard.table[0].data_ptr()
+        if bias is not None or skip_gather or not same:
+            raise UserError(
+                f"{self.engine.model_name} calls its output head in a way that FlashHead does not "
+                "serve: start without the flashhead option"
+            )
