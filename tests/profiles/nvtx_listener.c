@@ -76,7 +76,8 @@ __attribute__((visibility("default"))) int InitializeInjectionNvtx2(const void *
     Function **table;
     unsigned size;
     const char *path = getenv("NVTX_LOG");
-    out = path ? fopen(path, "w") : NULL;
+    /* Several processes may write to one file. */
+    out = path ? fopen(path, "a") : NULL;
     if (!out || !callbacks || !callbacks->get_table(MODULE_CORE2, &table, &size)) return 0;
     setvbuf(out, NULL, _IOLBF, 0);
     *table[RANGE_PUSH] = (Function)on_push;
