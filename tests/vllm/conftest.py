@@ -1,7 +1,8 @@
 """Gemma-3-270M, its index, and servers of it; only where vLLM is installed.
 
 A server takes up to five gigabytes, so that one is up at a time: the dense one answers everything
-first, and ends.
+first, and ends. Nothing here imports numba at once: vLLM's engine does not start in a process that
+has it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from flashhead_dist.index import ensure_index
-from flashhead_dist.model_source import open_model
-from flashhead_dist.model_source.cache import cache_root
-from flashhead_dist.model_source.default_model import default_model_folder
 from flashhead_dist.serving.server import Server
 from tests.vllm.server_answers import Answers, compared_requests
 from tests.vllm.server_checks import assert_nothing_left
@@ -28,12 +25,18 @@ NVTX_LISTENER = Path(__file__).parents[1] / "profiles" / "nvtx_listener.c"
 @pytest.fixture(scope="session")
 def model() -> Path:
     """The folder of the default model, assembled where it is not in the cache."""
+    from flashhead_dist.model_source.cache import cache_root
+    from flashhead_dist.model_source.default_model import default_model_folder
+
     return default_model_folder(cache_root())
 
 
 @pytest.fixture(scope="session")
 def index() -> Path:
     """The default model's index, built where it is not in the cache (minutes)."""
+    from flashhead_dist.index import ensure_index
+    from flashhead_dist.model_source import open_model
+
     return ensure_index(open_model(None))
 
 

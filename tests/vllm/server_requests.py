@@ -13,7 +13,7 @@ from typing import Any
 PROMPT = "The most important thing about tides is"
 COUNTING = "One, two, three, four, five, one, two, three, four, five, one, two,"
 GREEDY: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 16, "temperature": 0}
-DRAWN: dict[str, Any] = GREEDY | {"temperature": 1.0, "seed": 11}
+DRAWN: dict[str, Any] = GREEDY | {"temperature": 0.7, "seed": 11}
 COUNTED: dict[str, Any] = GREEDY | {"prompt": COUNTING}
 
 
@@ -30,7 +30,7 @@ class Case:
 
 
 CASES = {
-    "temperature": Case(DRAWN | {"temperature": 0.6}, GREEDY | {"seed": 11}),
+    "temperature": Case(DRAWN, GREEDY | {"seed": 11}),
     "seed": Case(DRAWN | {"seed": 12}, DRAWN),
     "top_k": Case(DRAWN | {"temperature": 1.5, "top_k": 3}, DRAWN | {"temperature": 1.5}),
     "top_p": Case(DRAWN | {"temperature": 1.2, "top_p": 0.3}, DRAWN | {"temperature": 1.2}),

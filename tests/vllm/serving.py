@@ -7,6 +7,7 @@ import json
 import sys
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import pytest
 
 from flashhead_dist.serving.client import parse_counters
 from flashhead_dist.serving.server import SERVED_NAME, Server, ServerOptions
-from flashhead_topology.probe import probe_machine
 
 NEEDS_VLLM = [
     pytest.mark.vllm,
@@ -32,14 +32,17 @@ EAGER = ("--enforce-eager", "--no-enable-prefix-caching", "--max-num-seqs", "8")
 
 
 def options(model: Path, tp_size: int, flashhead: Any, **more: Any) -> ServerOptions:
-    """A server in float32: what differs between heads is then the head, not the rounding."""
+    """A server in float32: what differs between heads is then the head, not the rounding.
+
+    A thread a rank: threads that wait for each other are slow beside other work.
+    """
     return ServerOptions(
         python=Path(sys.executable),
         model=model,
         tp_size=tp_size,
         flashhead=flashhead,
         dtype="float32",
-        cores=probe_machine().num_cores,
+        cores=tp_size,
         max_model_len=1024,
         more=EAGER,
         **more,
@@ -57,10 +60,13 @@ def ask(server: Server, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stream(server: Server, request: Mapping[str, Any]) -> Iterator[str]:
-    """The pieces of a streamed text; closing the iterator closes the connection."""
+    """The pieces of a streamed text; closing the iterator closes the connection.
+
+    Raises:
+        ConnectionError: the server says that the request failed.
+    """
     connection = _send(server, {**request, "stream": True})
-    try:
-        answer = connection.getresponse()
+    with closing(connection), connection.getresponse() as answer:
         assert answer.status == 200, answer.read()
         for line in answer:
             data = line.decode().removeprefix("data: ").strip()
@@ -69,8 +75,6 @@ def stream(server: Server, request: Mapping[str, Any]) -> Iterator[str]:
                 if "choices" not in found:
                     raise ConnectionError(data)
                 yield found["choices"][0]["text"]
-    finally:
-        connection.close()
 
 
 def metrics(server: Server) -> str:
