@@ -81,6 +81,19 @@ def test_codes_choose_and_rows_score(ops: Any) -> None:
 
 
 @BOTH
+def test_rounding_may_exchange_the_two_best_of_a_group(ops: Any) -> None:
+    shard = make_shard(1, 8, 4, 64, 4, 64, 0, torch.bfloat16)
+    state = random_states(1, 64)
+    flat_rows = shard.rows.view(-1, 64)
+    own = flat_rows.double() @ state[0].double()
+    first, second = own.masked_fill(shard.token_ids.flatten() < 0, -torch.inf).topk(2).indices
+    exchanged = flat_rows.clone()
+    exchanged[first], exchanged[second] = flat_rows[second], flat_rows[first]
+    _, ids = find(ops, shard, code_rows(exchanged.view_as(shard.rows)), state, 8, 1)
+    assert ids.item() == shard.token_ids.flatten()[first].item()
+
+
+@BOTH
 def test_the_best_of_random_rows_survives_rounding(ops: Any) -> None:
     shard = make_shard(4, 32, 4, 640, 4, 64, 2, torch.bfloat16)
     states, codes = random_states(16, 640), code_rows(shard.rows)
