@@ -94,6 +94,7 @@ class Engine:
         from flashhead_dist.index.whole import read_token_ids
         from flashhead_dist.integrations.vllm.head import Finish, RowsHead
         from flashhead_dist.integrations.vllm.rows import VocabularyMap
+        from flashhead_dist.integrations.vllm.start import GroupControl, start
 
         manifest, shard, options = self.manifest, self.shard, self.options
         assert shard is not None
@@ -105,7 +106,11 @@ class Engine:
         )
         token_ids, _ = read_token_ids(options.index, manifest)
         where = VocabularyMap.of(token_ids.to(shard.rows.device), manifest.vocab_size)
-        return RowsHead(head, Finish(dtype or shard.rows.dtype, softcap, scale), where)
+        rows_head = RowsHead(head, Finish(dtype or shard.rows.dtype, softcap, scale), where)
+        group = get_tp_group()
+        control = GroupControl(group.rank_in_group, group.world_size, group.cpu_group)
+        start(rows_head, options, control, largest=self.max_num_rows, dtype=shard.rows.dtype)
+        return rows_head
 
     def place(self) -> TensorParallel:
         """This rank's place in vLLM's tensor-parallel group."""

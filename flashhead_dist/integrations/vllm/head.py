@@ -100,7 +100,7 @@ class RowsHead:
             need.temperature,
             softcap=self.finish.softcap or 0.0,
             scale=self.finish.scale,
-            draws=need.rest is Rest.CLUSTERS,
+            draws=need.rest is not Rest.NOTHING,
         )
         known = self.head.tp.run(steps)
         return make_rows(known, self.finish(known.logits), self.where, need.rest)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.integrations.vllm.engine import Engine, engine_of
@@ -15,6 +16,21 @@ from flashhead_dist.integrations.vllm.metrics import HeadCounters
 
 if TYPE_CHECKING:
     from flashhead_dist.integrations.vllm.head import RowsHead
+
+
+class _AfterLoading(QuantizeMethodBase):
+    """vLLM calls this for every layer with a method, once all weights are there."""
+
+    def create_weights(self, layer: nn.Module, *_: Any, **__: Any) -> None:
+        """There are none."""
+
+    def apply(self, layer: nn.Module, *_: Any, **__: Any) -> Tensor:
+        """Never called: the layer has no weights to apply."""
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Make the head ready, so that no request waits for it."""
+        _ = layer.rows_head
 
 
 class IndexLogits(LogitsProcessor):
@@ -38,6 +54,7 @@ class IndexLogits(LogitsProcessor):
             )
         self.engine: Engine = engine
         self.counters = HeadCounters(tp_rank=engine.shard.tp_rank)
+        self.quant_method = _AfterLoading()
 
     @cached_property
     def rows_head(self) -> RowsHead:
