@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 RANKS ?= 8
+WORKERS ?= 2
 PY ?= $(BIN)/python
 GPU_ENV := PYTHONPATH=.:kernels:topology:profiles
 # One thread a rank: torchrun would set it anyway, and say so at length.
@@ -27,11 +28,11 @@ scale: setup ## Measure all heads over tensor-parallel ranks on Gemma-3-270M (ar
 generate: setup ## Decode 20 prompts with the dense head, flashhead, and flashhead checked (ARGS=...)
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python launch/generate.py --compare --lossless 16 $(ARGS)
 
-test: setup ## Lint, types and all tests but those on the real model
+test: setup ## Lint, types and all tests but those on the real model, by two processes (WORKERS=...)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not real and not network"
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not real and not network"
 
 reference: setup ## Make docs/reference_run from a run of `make scale` (RUN=..., ARGS=...); needs Chromium
 	cp $(RUN)/records.jsonl $(RUN)/environment.json $(RUN)/summary.csv $(RUN)/*.png \
