@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--server-arguments", default="", metavar="TEXT", help="for vLLM, such as --enforce-eager"
     )
-    what.add_argument("--kv-cache-gb", type=int, default=1, metavar="N", help="on a CPU; default 1")
+    what.add_argument(
+        "--kv-cache-mb", type=int, default=1024, metavar="N", help="on a CPU (default: 1024)"
+    )
     load = parser.add_argument_group("under what load")
     load.add_argument("--tp-sizes", type=integers, default=(1, 2), metavar="N,N", help="1,2")
     load.add_argument(
@@ -172,7 +174,7 @@ class _Run:
                 dtype=arguments.dtype,
                 device="cuda" if machine.gpus else "cpu",
                 cores=machine.num_cores,
-                kv_cache_gb=arguments.kv_cache_gb,
+                kv_cache_mb=arguments.kv_cache_mb,
                 more=("--no-enable-prefix-caching", *arguments.server_arguments.split()),
             )
 
@@ -203,7 +205,7 @@ class _Run:
 
 def check(arguments: argparse.Namespace) -> dict[str, Any]:
     """The plugin's further options; raises UserError for what is wrong at once."""
-    for flag in ("rounds", "new_tokens", "requests", "kv_cache_gb"):
+    for flag in ("rounds", "new_tokens", "requests", "kv_cache_mb"):
         value = getattr(arguments, flag)
         if value < 1:
             raise UserError(f"--{flag.replace('_', '-')} is {value}: give 1 or more")

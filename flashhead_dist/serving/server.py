@@ -49,7 +49,7 @@ class ServerOptions:
     dtype: str = "bfloat16"
     device: str = "cpu"
     cores: int = 1
-    kv_cache_gb: int = 1
+    kv_cache_mb: int = 1024
     max_model_len: int = 2048
     more: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -63,6 +63,9 @@ class ServerOptions:
             "--tensor-parallel-size", str(self.tp_size), "--dtype", self.dtype,
             "--max-model-len", str(self.max_model_len), "--disable-uvicorn-access-log",
         ]  # fmt: skip
+        if self.device == "cpu":
+            # On a GPU vLLM takes what is left.
+            found += ["--kv-cache-memory-bytes", str(self.kv_cache_mb << 20)]
         if self.flashhead is not None:
             asked = dict(self.flashhead) if self.flashhead else False
             found += ["--additional-config", json.dumps({"flashhead": asked})]
@@ -77,7 +80,6 @@ class ServerOptions:
             if name != "OMP_NUM_THREADS"
         } | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         if self.device == "cpu":
-            found["VLLM_CPU_KVCACHE_SPACE"] = str(self.kv_cache_gb)
             found["VLLM_CPU_OMP_THREADS_BIND"] = bind_threads(self.cores, self.tp_size)
         return found | dict(self.environment)
 

@@ -44,6 +44,7 @@ def options(model: Path, tp_size: int, flashhead: Any, **more: Any) -> ServerOpt
         dtype="float32",
         cores=tp_size,
         max_model_len=1024,
+        kv_cache_mb=256,
         more=EAGER,
         **more,
     )
