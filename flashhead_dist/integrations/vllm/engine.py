@@ -14,8 +14,11 @@ from weakref import WeakValueDictionary
 import torch
 import vllm
 from vllm.distributed import get_tp_group
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from flashhead_dist.collectives import TensorParallel
+from flashhead_dist.errors import UserError
 from flashhead_dist.integrations.vllm.needs import RequestNeed, RowNeed
 from flashhead_dist.integrations.vllm.options import FlashHeadOptions, options_of
 from flashhead_dist.integrations.vllm.refusals import refuse
@@ -39,7 +42,8 @@ class Batch:
     def dense(self, num_rows: int) -> str | None:
         """Why a step of so many rows needs every logit; None where it does not."""
         for row in range(self.size):
-            reason = self.needs[row].dense
+            need = self.needs.get(row)
+            reason = "unknown_rows" if need is None else need.dense
             if reason is not None:
                 return reason
         return None if num_rows == self.size else "unknown_rows"
@@ -55,6 +59,13 @@ class Engine:
         self.options = options
         self.manifest: IndexManifest = load_manifest(options.index)
         refuse(vllm_config, self.manifest, vllm.__version__)
+        layer = op_registry_oot.get(LogitsProcessor.__name__)
+        if layer is None or not layer.__module__.startswith(__package__ or ""):
+            raise UserError(
+                "vLLM has not loaded FlashHead's layers (VLLM_PLUGINS leaves them out, or another "
+                f"plugin's {layer} stands in their place): let it load the plugin flashhead, or "
+                "start without the flashhead option"
+            )
         self.max_num_rows: int = vllm_config.scheduler_config.max_num_seqs
         self.model_name: str = vllm_config.model_config.model
         self.tied = bool(
@@ -108,7 +119,10 @@ class Engine:
         where = VocabularyMap.of(token_ids.to(shard.rows.device), manifest.vocab_size)
         rows_head = RowsHead(head, Finish(dtype or shard.rows.dtype, softcap, scale), where)
         group = get_tp_group()
-        control = GroupControl(group.rank_in_group, group.world_size, group.cpu_group)
+        place = TensorParallel(
+            tp_rank=group.rank_in_group, tp_size=group.world_size, group=group.cpu_group
+        )
+        control = GroupControl(place)
         start(rows_head, options, control, largest=self.max_num_rows, dtype=shard.rows.dtype)
         return rows_head
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.integrations.vllm.head import RowsHead
 from flashhead_dist.integrations.vllm.needs import Rest, RowNeed
 from flashhead_dist.integrations.vllm.options import MEASURE, NEVER, FlashHeadOptions
@@ -29,19 +29,17 @@ _KINDS = (
 
 
 class GroupControl(Control):
-    """Agreement of the ranks of an open process group; of one rank where there is none."""
+    """Agreement of ranks through their process group, where there is no store to speak through."""
 
-    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None) -> None:
-        self.rank = rank
-        self.ranks = tuple(range(size))
-        self._group = group
+    def __init__(self, tp: TensorParallel) -> None:
+        """tp: on a group of the CPU."""
+        self.rank = tp.tp_rank
+        self.ranks = tuple(range(tp.tp_size))
+        self._tp = tp
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable value, in order."""
-        items: list[Any] = [value] * len(self.ranks)
-        if len(self.ranks) > 1:
-            dist.all_gather_object(items, value, group=self._group)
-        return items
+        return self._tp.gather_objects(value)
 
     def broadcast(self, value: Any) -> Any:
         """The first rank's value."""
