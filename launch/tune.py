@@ -48,6 +48,7 @@ from flashhead_dist.tune.front import Record, Target, choose, parse_target, undo
 from flashhead_dist.tune.inputs import Inputs, frequent_of, gather, open_journal
 from flashhead_dist.tune.prepare import Prepared, prepare
 from flashhead_dist.tune.run import runnable, simulate_all, time_front
+from flashhead_dist.tune.timing import layout_of
 from flashhead_topology.probe import probe_machine
 from tune_output import show, write_outputs
 
@@ -172,7 +173,8 @@ def _tune(arguments: argparse.Namespace) -> dict[str, Any]:
     front, ours_front = undominated(records), undominated(ours)
     timed: list[Record] = []
     if not arguments.skip_times:
-        with SweepProgress(len({r["family"] for r in ours_front}), visible=True) as progress:
+        layouts = {layout_of(record, scene.shape) for record in ours_front}
+        with SweepProgress(len(layouts), visible=True) as progress:
             timed = time_front(
                 [*ours_front, *(r for r in front if r not in ours_front)],
                 scene, inputs.model, journal,
