@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace, num_cores: int) -> tuple[list[Drafted], l
         losses: list[float] = []
         folder = arguments.draft
         if folder is None:
-            with errors.status("Running the model over texts to train a draft on, once (minutes)") as status:
+            with errors.status("Reading texts to train a draft on, once (minutes)") as status:
 
                 def told(loss: float) -> None:
                     losses.append(loss)
