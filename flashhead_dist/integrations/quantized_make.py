@@ -33,7 +33,8 @@ def default_w4a16_folder(source: ModelSource, group_size: int = GROUP_SIZE) -> P
 def write_w4a16(source: ModelSource, folder: Path, group_size: int = GROUP_SIZE) -> None:
     """Quantize the body of `source` and write model and tokenizer to `folder`.
 
-    The head and the input embedding stay as they are, so an index of `source` fits the copy too.
+    The head and the input embedding stay as they are, so an index of `source` fits the copy too,
+    unless `source` is a GGUF file, whose head is unpacked.
 
     Raises:
         UserError: compressed-tensors is missing, the body is quantized already, or group_size does
@@ -53,7 +54,8 @@ def write_w4a16(source: ModelSource, folder: Path, group_size: int = GROUP_SIZE)
             f"a W4A16 checkpoint needs compressed-tensors ({error}): run "
             '`pip install "flashhead-dist[quantized]"`'
         ) from error
-    model, tokenizer = source.load_body(torch.bfloat16)
+    # In another dtype the head would have other bytes, and an index of the model would not fit.
+    model, tokenizer = source.load_body(source.dtype)
     if getattr(model.config, "quantization_config", None) is not None:
         raise UserError(f"the body of {source.name} is quantized already: name a dense model")
     head = model.get_output_embeddings()
