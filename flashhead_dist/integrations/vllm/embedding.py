@@ -105,7 +105,7 @@ class IndexOrderEmbedding(VocabParallelEmbedding):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        engine = _engine(self) if not isinstance(self, ParallelLMHead) else None
+        engine = _engine(self)
         if engine is None or not engine.tied:
             self.__class__ = VocabParallelEmbedding  # vLLM's own, as if nothing were installed
             return

@@ -50,15 +50,19 @@ class RowsHead:
         self.vocab_size = head.vocab_size
         table = head.shard.table
         assert table is not None
-        self._table, self._ids = table
+        self._table = table[0]
 
-    @property
-    def num_local_candidates(self) -> int:
-        """Tokens of a greedy row that this rank scores exactly, pads included."""
-        head = self.head
-        manifest = head.shard.manifest
-        pinned = manifest.num_pinned * len(head.shard.group_ids)
-        return head.num_local_probes * manifest.cluster_size + pinned
+    def num_scored(self, needs: Sequence[RowNeed]) -> int:
+        """Tokens that this rank scores exactly for `rows` of these needs, pads included."""
+        if self.head.scans(len(needs)):
+            return len(needs) * len(self._table)
+        return sum(self._num_candidates(need) for need in needs)
+
+    def _num_candidates(self, need: RowNeed) -> int:
+        head, manifest = self.head, self.head.shard.manifest
+        probes = head.num_probes if need.rest is Rest.NOTHING else head.sampling_probes
+        per_group = -(-probes // head.num_groups) * manifest.cluster_size + manifest.num_pinned
+        return len(head.shard.group_ids) * per_group
 
     def serves(self, needs: Sequence[RowNeed]) -> bool:
         """Whether `rows` is the faster way for a batch with these needs: past the crossover only
@@ -68,16 +72,15 @@ class RowsHead:
 
     def rows(self, hidden_states: Tensor, needs: Sequence[RowNeed]) -> Tensor:
         """Rows float32 `[B, V]` of `hidden_states [B, D]`, one need for each."""
-        with annotate(HEAD, len(hidden_states), self.head.name):
-            kinds = sorted(set(needs), key=needs.index)
-            if len(kinds) == 1:
-                return self._of_kind(hidden_states, kinds[0])
-            out = hidden_states.new_empty((len(needs), self.vocab_size), dtype=torch.float32)
-            for kind in kinds:
-                places = [i for i, need in enumerate(needs) if need == kind]
-                chosen = torch.tensor(places, device=hidden_states.device)
-                out[chosen] = self._of_kind(hidden_states[chosen], kind)
-            return out
+        kinds = sorted(set(needs), key=needs.index)
+        if len(kinds) == 1:
+            return self._of_kind(hidden_states, kinds[0])
+        out = hidden_states.new_empty((len(needs), self.vocab_size), dtype=torch.float32)
+        for kind in kinds:
+            places = [i for i, need in enumerate(needs) if need == kind]
+            chosen = torch.tensor(places, device=hidden_states.device)
+            out[chosen] = self._of_kind(hidden_states[chosen], kind)
+        return out
 
     def dense(self, hidden_states: Tensor) -> Tensor:
         """Every logit `[B, V]`, in the head's dtype."""
@@ -94,16 +97,17 @@ class RowsHead:
     def _of_kind(self, hidden_states: Tensor, need: RowNeed) -> Tensor:
         if need.best_only:
             return self._best(hidden_states)
-        steps = know(
-            self.head,
-            hidden_states,
-            need.temperature,
-            softcap=self.finish.softcap or 0.0,
-            scale=self.finish.scale,
-            draws=need.rest is not Rest.NOTHING,
-        )
-        known = self.head.tp.run(steps)
-        return make_rows(known, self.finish(known.logits), self.where, need.rest)
+        with annotate(HEAD, len(hidden_states), self.head.name):
+            steps = know(
+                self.head,
+                hidden_states,
+                need.temperature,
+                softcap=self.finish.softcap or 0.0,
+                scale=self.finish.scale,
+                draws=need.rest is not Rest.NOTHING,
+            )
+            known = self.head.tp.run(steps)
+            return make_rows(known, self.finish(known.logits), self.where, need.rest)
 
     def _best(self, hidden_states: Tensor) -> Tensor:
         k = min(_BEST, self.vocab_size)

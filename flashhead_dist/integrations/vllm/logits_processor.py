@@ -72,20 +72,22 @@ class IndexLogits(LogitsProcessor):
         self._check(lm_head, embedding_bias, skip_gather)
         head, batch, counters = self.rows_head, self.engine.batch, self.counters
         num_rows = len(hidden_states)
-        before = head.head.tp.payload_bytes
+        tp = head.head.tp
+        tp.reset()  # on CUDA it keeps two events for every exchange, until it is asked or reset
         reason = batch.dense(num_rows)
         if reason is None and not head.serves(batch.rows()):
             reason = "crossover"
         if reason is None:
             logits = head.rows(hidden_states, batch.rows())
-            counters.candidates(num_rows * head.num_local_candidates)
+            counters.candidates(head.num_scored(batch.rows()))
         else:
             logits = head.dense(hidden_states)
         if batch.size:
             counters.step("flashhead" if reason is None else "dense", num_rows)
             if reason is not None:
                 counters.fallback(reason)
-            counters.exchange(head.head.tp.payload_bytes - before)
+            # All exchanges are gathers, whose payload is every rank's part.
+            counters.exchange(tp.payload_bytes // tp.tp_size)
         return logits
 
     def get_top_tokens(self, *_: Any, **__: Any) -> Tensor:

@@ -90,6 +90,8 @@ def _states(head: RowsHead, size: int, dtype: torch.dtype, seed: int = 0) -> Ten
     """Made-up hidden states `[size, D]`, the same on every rank: rows that probe unlike clusters,
     the dearest case for retrieval.
     """
-    draw = torch.Generator().manual_seed(seed)
-    states = torch.randn(size, head.head.hidden_size, generator=draw)
+    draw = torch.Generator("cpu").manual_seed(seed)
+    # vLLM has its own default device and dtype while it loads a model.
+    shape = (size, head.head.hidden_size)
+    states = torch.randn(shape, generator=draw, device="cpu", dtype=torch.float32)
     return states.to(head.head.shard.rows.device, dtype)
