@@ -1,8 +1,8 @@
 """Speculative decoding with an EAGLE draft: the text is the target's, whatever is proposed.
 
-Each of these makes a test here fail, tried by hand: the target's cache not taken back, the draft's
-cache not taken back, a proposal compared with the choice one place on, states of refused proposals
-told to the draft as true ones.
+What these are after: the target's cache not taken back, the draft's cache not taken back, a
+proposal compared with the choice one place on, states of refused proposals told to the draft as
+true ones.
 """
 
 from __future__ import annotations
