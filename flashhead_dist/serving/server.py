@@ -173,12 +173,16 @@ class Server:
                 # While it still starts there is nothing to be finished, and it may not listen.
                 self._child.wait(timeout=_END_S if self._ready else 5.0)
             except subprocess.TimeoutExpired:
-                self._signal_group(signal.SIGKILL)
+                everyone = self.processes()
+                for process in everyone:
+                    _kill(process)
                 self._child.wait()
         _, alive = psutil.wait_procs(everyone, timeout=10.0)
         for process in alive:
+            _kill(process)
+        _, alive = psutil.wait_procs(alive, timeout=10.0)
+        for process in alive:
             process.kill()
-        psutil.wait_procs(alive, timeout=10.0)
         return self._child.returncode
 
     def __enter__(self) -> Server:
@@ -209,6 +213,15 @@ class Server:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         last = "\n  ".join(lines[-_LAST_LINES:]) or "nothing"
         return f"vLLM's server {happened}; {self.log} has what it said, at the end:\n  {last}"
+
+
+def _kill(process: psutil.Process) -> None:
+    """Kill it, unless it is what removes the shared memory of the others once they are gone."""
+    try:
+        if "resource_tracker" not in " ".join(process.cmdline()):
+            process.kill()
+    except psutil.NoSuchProcess:
+        return
 
 
 def free_port() -> int:

@@ -78,4 +78,4 @@ def flashhead_server(
         everyone, files = server.processes(), shared_memory(server)
         assert files
         yield server
-    assert_nothing_left(everyone, files)
+    assert_nothing_left(everyone, files, tp_size)

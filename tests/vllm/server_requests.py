@@ -14,6 +14,7 @@ PROMPT = "The most important thing about tides is"
 COUNTING = "One, two, three, four, five, one, two, three, four, five, one, two,"
 GREEDY: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 16, "temperature": 0}
 DRAWN: dict[str, Any] = GREEDY | {"temperature": 0.7, "seed": 11}
+LONGER: dict[str, Any] = GREEDY | {"max_tokens": 48}
 COUNTED: dict[str, Any] = GREEDY | {"prompt": COUNTING}
 
 
@@ -35,7 +36,7 @@ CASES = {
     "top_k": Case(DRAWN | {"temperature": 1.5, "top_k": 3}, DRAWN | {"temperature": 1.5}),
     "top_p": Case(DRAWN | {"temperature": 1.2, "top_p": 0.3}, DRAWN | {"temperature": 1.2}),
     "min_p": Case(DRAWN | {"temperature": 1.2, "min_p": 0.3}, DRAWN | {"temperature": 1.2}),
-    "presence_penalty": Case(COUNTED | {"presence_penalty": 2.0}, COUNTED),
+    "presence_penalty": Case(LONGER | {"presence_penalty": 2.0}, LONGER),
     "frequency_penalty": Case(COUNTED | {"frequency_penalty": 2.0}, COUNTED),
     "repetition_penalty": Case(COUNTED | {"repetition_penalty": 2.0}, COUNTED),
     "stop": Case(COUNTED | {"stop": ["five"]}, COUNTED),

@@ -20,10 +20,13 @@ import json, os, subprocess, sys
 from flashhead_dist.integrations.vllm.metrics import FOLDER_VARIABLE, export_counters
 from prometheus_client import REGISTRY, generate_latest
 
-before = generate_latest(REGISTRY)
+def names():
+    return sorted(line.split()[0] for line in generate_latest(REGISTRY).decode().splitlines())
+
+before = names()
 export_counters()
 export_counters()
-unchanged = generate_latest(REGISTRY) == before
+unchanged = names() == before
 folder = os.environ.get(FOLDER_VARIABLE)
 made = folder is not None and os.path.exists(folder)
 for rank in (0, 1):
@@ -32,8 +35,8 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.v1.metrics.reader import get_metrics_snapshot
 text = generate_latest(get_prometheus_registry()).decode()
 lines = sorted(line for line in text.splitlines() if line.startswith("vllm:flashhead"))
-names = sorted({found.name for found in get_metrics_snapshot()})
-print(json.dumps([unchanged, made, folder, lines, names]))
+seen = sorted({found.name for found in get_metrics_snapshot()})
+print(json.dumps([unchanged, made, folder, lines, seen]))
 """
 _WORKER = """
 import sys
