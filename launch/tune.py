@@ -14,7 +14,8 @@ dense head, interleaved; the others are marked as simulated and have no time.
 
 The front is that of top-1 agreement, over all and in the worst source, on the selection states (the
 corpus's test part), against bytes a token. What --hold-out names calibrates and chooses nothing:
-its figures stand beside those that chose. It takes names of sources and data sets, or numbers: then
+its figures stand beside those that chose. What --choose-by names of the rest calibrates nothing and
+joins the selection states. Both take names of sources and data sets, or numbers: then
 names go in the order of their sha256, and a language is taken only if its script is not yet.
 
 Each finished measurement is kept in --out: after Ctrl-C the same command goes on where it ended.
@@ -84,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--hold-out", default="", metavar="NAMES",
         help="sources and data sets, or languages=N,data-sets=N (default: none)",
+    )  # fmt: skip
+    what.add_argument(
+        "--choose-by", default="", metavar="NAMES",
+        help="of the others: texts that calibrate nothing, and choose beside the test part of what "
+        "does, so that the choice is for languages that an index was not made for (default: none)",
     )  # fmt: skip
     what.add_argument(
         "--groups", type=int, default=128, metavar="G", help="probing groups (default: %(default)s)"
@@ -164,8 +170,9 @@ def _tune(arguments: argparse.Namespace) -> dict[str, Any]:
     started_s = time.monotonic()
     threads = arguments.threads or probe_machine().num_cores
     inputs = gather(
-        arguments.model, arguments.synthetic, arguments.texts, arguments.hold_out, arguments.groups
-    )
+        arguments.model, arguments.synthetic, arguments.texts, arguments.hold_out,
+        arguments.choose_by, arguments.groups,
+    )  # fmt: skip
     journal = open_journal(arguments.out, inputs, quick=arguments.quick)
     prepared, frequent, records = _simulate(arguments, inputs, journal, threads)
     scene = prepared.scene
@@ -188,6 +195,7 @@ def _tune(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": inputs.model.name,
         "synthetic": inputs.model.synthetic,
         "held_out": list(inputs.hold_out.names),
+        "choose_by": list(inputs.choose_by.names),
         "target": str(target),
         "chosen": chosen,
         "num_points": len(records),
@@ -201,7 +209,9 @@ def _tune(arguments: argparse.Namespace) -> dict[str, Any]:
     show(Console(), document, front, ours_front, timed, paths)
     if chosen is None:
         raise UserError(refusal)
-    notes = default.evidence(chosen, target, inputs.hold_out.names, len(records))
+    notes = default.evidence(
+        chosen, target, inputs.hold_out.names, inputs.choose_by.names, len(records)
+    )
     if arguments.build:
         default.build_default(
             chosen, notes, prepared, inputs.model, frequent, arguments.build,
@@ -232,10 +242,7 @@ def _simulate(
     arguments: argparse.Namespace, inputs: Inputs, journal: Any, threads: int
 ) -> tuple[Prepared, list[int], list[Record]]:
     with progress_bars(True) as report:
-        prepared = prepare(
-            inputs.model, inputs.calibration, inputs.test, inputs.documents, inputs.hold_out,
-            inputs.options, arguments.out, report, threads,
-        )  # fmt: skip
+        prepared = prepare(inputs, arguments.out, report, threads)
     scene = prepared.scene
     families = grid.families(scene.shape, quick=arguments.quick)
     families = [family for family in families if re.search(arguments.only, family.key)]

@@ -131,32 +131,100 @@ def parse_hold_out(text: str, documents: Sequence[Document]) -> HoldOut:
     )
 
 
+@dataclass(frozen=True)
+class Division:
+    """Which calibration and which test states make up each part: a pair of bool masks a part."""
+
+    calibration: tuple[Tensor, Tensor]
+    selection: tuple[Tensor, Tensor]
+    held_out: tuple[Tensor, Tensor]
+
+    def order(self, calibration: Tensor, test: Tensor) -> Tensor:
+        """Rows that belong to the states, in the order of the parts, calibration states first."""
+        pairs = (self.calibration, self.selection, self.held_out)
+        return torch.cat([piece for pair in pairs for piece in _pick(pair, calibration, test)])
+
+
+def divide(
+    calibration: HiddenStates,
+    test: HiddenStates,
+    documents: Sequence[Document],
+    hold_out: HoldOut,
+    choose_by: HoldOut = HoldOut(),
+) -> Division:
+    """The three parts; texts of `choose_by` select with all their states and calibrate nothing.
+
+    Raises:
+        HiddenStatesError: nothing is left to calibrate or to choose by.
+    """
+    both = (calibration, test)
+    none = [torch.zeros(len(states), dtype=torch.bool) for states in both]
+    held = [hold_out.mask(states, documents) for states in both] if hold_out else none
+    choosing = [choose_by.mask(states, documents) for states in both] if choose_by else none
+    division = Division(
+        calibration=(~held[0] & ~choosing[0], none[1]),
+        selection=(choosing[0] & ~held[0], ~held[1]),
+        held_out=(held[0], held[1]),
+    )
+    if not bool(division.calibration[0].any() and division.selection[1].any()):
+        names = ", ".join((*hold_out.names, *choose_by.names)) or "nothing"
+        raise HiddenStatesError(f"With {names} held out no text is left; hold out fewer.")
+    return division
+
+
 def set_aside(
     calibration: HiddenStates,
     test: HiddenStates,
     documents: Sequence[Document],
     hold_out: HoldOut,
+    choose_by: HoldOut = HoldOut(),
 ) -> Parts:
     """Take the held-out texts' states out of both parts and put them together.
+
+    choose_by: texts that do not calibrate either, and join those that choose.
 
     Raises:
         HiddenStatesError: nothing is left to calibrate or to choose by.
     """
-    if not hold_out:
+    if not hold_out and not choose_by:
         return Parts(calibration, test, None)
-    masks = [hold_out.mask(states, documents) for states in (calibration, test)]
-    if any(bool(mask.all()) for mask in masks):
-        raise HiddenStatesError(
-            f"With {', '.join(hold_out.names)} held out no text is left; hold out fewer."
-        )
-    kept = [
-        replace(
-            states.subset(~mask), origin=f"{states.origin}, less {len(hold_out.names)} held out"
-        )
-        for states, mask in zip((calibration, test), masks, strict=True)
+    division = divide(calibration, test, documents, hold_out, choose_by)
+    taken = len(hold_out.names)
+    kept = replace(
+        calibration.subset(division.calibration[0]),
+        origin=f"{calibration.origin}, less {taken + len(choose_by.names)} held out",
+    )
+    selection = replace(
+        test.subset(division.selection[1]), origin=f"{test.origin}, less {taken} held out"
+    )
+    if choose_by:
+        selection = _joined(calibration.subset(division.selection[0]), selection, choose_by)
+    if not hold_out:
+        return Parts(kept, selection, None)
+    pieces = [
+        states.subset(mask)
+        for states, mask in zip((calibration, test), division.held_out, strict=True)
     ]
-    pieces = [states.subset(mask) for states, mask in zip((calibration, test), masks, strict=True)]
-    return Parts(kept[0], kept[1], _together(pieces, documents, hold_out))
+    return Parts(kept, selection, _together(pieces, documents, hold_out))
+
+
+def _pick(pair: tuple[Tensor, Tensor], calibration: Tensor, test: Tensor) -> list[Tensor]:
+    return [rows[mask] for rows, mask in zip((calibration, test), pair, strict=True)]
+
+
+def _joined(unseen: HiddenStates, rest: HiddenStates, choose_by: HoldOut) -> HiddenStates:
+    sources = tuple(sorted({*unseen.sources, *rest.sources}))
+    ids = [
+        torch.tensor([sources.index(name) for name in piece.sources])[piece.source_ids]
+        for piece in (unseen, rest)
+    ]
+    return HiddenStates(
+        states=torch.cat([unseen.states, rest.states]),
+        source_ids=torch.cat(ids),
+        sources=sources,
+        origin=f"{rest.origin}, and all of {', '.join(choose_by.names)}, unseen by calibration",
+        documents=torch.cat([_documents(unseen), _documents(rest)]),
+    )
 
 
 def _together(

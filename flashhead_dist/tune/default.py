@@ -31,7 +31,11 @@ _MANIFEST_FIELDS = {
 
 
 def evidence(
-    chosen: Record, target: Target, held_out: Sequence[str], num_points: int
+    chosen: Record,
+    target: Target,
+    held_out: Sequence[str],
+    choose_by: Sequence[str],
+    num_points: int,
 ) -> dict[str, Any]:
     """What the manifest keeps, under NOTE: the target, the point, and what it was found to do."""
     return {
@@ -40,6 +44,7 @@ def evidence(
             "chosen": chosen,
             "num_points": num_points,
             "held_out": list(held_out),
+            "choose_by": list(choose_by),
             "date_utc": datetime.now(UTC).strftime("%Y-%m-%d"),
         }
     }

@@ -18,19 +18,24 @@ from flashhead_dist.model_source import ModelSource, open_model
 from flashhead_dist.tune.journal import Journal
 from flashhead_dist.tune.pins import frequent_tokens
 
-_VERSION = 1
+_VERSION = 2
 """Of what a journal's measurements mean: raise it where they are made otherwise."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A model, the calibration and test states, the texts they are of, and how to cluster."""
+    """A model, the calibration and test states, the texts they are of, and how to cluster.
+
+    hold_out: texts that do nothing but report. choose_by: texts that calibrate nothing and choose.
+    options: of the tree: cluster size, groups, metric, seed.
+    """
 
     model: ModelSource
     calibration: HiddenStates
     test: HiddenStates
     documents: list[Document]
     hold_out: HoldOut
+    choose_by: HoldOut
     options: IndexOptions
 
 
@@ -39,11 +44,13 @@ def gather(
     synthetic: str | None,
     texts: Path | None,
     hold_out: str,
+    choose_by: str,
     num_groups: int,
 ) -> Inputs:
     """Open the model and collect states, of the shipped corpus where `texts` is None.
 
-    A made-up model has made-up states and no texts.
+    A made-up model has made-up states and no texts. choose_by: of the texts that are not held out,
+    those that calibrate nothing and choose.
 
     Raises:
         UserError: a model, texts or a hold-out that is not there.
@@ -53,12 +60,16 @@ def gather(
     if synthetic is None:
         documents = shipped_texts() if texts is None else read_texts(texts)
     held = parse_hold_out(hold_out, documents)
+    choosing = parse_hold_out(
+        choose_by,
+        [d for d in documents if d.source not in held.sources and d.data_set not in held.data_sets],
+    )
     model = open_model(model_name, synthetic=synthetic)
     if model.synthetic:
         calibration, test = synthetic_hidden_states(model)
     else:
         calibration, test = collect_hidden_states(model, texts)
-    return Inputs(model, calibration, test, documents, held, options)
+    return Inputs(model, calibration, test, documents, held, choosing, options)
 
 
 def open_journal(folder: Path, inputs: Inputs, *, quick: bool) -> Journal:
@@ -71,6 +82,7 @@ def open_journal(folder: Path, inputs: Inputs, *, quick: bool) -> Journal:
         "weight_hash": inputs.model.weight_hash,
         "states": digest.hexdigest(),
         "held_out": list(inputs.hold_out.names),
+        "choose_by": list(inputs.choose_by.names),
         "options": inputs.options.fingerprint(),
         "quick": quick,
     }

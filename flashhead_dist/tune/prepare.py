@@ -13,15 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashhead_dist.evaluate.truth import dense_truth
-from flashhead_dist.hidden_states import HiddenStates
-from flashhead_dist.hidden_states.hold_out import HoldOut, Parts, set_aside
-from flashhead_dist.hidden_states.texts import Document
+from flashhead_dist.hidden_states.hold_out import Parts, divide, set_aside
 from flashhead_dist.index.cluster import cluster_tokens
 from flashhead_dist.index.metric import cluster_space, second_moment
 from flashhead_dist.index.options import IndexOptions
 from flashhead_dist.index.progress import Report
 from flashhead_dist.model_source import ModelSource
 from flashhead_dist.model_source.cache import publish
+from flashhead_dist.tune.inputs import Inputs
 from flashhead_dist.tune.scene import Scene, join
 from flashhead_kernels.cpu_threads import compute_threads
 
@@ -38,28 +37,18 @@ class Prepared:
     rounds: int
 
 
-def prepare(
-    model: ModelSource,
-    calibration: HiddenStates,
-    test: HiddenStates,
-    documents: list[Document],
-    hold_out: HoldOut,
-    options: IndexOptions,
-    folder: Path,
-    report: Report,
-    threads: int,
-) -> Prepared:
-    """Everything that is computed once.
-
-    options: of the tree: cluster size, groups, metric, seed. folder: keeps the tree.
-    documents: the texts that the states are of, for `hold_out`.
+def prepare(inputs: Inputs, folder: Path, report: Report, threads: int) -> Prepared:
+    """Everything that is computed once. folder: keeps the tree.
 
     Raises:
         UserError: options that do not fit the model, nothing left to calibrate by, or a folder that
             cannot be written.
     """
+    model, options = inputs.model, inputs.options
+    calibration, test = inputs.calibration, inputs.test
     options.check(model.vocab_size, model.hidden_size)
-    parts = set_aside(calibration, test, documents, hold_out)
+    apart = (inputs.documents, inputs.hold_out, inputs.choose_by)
+    parts = set_aside(calibration, test, *apart)
     with compute_threads(threads):
         truths = [dense_truth(model, part.states).token_ids for part in (calibration, test)]
     report("Dense head", 1.0)
@@ -74,28 +63,12 @@ def prepare(
         moment=moment,
         num_groups=options.num_groups,
         states=states,
-        top_tokens=_ordered(truths, calibration, test, documents, hold_out),
+        top_tokens=divide(calibration, test, *apart).order(*truths),
         calibration=places[0],
         selection=places[1],
         held_out=places[2],
     )
     return Prepared(scene, parts, rounds)
-
-
-def _ordered(
-    truths: list[Tensor],
-    calibration: HiddenStates,
-    test: HiddenStates,
-    documents: list[Document],
-    hold_out: HoldOut,
-) -> Tensor:
-    """Top tokens `[N, t]` in the order of `scene.join`."""
-    if not hold_out:
-        return torch.cat(truths)
-    masks = [hold_out.mask(part, documents) for part in (calibration, test)]
-    kept = [truth[~mask] for truth, mask in zip(truths, masks, strict=True)]
-    held = [truth[mask] for truth, mask in zip(truths, masks, strict=True)]
-    return torch.cat([*kept, *held])
 
 
 def _read(model: ModelSource, report: Report) -> Tensor:

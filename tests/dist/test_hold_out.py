@@ -10,6 +10,7 @@ from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.hidden_states.hold_out import (
     HoldOut,
     choose_hold_out,
+    divide,
     parse_hold_out,
     set_aside,
 )
@@ -65,6 +66,31 @@ def test_a_held_out_text_is_in_no_other_part() -> None:
     assert parts.held_out is not None
     assert parts.held_out.states.flatten().tolist() == [2, 4, 4, 2, 4]
     assert parts.held_out.counts() == {"ja": 2, "questions": 3}
+
+
+def test_texts_that_choose_calibrate_nothing() -> None:
+    """Fails where they choose by their test part alone, or where rows lose their order."""
+    held, choosing = HoldOut(sources=("ja",)), HoldOut(data_sets=("questions",))
+    calibration, test = states_of([0, 2, 4, 4, 5]), states_of([1, 2, 3, 4])
+    parts = set_aside(calibration, test, DOCUMENTS, held, choosing)
+    assert parts.calibration.states.flatten().tolist() == [0, 5]
+    assert parts.selection.states.flatten().tolist() == [4, 4, 1, 3, 4]
+    assert parts.selection.counts() == {"de": 1, "en": 4}
+    assert parts.held_out is not None
+    assert parts.held_out.states.flatten().tolist() == [2, 2]
+    order = divide(calibration, test, DOCUMENTS, held, choosing).order
+    found = order(calibration.states.flatten(), test.states.flatten())
+    everything = (parts.calibration, parts.selection, parts.held_out)
+    assert torch.equal(found, torch.cat([part.states.flatten() for part in everything]))
+
+
+def test_texts_may_choose_where_none_is_held_out() -> None:
+    parts = set_aside(
+        states_of([0, 2]), states_of([1, 2]), DOCUMENTS, HoldOut(), HoldOut(sources=("ja",))
+    )
+    assert parts.held_out is None
+    assert parts.calibration.states.flatten().tolist() == [0]
+    assert parts.selection.states.flatten().tolist() == [2, 1, 2]
 
 
 def test_names_and_numbers_are_read_alike() -> None:
