@@ -74,7 +74,7 @@ def test_the_command_switches_the_plugin_on_only_where_asked(python: Path) -> No
 
 def test_a_server_ends_with_all_that_it_started_frozen_or_not(python: Path, tmp_path: Path) -> None:
     """Fails where stop() signals the first process alone, or does not thaw before."""
-    with Server(options(python), tmp_path / "log") as server:
+    with Server(options(python, flashhead=False), tmp_path / "log") as server:
         server.wait_ready(60)
         everyone = server.processes()
         assert len(everyone) == 2
