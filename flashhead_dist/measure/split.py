@@ -77,7 +77,8 @@ class StepSplit:
 
 @dataclass(frozen=True)
 class RankParts:
-    """One rank's N iterations of one head, in microseconds; exchanges_us: E of each iteration."""
+    """One rank's N iterations of one head, in microseconds; exchanges_us: those of each
+    iteration, which may have different numbers of them."""
 
     steps_us: tuple[float, ...]
     centroids_us: tuple[float, ...]
@@ -121,10 +122,7 @@ def split_together(ranks: Sequence[RankParts], method: str) -> StepSplit:
         ValueError: no rank, or ranks that differ in iterations or in exchanges.
     """
     parts = _compute_parts(ranks)
-    exchanges = [np.array(rank.exchanges_us) for rank in ranks]  # R of [N, E]
-    if len({found.shape for found in exchanges}) != 1:
-        raise ValueError("every rank needs the same number of exchanges")
-    durations = np.stack(exchanges)  # [R, N, E]
+    durations = _exchanges(ranks)
     wire = durations.min(axis=0)
     parts["exchange"] = np.broadcast_to(wire.sum(axis=1), durations.shape[:2])
     parts["waiting"] = (durations - wire).sum(axis=2)
@@ -156,6 +154,16 @@ def find_slow_rank(compute_us: _Array) -> SlowRank | None:
     if not above_all or medians[slow] < _SLOW_BY * usual:
         return None
     return SlowRank(slow, float(medians[slow] - usual))
+
+
+def _exchanges(ranks: Sequence[RankParts]) -> _Array:
+    """`[R, N, E]`: E of the iteration that has most; others, such as those of a head that takes a
+    second look at some rows only, are filled up with exchanges of no time."""
+    if len({tuple(map(len, rank.exchanges_us)) for rank in ranks}) != 1:
+        raise ValueError("every rank needs the same number of exchanges")
+    most = max(map(len, ranks[0].exchanges_us))
+    rows = [[(*each, *[0.0] * (most - len(each))) for each in rank.exchanges_us] for rank in ranks]
+    return np.array(rows)
 
 
 def _compute_parts(ranks: Sequence[RankParts]) -> dict[str, _Array]:

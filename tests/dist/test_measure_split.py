@@ -69,6 +69,21 @@ def test_every_exchange_of_a_step_has_a_slowest_rank_of_its_own() -> None:
     assert [median(split, "waiting", r) for r in range(2)] == [80, 80]
 
 
+def test_iterations_may_differ_in_their_exchanges() -> None:
+    """A head that looks twice at some rows exchanges twice in some steps."""
+    once, twice = ((50.0,),) * 3, ((50.0, 30.0),) * 2
+    late = ((90.0,),) * 3, ((90.0, 30.0),) * 2
+    ranks = [
+        RankParts((200.0,) * 5, (60.0,) * 5, (20.0,) * 5, exchanges)
+        for exchanges in (once + twice, late[0] + late[1])
+    ]
+    split = split_together(ranks, "how")
+    assert [median(split, "waiting", r) for r in range(2)] == [0, 40]
+    exchange = split.step_us["exchange"]
+    assert exchange is not None
+    assert (exchange.median, exchange.p90) == (50, 80)
+
+
 def test_a_rank_alone_waits_as_long_as_the_slowest_computes_longer() -> None:
     split = split_alone([rank(100, ()), rank(400, ()), rank(110, ())], "how")
     assert [median(split, "waiting", r) for r in range(3)] == pytest.approx([300, 0, 290])
