@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flashhead_dist.decode.cpu_linear import StreamedLinear, stacked
+from flashhead_dist.decode.replacing import replace_layers
 
 _TOLERANCE = 1e-4
 
@@ -43,14 +44,7 @@ def fuse_mlps(model: nn.Module) -> int:
     Only float32 layers whose projections are a crew's (`stream_linears` comes first), and that give
     what the two products give. Returns how many layers.
     """
-    count = 0
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            fused = _fused(layer)
-            if fused is not None:
-                setattr(parent, name, fused)
-                count += 1
-    return count
+    return replace_layers(model, _fused)
 
 
 @torch.inference_mode()

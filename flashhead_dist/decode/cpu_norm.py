@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from flashhead_dist.decode.replacing import replace_layers
 from flashhead_kernels.cpu_norm import rms_norm
 
 _FEW_VALUES = 1 << 16
@@ -36,14 +37,7 @@ def fuse_norms(model: nn.Module) -> int:
     anything that its name does not say. So a layer is replaced only if one of the two gives what it
     gives on random states. Returns how many layers.
     """
-    count = 0
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            fused = _fused(layer)
-            if fused is not None:
-                setattr(parent, name, fused)
-                count += 1
-    return count
+    return replace_layers(model, _fused)
 
 
 @torch.inference_mode()
