@@ -4,7 +4,6 @@
     python launch/bench_cpu.py --batch-sizes 1,4,16 --threads 2 --json
     python launch/bench_cpu.py --synthetic 32768,256 --iters 5         a made-up model, in seconds
     python launch/bench_cpu.py --draws                                draws at temperature 1 as well
-    python launch/bench_cpu.py --int8-rows          candidate rows in int8 as well (one thread only)
 
 Four ways to the greedy token, interleaved iteration by iteration on the same hidden states, so that
 whatever else the machine does falls on all of them; each iteration takes another state. Dense reads
@@ -48,14 +47,12 @@ from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
 from flashhead_dist.index import IndexShard
-from flashhead_dist.measure.coded_rows import with_coded_rows
 from flashhead_dist.measure.watch import INTERRUPTED
 from flashhead_kernels.cpu_memory import empty_on_large_pages
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 
 _PUBLISHED_CLUSTER_SIZE = 16
-_COMPARED = 256
 Step = Callable[[Tensor], Tensor]
 
 
@@ -73,9 +70,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-probes", type=int, metavar="P", help="default: the index's")
     parser.add_argument("--published-probes", type=int, default=1024, metavar="P")
     parser.add_argument("--draws", action="store_true", help="also time draws at temperature 1")
-    parser.add_argument(
-        "--int8-rows", action="store_true", help="also time candidate rows in int8, best rescored"
-    )
     parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
     return parser
 
@@ -95,10 +89,6 @@ def check(arguments: argparse.Namespace) -> None:
     for flag, value in given.items():
         if value < 1:
             raise UserError(f"{flag} holds {value}: give 1 or more")
-    if arguments.int8_rows and arguments.threads > 1:
-        raise UserError(
-            f"--int8-rows runs on one thread: give --threads 1, not {arguments.threads}"
-        )
 
 
 def published_scheme(shard: IndexShard, num_probes: int) -> Step:
@@ -182,12 +172,7 @@ def make_steps(arguments: argparse.Namespace) -> tuple[dict[str, Step], Tensor, 
     }
     if arguments.draws:
         steps |= draws(flashhead, dense)
-    made_from: dict[str, Any] = {}
-    if arguments.int8_rows:
-        coded = with_coded_rows(flashhead)
-        steps["flashhead, int8 rows"] = coded.step
-        made_from["int8_rows"] = coded.account(workload.states.to(rows.dtype)[:_COMPARED])
-    made_from |= {
+    made_from = {
         "model": model.name,
         "synthetic": model.synthetic,
         "index": str(workload.index_dir),
@@ -267,13 +252,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{row['times_flashhead']:.2f}",
         )
     Console().print(table)
-    if arguments.int8_rows:
-        coded = made_from["int8_rows"]
-        print(
-            f"int8 rows: {coded['read_bytes']:,} bytes read a row of the batch for "
-            f"{coded['flashhead_read_bytes']:,}, {coded['more_memory_bytes']:,} more in memory, "
-            f"flashhead's token in {100 * coded['same_token_share']:.2f} % of the states"
-        )
     if arguments.json:
         document = {
             "machine": title,

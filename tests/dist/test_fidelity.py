@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.registry import HEAD_NAMES
 from flashhead_dist.hidden_states import HiddenStates, save_hidden_states
 from flashhead_dist.model_source import ModelSource, open_model
+from tests.launch.scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,13 +46,7 @@ def hidden(model: ModelSource) -> HiddenStates:
 def launch() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "launch"))
-        script = ROOT / "launch/evaluate.py"
-        spec = importlib.util.spec_from_file_location("evaluate_script", script)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
+        yield load_script("evaluate")
 
 
 def test_truth_is_brute_force_with_ties_to_the_smaller_id(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,18 +13,14 @@ from safetensors.torch import save_file
 
 from flashhead_dist.model_source import open_model
 from tests.launch.ground import LAUNCH, NUM_GROUPS, VOCAB_SIZE, Ground, Refused, build_small
+from tests.launch.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def scale() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(LAUNCH))
-        spec = importlib.util.spec_from_file_location("scale_script", LAUNCH / "scale.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
+        yield load_script("scale")
 
 
 @pytest.fixture

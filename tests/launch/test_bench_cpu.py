@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from flashhead_dist.index import IndexShard, load_shard
+from tests.launch.scripts import load_script
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "bench_cpu.py"
 SYNTHETIC = ["--synthetic", "2000,64", "--published-probes", "20", "--iters", "3"]
@@ -18,12 +18,7 @@ SYNTHETIC = ["--synthetic", "2000,64", "--published-probes", "20", "--iters", "3
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench_cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,24 +49,6 @@ def test_last_line_holds_every_way_at_every_batch_size(
         assert result["times_flashhead"] == pytest.approx(result["median_us"] / own["median_us"])
 
 
-def test_int8_rows_stand_beside_the_head_with_their_bytes(
-    bench: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Fails where bytes are those of whole rows, or the rescored rows are not counted."""
-    assert bench.main([*SYNTHETIC, "--int8-rows", "--json"]) == 0
-    printed = capsys.readouterr().out
-    document = json.loads(printed.splitlines()[-1])
-    assert "flashhead, int8 rows" in [result["head"] for result in document["results"]]
-    found, shard = document["int8_rows"], load_shard(Path(document["index"]))
-    groups, clusters, tokens, size = shard.rows.shape
-    probed = groups * -(-document["num_probes"] // groups) * tokens
-    saved = probed * (2 * size - size - 2 * size // 64) - 2 * groups * 2 * size
-    assert found["flashhead_read_bytes"] - found["read_bytes"] == saved
-    assert found["more_memory_bytes"] == groups * clusters * tokens * (size + 2 * size // 64)
-    assert found["same_token_share"] >= 0.99
-    assert f"{found['read_bytes']:,} bytes read a row" in printed
-
-
 def test_the_published_scheme_with_every_cluster_is_the_dense_argmax(
     bench: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,7 +74,6 @@ def test_the_published_scheme_with_every_cluster_is_the_dense_argmax(
         (["--batch-sizes", "100000"], "--batch-sizes holds 100000"),
         (["--iters", "0"], "--iters holds 0"),
         (["--published-probes", "100000"], "--published-probes is 100000"),
-        (["--int8-rows", "--threads", "2"], "--int8-rows runs on one thread"),
     ],
 )
 def test_mistakes_end_in_one_sentence_and_code_2(

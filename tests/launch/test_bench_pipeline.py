@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flashhead_dist.integrations.pipeline_stage import PipelineStage, StageInput
+from tests.launch.scripts import load_script
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 SCRIPT = LAUNCH / "bench_pipeline.py"
@@ -86,12 +86,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.syspath_prepend(str(LAUNCH))
-    spec = importlib.util.spec_from_file_location("bench_pipeline_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench_pipeline")
 
 
 def test_a_stage_that_sleeps_does_so_at_every_pass(bench: ModuleType) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from flashhead_dist.model_source import open_model
 from tests.launch.ground import LAUNCH, build_small
+from tests.launch.scripts import load_script
 from tests.launch.small_llama import save_small_llama
 
 pytest.importorskip("compressed_tensors")
@@ -21,14 +21,7 @@ pytest.importorskip("compressed_tensors")
 def script() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(LAUNCH))
-        spec = importlib.util.spec_from_file_location(
-            "quantized_script", LAUNCH / "bench_quantized.py"
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
+        yield load_script("bench_quantized")
 
 
 @pytest.fixture

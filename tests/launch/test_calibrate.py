@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from flashhead_dist.errors import UserError
 from flashhead_topology.head_cost import HeadShape, step_cost
 from flashhead_topology.systems import load_system
 from tests.launch.ground import LAUNCH
+from tests.launch.scripts import load_script
 
 SCRIPT = str(LAUNCH / "calibrate.py")
 
@@ -75,12 +75,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module that takes itself for the first of two ranks."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.syspath_prepend(str(LAUNCH))
-    spec = importlib.util.spec_from_file_location("calibrate_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("calibrate")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from flashhead_dist.integrations.eagle import EagleDraft
 from flashhead_dist.integrations.eagle_decode import DraftCounts
 from flashhead_dist.model_source import open_model
 from tests.launch.ground import LAUNCH, build_small
+from tests.launch.scripts import load_script
 from tests.launch.small_llama import save_small_llama
 
 HEADS = ["no draft", "dense_local_max", "flashhead"]
@@ -25,12 +25,7 @@ REDUCED = ["dense_local_max, 40 tokens", "flashhead, 40 tokens"]
 def script() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(LAUNCH))
-        spec = importlib.util.spec_from_file_location("drafts_script", LAUNCH / "drafts.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
+        yield load_script("drafts")
 
 
 @pytest.fixture

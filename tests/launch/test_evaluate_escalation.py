@@ -7,7 +7,6 @@ round's tokens taken where the first's stand, bytes of the share that was asked 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from flashhead_dist.hidden_states import synthetic_hidden_states
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.model_source import open_model
 from tests.launch.ground import LAUNCH
+from tests.launch.scripts import load_script
 
 MODEL = "3000,64"
 COMMAND = ["escalation", "--synthetic", MODEL, "--max-states", "3000", "--num-probes", "128"]
@@ -37,12 +37,7 @@ def evaluate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLASHHEAD_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.syspath_prepend(str(LAUNCH))
-        spec = importlib.util.spec_from_file_location("evaluate_script", LAUNCH / "evaluate.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
+        yield load_script("evaluate")
 
 
 def test_points_are_what_the_head_does(

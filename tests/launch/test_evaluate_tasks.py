@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from flashhead_dist.generation.engine import Engine
 from flashhead_dist.index import load_manifest
 from flashhead_dist.model_source import open_model
 from tests.launch.ground import LAUNCH, build_small
+from tests.launch.scripts import load_script
 from tests.launch.small_llama import save_small_llama
 
 DENSE, RETRIEVED, CHECKED = "dense_local_max", "flashhead", "flashhead --lossless 5"
@@ -27,12 +27,7 @@ SMALL = ("--tasks", "mt_bench", "--max-new-tokens", "24", "--batch-size", "3")
 def evaluate() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(LAUNCH))
-        spec = importlib.util.spec_from_file_location("evaluate_script", LAUNCH / "evaluate.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
+        yield load_script("evaluate")
 
 
 @pytest.fixture(scope="module")

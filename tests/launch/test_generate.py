@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ import pytest
 
 from flashhead_dist.model_source import open_model
 from tests.launch.ground import LAUNCH, build_small
+from tests.launch.scripts import load_script
 from tests.launch.small_llama import save_small_llama
 
 SCRIPT = LAUNCH / "generate.py"
@@ -31,12 +31,7 @@ def generate() -> Iterator[ModuleType]:
         patch.syspath_prepend(str(LAUNCH))
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             patch.delenv(name, raising=False)
-        spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
+        yield load_script("generate")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 
 from flashhead_dist.measure.records import Record
 from tests.launch.ground import LAUNCH
+from tests.launch.scripts import load_script
 from tests.report.made_up import changed, golden, write_run
 
 pytest.importorskip("matplotlib")
@@ -25,12 +25,7 @@ pytest.importorskip("matplotlib")
 def script() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(LAUNCH))
-        spec = importlib.util.spec_from_file_location("report_script", LAUNCH / "report.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
+        yield load_script("report")
 
 
 def few(records: list[Record]) -> list[Record]:

@@ -6,7 +6,6 @@ tests/vllm.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -25,6 +24,7 @@ from flashhead_dist.serving.bench import Plan, turns
 from flashhead_dist.serving.records import read_serving
 from flashhead_dist.serving.server import Server, ServerOptions, bind_threads
 from tests.launch.ground import LAUNCH, Ground
+from tests.launch.scripts import load_script
 
 STAND_IN = Path(__file__).with_name("vllm_stand_in.py")
 
@@ -41,12 +41,7 @@ def python(tmp_path: Path) -> Path:
 def script() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(LAUNCH))
-        spec = importlib.util.spec_from_file_location("serve_bench", LAUNCH / "serve_bench.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
+        yield load_script("serve_bench")
 
 
 def options(python: Path, **given: object) -> ServerOptions:

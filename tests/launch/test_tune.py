@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from flashhead_dist.index import load_manifest, load_shard
 from flashhead_dist.tune.simulate import Simulator
+from tests.launch.scripts import load_script
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 RUN = ["--synthetic", "2048,64", "--groups", "16", "--quick", "--threads", "1", "--skip-plots"]
@@ -27,12 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tune() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(LAUNCH))
-        spec = importlib.util.spec_from_file_location("tune_script", LAUNCH / "tune.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
+        yield load_script("tune")
 
 
 def run(tune: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
