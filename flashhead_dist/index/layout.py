@@ -24,6 +24,8 @@ from flashhead_kernels.quantize import (
     tile_centroids,
 )
 
+_CHUNK_CLUSTERS = 8192
+
 
 @dataclass(frozen=True)
 class IndexTensors:
@@ -66,13 +68,17 @@ def lay_out(
     centroids, spread = describe_clusters(
         weights, token_ids.flatten(0, 1), moment, unit_norm=options.centroid_kind == "unit_norm"
     )
-    quantized = _quantize(centroids.reshape(*shape, -1), spread.reshape(shape), moment, options)
+    centroids, spread = centroids.reshape(*shape, -1), spread.reshape(shape)
+    quantized = _quantize(centroids, spread, moment, options)
+    if quantized.projection is not None:
+        stored = quantized.dequantize()
+        spread = with_left_out(spread, centroids, stored, quantized.projection, moment)
     pinned = _deal_pinned(pinned_token_ids, options.num_groups)
     return IndexTensors(
         rows=_take(weights, token_ids),
         token_ids=token_ids,
         centroids=tile_centroids(quantized),
-        spread=spread.reshape(shape),
+        spread=spread,
         pinned_rows=_take(weights, pinned),
         pinned_token_ids=pinned,
     )
@@ -112,7 +118,7 @@ def describe_clusters(
     root = moment_root(moment, weights.shape[1]).to(weights.device)
     centroids = torch.zeros(len(token_ids), weights.shape[1], device=weights.device)
     spread = torch.full((len(token_ids),), float("-inf"), device=weights.device)
-    for part in torch.split(torch.arange(len(token_ids)), 8192):
+    for part in torch.split(torch.arange(len(token_ids)), _CHUNK_CLUSTERS):
         ids = token_ids[part].to(weights.device)
         rows, real = _take(weights, ids).float(), (ids >= 0).unsqueeze(-1)
         count = real.sum(1)
@@ -125,6 +131,37 @@ def describe_clusters(
             mean = torch.nn.functional.normalize(unit, dim=-1)
         centroids[places] = mean
     return centroids, spread
+
+
+def with_left_out(
+    spread: Tensor,
+    centroids: Tensor,
+    stored: Tensor,
+    projection: Projection,
+    moment: Tensor | None = None,
+) -> Tensor:
+    """`spread [...]` with what fewer columns leave out: the root of the sum of both squares.
+
+    centroids `[..., D]`, of which `stored [..., m]` are kept in the columns of `projection`. What
+    is left out is, as the spread, an rms over hidden states of norm 1 and second moment `moment`:
+    of a centroid's logit less its probing score. It is as good a reason to doubt a score as rows
+    that stray, and a pair of near rows may have little else.
+    """
+    size = centroids.shape[-1]
+    root = moment_root(moment, size).to(centroids.device)
+    flat = zip(
+        centroids.reshape(-1, size).split(_CHUNK_CLUSTERS),
+        stored.flatten(0, -2).split(_CHUNK_CLUSTERS),
+        strict=True,
+    )
+    left_out = torch.cat(
+        [
+            score_deviations(exact - projection.mean - kept @ projection.to_state, root)
+            for exact, kept in flat
+        ]
+    )
+    wider = torch.hypot(spread, left_out.reshape(spread.shape))
+    return torch.where(torch.isneginf(spread), spread, wider)
 
 
 def keep_spread(tensors: IndexTensors, before: Tensor) -> Tensor:

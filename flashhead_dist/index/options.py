@@ -162,5 +162,8 @@ class IndexOptions:
         # What an option of later versions leaves as it was has the name that it had.
         if self.centroid_columns is None:
             del choices["centroid_columns"]
+        else:
+            # Since the spread counts what fewer columns leave out.
+            choices["spread"] = "with what columns leave out"
         text = json.dumps(choices, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

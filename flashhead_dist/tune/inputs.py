@@ -18,7 +18,7 @@ from flashhead_dist.model_source import ModelSource, open_model
 from flashhead_dist.tune.journal import Journal
 from flashhead_dist.tune.pins import frequent_tokens
 
-_VERSION = 2
+_VERSION = 3
 """Of what a journal's measurements mean: raise it where they are made otherwise."""
 
 

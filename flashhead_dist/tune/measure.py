@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashhead_dist.index.calibrate import missed_tokens
-from flashhead_dist.tune.front import undominated
+from flashhead_dist.tune.front import HALF, undominated
 from flashhead_dist.tune.points import Family, Point
 from flashhead_dist.tune.row_rounding import survives
 from flashhead_dist.tune.scene import Part, Scene
@@ -19,6 +19,7 @@ from flashhead_dist.tune.simulate import Simulator
 CANDIDATES = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 10240, 12288, 16384, 20480, 24576, 32768)
 """Candidate rows, R, that are tried for one of 2^18 tokens; others in proportion."""
 _VOCABULARY = 1 << 18
+_KEPT_BY = ("top1_worst", "top1", HALF)
 
 
 @dataclass(frozen=True)
@@ -59,22 +60,36 @@ def measure_family(
     groups = simulator.home_groups(family, scene.top_tokens)
     rounding = {16: torch.ones(len(groups), dtype=torch.bool), 8: survives(int8_logits, groups)}
     records: dict[int, list[dict[str, Any]]] = {bits: [] for bits in choices.row_bits}
-    for point, found in _found(scene, family, choices, frequent, ranks):
+    for point, found, by_half in _found(scene, family, choices, frequent, ranks):
         for bits in choices.row_bits:
             with_bits = replace(point, row_bits=bits)
             share = scene.shape.bytes_share(with_bits)
             if share <= choices.most_bytes_share:
-                records[bits].append(record_of(with_bits, share, found & rounding[bits], scene))
-    return [record for bits in choices.row_bits for record in undominated(records[bits])]
+                kept = rounding[bits]
+                records[bits].append(
+                    record_of(with_bits, share, found & kept, by_half & kept, scene)
+                )
+    return [
+        record
+        for bits in choices.row_bits
+        for record in undominated(records[bits], agreements=_KEPT_BY)
+    ]
 
 
-def record_of(point: Point, bytes_share: float, found: Tensor, scene: Scene) -> dict[str, Any]:
-    """One flat record: the point's choices, its bytes, and what it finds in each part."""
+def record_of(
+    point: Point, bytes_share: float, found: Tensor, by_half: Tensor, scene: Scene
+) -> dict[str, Any]:
+    """One flat record: the point's choices, its bytes, and what it finds in each part.
+
+    found, by_half: bool `[N]`, states whose dense argmax is a candidate with all of the probes and
+    with half of them.
+    """
     record: dict[str, Any] = {
         "family": point.key,
         **asdict(point),
         "candidates": point.probes_per_group * scene.num_groups * point.cluster_size,
         "bytes_share": bytes_share,
+        HALF: scene.selection.shares(by_half).overall,
     }
     parts: list[tuple[str, Part | None]] = [
         ("", scene.selection),
@@ -95,8 +110,8 @@ def record_of(point: Point, bytes_share: float, found: Tensor, scene: Scene) -> 
 
 def _found(
     scene: Scene, family: Family, choices: Choices, frequent: Sequence[int], ranks: Tensor
-) -> Iterator[tuple[Point, Tensor]]:
-    """Points with 16-bit rows, and the states `[N]` whose dense argmax is a candidate."""
+) -> Iterator[tuple[Point, Tensor, Tensor]]:
+    """Points with 16-bit rows, and the states `[N]` that all and half of their probes find."""
     tokens = scene.top_tokens[:, 0]
     calibrating = scene.calibration.rows
     vocab_size = len(scene.weights)
@@ -106,7 +121,7 @@ def _found(
     }
     for probes in choices.probes(family, scene):
         for place, alpha in enumerate(choices.alphas):
-            probed = ranks[place] < probes
+            probed, by_half = ranks[place] < probes, 2 * ranks[place] < probes
             of_calibration = ranks[place][calibrating], tokens[calibrating]
             of_learned = {
                 count: _among(tokens, missed_tokens(*of_calibration, probes, count), vocab_size)
@@ -121,7 +136,7 @@ def _found(
                     learned_pins=learned,
                     frequent_pins=min(count, len(frequent)),
                 )
-                yield point, probed | pinned
+                yield point, probed | pinned, by_half | pinned
 
 
 def _among(tokens: Tensor, chosen: Sequence[int], vocab_size: int) -> Tensor:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from flashhead_dist.index.axes import centroid_covariance, leading_axes
 from flashhead_dist.index.compensate import quantize_for_states
-from flashhead_dist.index.layout import deal, describe_clusters
+from flashhead_dist.index.layout import deal, describe_clusters, with_left_out
 from flashhead_dist.tune.nested import resize
 from flashhead_dist.tune.points import BLOCK_EDGES, Family
 from flashhead_dist.tune.scene import Scene
 from flashhead_kernels.candidates import quantize_hidden_states
+from flashhead_kernels.projection import Projection
 from flashhead_kernels.quantize import quantize_centroids
 
 _CHUNK_STATES = 2048
@@ -63,7 +64,7 @@ class Simulator:
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
         self._described: dict[int, Described] = {}
-        self._rounded_last: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._rounded_last: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
         self._norms = torch.linalg.vector_norm(scene.states.float(), dim=1)
 
     def clusters(self, cluster_size: int) -> Described:
@@ -144,8 +145,8 @@ class Simulator:
             while len(self._rounded_last) >= _KEPT_ROUNDED:
                 self._rounded_last.pop(next(iter(self._rounded_last)))
             self._rounded_last[key] = self._rounded(described, family)
-        centroids, states = self._rounded_last[key]
-        norms, spread = self._norms, described.spread
+        centroids, states, spread = self._rounded_last[key]
+        norms = self._norms
         empty = (described.token_ids < 0).all(1)
 
         def deviations(rows: Tensor, clusters: Tensor) -> Tensor:
@@ -156,25 +157,33 @@ class Simulator:
         chosen = self._block_deviations(described) if blocks else deviations
         return _Level(centroids, states, empty, chosen)
 
-    def _rounded(self, described: Described, family: Family) -> tuple[Tensor, Tensor]:
-        """Centroids `[C, m]` as stored, and states `[N, m]` as the kernels round them."""
+    def _rounded(self, described: Described, family: Family) -> tuple[Tensor, Tensor, Tensor]:
+        """Centroids `[C, m]` and spread `[C]` as stored, states `[N, m]` as the kernels round them.
+
+        In the order: centroids, states, spread.
+        """
         scene = self._scene
         centroids, states, moment = described.centroids, scene.states.float(), scene.moment
+        bits, group_size = family.centroid_bits, family.group_size
+        projection = None
         if family.centroid_columns < centroids.shape[1]:
             mean, covariance = centroid_covariance(centroids)
             axes = leading_axes(covariance, moment, family.centroid_columns)
+            projection = Projection(axes.to_state.T.contiguous(), mean)
             centroids = (centroids - mean) @ axes.to_centroid
             states = states @ axes.to_state
             moment = None if moment is None else axes.moment(moment)
-        bits, group_size = family.centroid_bits, family.group_size
-        if bits == 16:
-            return quantize_centroids(centroids, 16).dequantize(), states
-        if moment is None:
-            stored = quantize_centroids(centroids, bits, group_size)
+        if bits == 16 or moment is None:
+            stored = quantize_centroids(centroids, bits, group_size).dequantize()
         else:
-            stored = quantize_for_states(centroids, moment, bits, group_size)
-        integers, scales = quantize_hidden_states(states, group_size)
-        return stored.dequantize(), integers * scales.repeat_interleave(group_size, dim=1)
+            stored = quantize_for_states(centroids, moment, bits, group_size).dequantize()
+        if bits < 16:
+            integers, scales = quantize_hidden_states(states, group_size)
+            states = integers * scales.repeat_interleave(group_size, dim=1)
+        spread = described.spread
+        if projection is not None:
+            spread = with_left_out(spread, described.centroids, stored, projection, scene.moment)
+        return stored, states, spread
 
     def _block_deviations(self, described: Described) -> Callable[[Tensor, Tensor], Tensor]:
         """Root of the sum over blocks of axes of |h_b|^2 times a row's mean square along an axis.

@@ -6,9 +6,7 @@ that depends on nothing but the hidden size. Work is shared over `torch.get_num_
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +18,7 @@ from flashhead_kernels import cpu_loops as loops
 from flashhead_kernels import reference
 from flashhead_kernels.candidates import Candidates, check_candidate_arguments
 from flashhead_kernels.cpu_states import all_finite, flat, float_states, make_query, unpack_keys
+from flashhead_kernels.cpu_threads import share
 from flashhead_kernels.keys import EMPTY_KEY
 from flashhead_kernels.logits import PLAIN, FinalLogits, OutputBias
 from flashhead_kernels.matmul_shortlist import BLOCK, matmul_is_faster, matmul_shortlist
@@ -49,7 +48,7 @@ def score_centroids(
     scores = np.empty(batch * groups * clusters, np.float32)
     flat_spread = flat(spread)
     if batch:
-        _share(
+        share(
             groups,
             lambda first, last: loops.score_groups(
                 first, last, query, batch, values, scales, centroids.group_size,
@@ -84,7 +83,7 @@ def _scan(
     if batch * count:
         states, flat_rows, ids = float_states(hidden_states), flat(rows), flat(token_ids)
         clusters = flat(cluster_ids.to(torch.int64).contiguous())
-        _share(
+        share(
             batch * count,
             lambda first, last: loops.scan_clusters(
                 first, last, flat_rows, ids, tokens, states, batch, size, clusters, k, best, logits
@@ -137,7 +136,7 @@ def flashhead_candidates(
             need_logsumexp,
         )  # fmt: skip
         if between is None:
-            _share(
+            share(
                 groups,
                 lambda first, last: loops.probe_groups(
                     first, last, query, batch, size, *of_centroids, bias, clusters, *of_rows, best,
@@ -147,7 +146,7 @@ def flashhead_candidates(
         else:
             stride = groups * clusters
             scores = np.empty(batch * stride, np.float32)
-            _share(
+            share(
                 groups,
                 lambda first, last: loops.score_groups(
                     first, last, query, batch, *of_centroids, bias, clusters,
@@ -155,7 +154,7 @@ def flashhead_candidates(
                 ),
             )  # fmt: skip
             between()
-            _share(
+            share(
                 groups,
                 lambda first, last: loops.scan_best_groups(
                     first, last, query, batch, size, flat_spread, bias, clusters, *of_rows,
@@ -226,7 +225,7 @@ def _scan_dense(
     peak, mass = np.empty((2, blocks * batch), np.float32)
     if batch:
         states, flat_rows, ids = float_states(hidden_states), flat(rows), flat(token_ids)
-        _share(
+        share(
             blocks,
             lambda first, last: loops.scan_dense(
                 first, last, flat_rows, count, states, batch, size, ids, first_token_id, k,
@@ -262,21 +261,3 @@ def _greatest(keys: Tensor, k: int) -> Tensor:
         filler = keys.new_full((keys.shape[0], k - keys.shape[1]), EMPTY_KEY)
         keys = torch.cat([keys, filler], dim=1)
     return keys.amax(1, keepdim=True) if k == 1 else keys.topk(k, dim=1).values
-
-
-def _share(total: int, work: Callable[[int, int], None]) -> None:
-    """Run `work(first, last)` over ranges of `total` items, one range a thread."""
-    threads = min(torch.get_num_threads(), total)
-    if threads <= 1:
-        work(0, total)
-        return
-    bounds = [total * i // threads for i in range(threads + 1)]
-    others = [_pool(threads - 1).submit(work, bounds[i], bounds[i + 1]) for i in range(1, threads)]
-    work(bounds[0], bounds[1])
-    for other in others:
-        other.result()
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="flashhead")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from flashhead_kernels import cpu_sampling_loops as loops
-from flashhead_kernels.cpu import _share as share
 from flashhead_kernels.cpu import score_rows
 from flashhead_kernels.cpu_states import flat, float_states, make_query
+from flashhead_kernels.cpu_threads import share
 from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise
 from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.sampling import LocalScores

@@ -50,6 +50,26 @@ def test_fewer_columns_find_what_all_of_them_find(
     assert float((scores - truth)[real].mean().abs() / truth[real].std()) < 0.05
 
 
+def test_the_spread_has_what_columns_leave_out(build_one: Any, index_states: Any) -> None:
+    """By brute force over the calibration states. Fails where the spread is that of rows alone."""
+    shard = load_shard(build_one(**COLUMNS))
+    unit = torch.nn.functional.normalize(index_states[0].states.double(), dim=1)
+    real = (shard.token_ids >= 0).unsqueeze(-1)
+    count = real.sum(2).clamp(min=1)
+    centroids = shard.rows.double().sum(2) / count
+    projection = shard.centroids.projection
+    assert projection is not None
+    kept = shard.centroids.dequantize().double() @ projection.to_state.double() + projection.mean
+    left_out = torch.einsum("bd,gmd->bgm", unit, centroids - kept).square().mean(0)
+    strays = (shard.rows.double() - centroids.unsqueeze(2)) * real
+    of_rows = torch.einsum("bd,gmsd->bgms", unit, strays).square().mean(0).amax(-1)
+    whole = shard.num_tokens > 1
+    expected = (left_out + of_rows).sqrt()
+    torch.testing.assert_close(shard.spread.double()[whole], expected[whole], rtol=2e-3, atol=0)
+    assert float((left_out / of_rows)[whole].median()) > 0.01
+    assert bool(torch.isneginf(shard.spread[shard.num_tokens == 0]).all())
+
+
 @pytest.mark.parametrize("name", ["flashhead", "flashhead_escalate", "flashhead_global"])
 def test_every_tp_size_answers_alike(
     build_one: Any, index_states: Any, model: ModelSource, name: str

@@ -39,14 +39,35 @@ def test_a_curve_only_rises() -> None:
     [
         ("worst=0.94", None, B),
         ("worst=0.94,overall=0.98", None, C),
-        ("", 0.065, B),
-        ("", 0.055, A),
         ("worst=0.94,fastest-within=0.2", None, BEATEN),
         ("worst=0.94,fastest-within=0.01", None, B),
     ],
 )
 def test_the_choice_serves_its_target(target: str, most: float | None, expected: Any) -> None:
     assert choose([A, B, C, BEATEN], parse_target(target, most)) == expected
+
+
+def sure(missed_by_half: int, alpha: float, share: float = 0.08) -> dict[str, Any]:
+    return record(
+        share, 0.99, 0.98, states=10000, alpha=alpha, top1_half_probes=1 - missed_by_half / 10000
+    )
+
+
+@pytest.mark.parametrize(
+    ("records", "chosen"),
+    [
+        # Fewest misses with half of the probes, whatever the few with all of them.
+        ([sure(30, 1.0) | {"top1_worst": 1.0}, sure(9, 1.0)], 1),
+        # Within a standard error of the fewest, sqrt(9), the alpha nearest to 1.
+        ([sure(9, 2.0), sure(12, 1.25), sure(13, 1.0)], 1),
+        # Then the fewest misses, then the fewest bytes.
+        ([sure(12, 1.0), sure(11, 1.0), sure(11, 1.0, 0.07)], 2),
+        # What reads too much is not looked at.
+        ([sure(9, 1.0, 0.11), sure(20, 1.0)], 1),
+    ],
+)
+def test_within_bytes_the_surest_is_chosen(records: list[dict[str, Any]], chosen: int) -> None:
+    assert choose(records, parse_target("", 0.10)) is records[chosen]
 
 
 def test_a_target_out_of_reach_says_what_is() -> None:
