@@ -167,10 +167,11 @@ class Simulator:
         bits, group_size = family.centroid_bits, family.group_size
         projection = None
         if family.centroid_columns < centroids.shape[1]:
-            mean, covariance = centroid_covariance(centroids)
+            real = (described.token_ids >= 0).any(1)
+            mean, covariance = centroid_covariance(centroids[real])
             axes = leading_axes(covariance, moment, family.centroid_columns)
             projection = Projection(axes.to_state.T.contiguous(), mean)
-            centroids = (centroids - mean) @ axes.to_centroid
+            centroids = (centroids - mean) * real.unsqueeze(1) @ axes.to_centroid
             states = states @ axes.to_state
             moment = None if moment is None else axes.moment(moment)
         if bits == 16 or moment is None:
