@@ -107,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     goal.add_argument(
         "--max-bytes", type=float, metavar="SHARE",
-        help="of the dense head's; without --target the surest within it wins: what misses fewest "
-        "states with half of its probes, alpha nearest to 1 of those within a standard error "
+        help="of the dense head's; without --target the surest within it wins: of those that miss "
+        "as few states with half of their probes, the one least fitted to calibration states "
         "(default without --target: 0.10)",
     )  # fmt: skip
     goal.add_argument("--simulated", action="store_true", help="choose what no head can run, too")

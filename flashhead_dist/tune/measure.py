@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,7 +17,10 @@ from flashhead_dist.tune.row_rounding import survives
 from flashhead_dist.tune.scene import Part, Scene
 from flashhead_dist.tune.simulate import Simulator
 
-CANDIDATES = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 10240, 12288, 16384, 20480, 24576, 32768)
+CANDIDATES = (
+    *(1024, 1536, 2048, 3072, 4096, 5120, 6144, 7168, 8192, 9216, 10240, 11264, 12288),
+    *(14336, 16384, 20480, 24576, 32768),
+)
 """Candidate rows, R, that are tried for one of 2^18 tokens; others in proportion."""
 _VOCABULARY = 1 << 18
 _KEPT_BY = ("top1_worst", "top1", HALF)
@@ -52,27 +56,27 @@ def measure_family(
     int8_logits: Tensor,
     ranks: Tensor,
 ) -> list[dict[str, Any]]:
-    """Records of the family's points that no other with rows of as many bits beats.
+    """Records of the family's points that no other with the same alpha and row bits beats.
+
+    Not across alphas: they are what a choice weighs against a few states (`front.choose`).
 
     ranks: from `Simulator.ranks`, `[alphas, N]`. frequent: token ids, most frequent first.
     int8_logits: `[N, t]` of `scene.top_tokens`.
     """
     groups = simulator.home_groups(family, scene.top_tokens)
     rounding = {16: torch.ones(len(groups), dtype=torch.bool), 8: survives(int8_logits, groups)}
-    records: dict[int, list[dict[str, Any]]] = {bits: [] for bits in choices.row_bits}
+    records: dict[tuple[int, float], list[dict[str, Any]]] = defaultdict(list)
     for point, found, by_half in _found(scene, family, choices, frequent, ranks):
         for bits in choices.row_bits:
             with_bits = replace(point, row_bits=bits)
             share = scene.shape.bytes_share(with_bits)
             if share <= choices.most_bytes_share:
                 kept = rounding[bits]
-                records[bits].append(
+                records[bits, point.alpha].append(
                     record_of(with_bits, share, found & kept, by_half & kept, scene)
                 )
     return [
-        record
-        for bits in choices.row_bits
-        for record in undominated(records[bits], agreements=_KEPT_BY)
+        record for alike in records.values() for record in undominated(alike, agreements=_KEPT_BY)
     ]
 
 

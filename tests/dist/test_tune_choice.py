@@ -47,10 +47,10 @@ def test_the_choice_serves_its_target(target: str, most: float | None, expected:
     assert choose([A, B, C, BEATEN], parse_target(target, most)) == expected
 
 
-def sure(missed_by_half: int, alpha: float, share: float = 0.08) -> dict[str, Any]:
-    return record(
-        share, 0.99, 0.98, states=10000, alpha=alpha, top1_half_probes=1 - missed_by_half / 10000
-    )
+def sure(missed: int, alpha: float, share: float = 0.08, columns: int = 256) -> dict[str, Any]:
+    half = 1 - missed / 10000
+    settings = {"alpha": alpha, "centroid_columns": columns}
+    return record(share, 0.99, 0.98, states=10000, top1_half_probes=half, **settings)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,10 @@ def sure(missed_by_half: int, alpha: float, share: float = 0.08) -> dict[str, An
     [
         # Fewest misses with half of the probes, whatever the few with all of them.
         ([sure(30, 1.0) | {"top1_worst": 1.0}, sure(9, 1.0)], 1),
-        # Within a standard error of the fewest, sqrt(9), the alpha nearest to 1.
-        ([sure(9, 2.0), sure(12, 1.25), sure(13, 1.0)], 1),
+        # 10 more than 9 are within 1.96 sqrt(28), 11 more are not within 1.96 sqrt(29).
+        ([sure(9, 2.0), sure(19, 1.25), sure(20, 1.0)], 1),
+        # Of tied ones the alpha nearest to 1, then the most columns.
+        ([sure(9, 2.0, columns=320), sure(12, 1.0, columns=192), sure(15, 1.0), sure(40, 1.0)], 2),
         # Then the fewest misses, then the fewest bytes.
         ([sure(12, 1.0), sure(11, 1.0), sure(11, 1.0, 0.07)], 2),
         # What reads too much is not looked at.
