@@ -19,8 +19,8 @@ joins the selection states. Both take names of sources and data sets, or numbers
 names go in the order of their sha256, and a language is taken only if its script is not yet.
 
 Each finished measurement is kept in --out: after Ctrl-C the same command goes on where it ended.
-In --out: journal.jsonl, points.csv (all points that no other of their family beats), front.csv,
-front.png, chosen.json, and held_out.safetensors for launch/evaluate.py --hidden-states.
+In --out: journal.jsonl, points.csv (all points that no other of their family and alpha beats),
+front.csv, front.png, chosen.json, and held_out.safetensors for launch/evaluate.py --hidden-states.
 
 Exit codes: 0, 2 for a mistake in what was given, 130 after Ctrl-C.
 """
@@ -51,7 +51,7 @@ from flashhead_dist.tune.prepare import Prepared, prepare
 from flashhead_dist.tune.run import runnable, simulate_all, time_front
 from flashhead_dist.tune.timing import layout_of
 from flashhead_topology.probe import probe_machine
-from tune_output import show, write_outputs
+from tune_output import TABLE_WIDTH, show, write_outputs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,7 +207,8 @@ def _tune(arguments: argparse.Namespace) -> dict[str, Any]:
     if prepared.parts.held_out is not None:
         save_hidden_states(arguments.out / "held_out.safetensors", prepared.parts.held_out)
     paths = write_outputs(arguments, document, records, ours, front, timed)
-    show(Console(), document, front, ours_front, timed, paths)
+    wide = Console(width=max(Console().width, TABLE_WIDTH))
+    show(wide, document, front, ours_front, timed, paths)
     if chosen is None:
         raise UserError(refusal)
     notes = default.evidence(

@@ -18,6 +18,8 @@ from flashhead_dist.tune.front import Record, curve
 from flashhead_dist.tune.timing import point_of
 
 _MOST_ROWS = 14
+TABLE_WIDTH = 136
+"""Columns of text that the widest table takes: narrower consoles would cut its figures off."""
 
 
 def write_outputs(
