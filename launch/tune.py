@@ -181,6 +181,9 @@ def _tune(arguments: argparse.Namespace) -> dict[str, Any]:
     front, ours_front = undominated(records), undominated(ours)
     timed: list[Record] = []
     if not arguments.skip_times:
+        likely, _ = _choose(arguments, target, records, ours, [])
+        if likely is not None and likely in ours and likely not in ours_front:
+            ours_front = [*ours_front, likely]
         layouts = {layout_of(record, scene.shape) for record in ours_front}
         with SweepProgress(len(layouts), visible=True) as progress:
             timed = time_front(
