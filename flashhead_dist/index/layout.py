@@ -150,8 +150,8 @@ def with_left_out(
     size = centroids.shape[-1]
     root = moment_root(moment, size).to(centroids.device)
     flat = zip(
-        centroids.reshape(-1, size).split(_CHUNK_CLUSTERS),
-        stored.flatten(0, -2).split(_CHUNK_CLUSTERS),
+        torch.split(centroids.reshape(-1, size), _CHUNK_CLUSTERS),
+        torch.split(stored.flatten(0, -2), _CHUNK_CLUSTERS),
         strict=True,
     )
     left_out = torch.cat(
