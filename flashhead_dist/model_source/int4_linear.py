@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashhead_dist.model_source.replacing import replace_layers
+
 FEW_ROWS = 16
 """More rows in one call cost torch's kernel more than unpacking does."""
 GROUP_SIZES = (256, 128, 64, 32)
@@ -103,12 +105,6 @@ def unpack_linears(model: nn.Module, dtype: torch.dtype) -> int:
 
     Returns how many.
     """
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, Int4Linear)
-    ]
-    for parent, name, child in found:
-        setattr(parent, name, child.unpack(dtype))
-    return len(found)
+    return replace_layers(
+        model, lambda layer: layer.unpack(dtype) if isinstance(layer, Int4Linear) else None
+    )
