@@ -148,7 +148,7 @@ def test_files_hold_one_idea() -> None:
         for path in python_files(ROOT / folder):
             if "corpus" not in path.parts:
                 lines = len(path.read_text(encoding="utf-8").splitlines())
-                assert lines < 300, f"{path.relative_to(ROOT)} has {lines} lines: split it"
+                assert lines <= 500, f"{path.relative_to(ROOT)} has {lines} lines: split it"
 
 
 def test_no_folder_of_tests_is_passed_over(request: pytest.FixtureRequest) -> None:
