@@ -23,6 +23,7 @@ from torch import Tensor
 
 from flashhead_dist.collective_calls import CollectiveCalls, TorchCalls
 from flashhead_dist.errors import UserError
+from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.exchange_choice import (
     AUTO,
     ExchangeChoice,
@@ -51,10 +52,14 @@ class Exchange:
 
     The answer is a tensor of that shape (MAX, SUM; it may overwrite the one given) or
     `[P, *shape]` in rank order (GATHER).
+
+    unpacked: token ids and logits of the packed keys `tensor`; of MAX, those of the answer are
+        written there.
     """
 
     operation: Operation
     tensor: Tensor
+    unpacked: tuple[Tensor, Tensor] | None = None
 
 
 Steps = Generator[Exchange, Tensor, T]
@@ -209,19 +214,20 @@ class TensorParallel:
         self.num_collectives += 1
         if tensor.device.type != "cuda":
             start_s = time.perf_counter()
-            result = self._call(operation, tensor)
+            result = self._call(exchange)
             self._seconds += time.perf_counter() - start_s
             return result
         if torch.cuda.is_current_stream_capturing():
-            return self._call(operation, tensor)
+            return self._call(exchange)
         start, stop = _timing_event(), _timing_event()
         start.record()
-        result = self._call(operation, tensor)
+        result = self._call(exchange)
         stop.record()
         self._events.append((start, stop))
         return result
 
-    def _call(self, operation: Operation, tensor: Tensor) -> Tensor:
+    def _call(self, exchange: Exchange) -> Tensor:
+        operation, tensor = exchange.operation, exchange.tensor
         with annotate(EXCHANGE, tensor.nbytes):
             if operation is Operation.GATHER:
                 gathered = tensor.new_empty((self.tp_size, *tensor.shape))
@@ -230,9 +236,11 @@ class TensorParallel:
             result = tensor.contiguous()
             symmetric = self._symmetric if operation is Operation.MAX else None
             if symmetric is not None and symmetric.accepts(result):
-                return symmetric.all_reduce_max(result)
+                return symmetric.all_reduce_max(result, exchange.unpacked)
             reduction = dist.ReduceOp.MAX if operation is Operation.MAX else dist.ReduceOp.SUM
             self._calls.all_reduce(result, reduction, self.group)
+            if exchange.unpacked is not None:
+                ops_for(result.device).unpack_keys_into(result, *exchange.unpacked)
             return result
 
     def barrier(self) -> None:

@@ -70,7 +70,7 @@ class DenseLocalMax(_RowHead):
                 hidden_states, self.weight, self.shard.start, k=want.k,
                 need_logsumexp=want.logsumexp,
             )  # fmt: skip
-        return (yield from merge_candidates(found.keys, found.logsumexp))
+        return (yield from merge_candidates(found))
 
 
 class DenseGather(_RowHead):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flashhead_dist.collectives import Exchange, Operation, Steps
 from flashhead_dist.heads.base import Head, HeadOutput, Want, empty_output
+from flashhead_kernels.dispatch import ops_for
 
 T = TypeVar("T")
 
@@ -105,7 +106,11 @@ def _answer(exchanges: Sequence[Exchange], tp_size: int) -> list[Tensor]:
     if operation is Operation.GATHER:
         return [parts] * tp_size
     if operation is Operation.MAX:
-        return [parts.amax(0)] * tp_size
+        best = parts.amax(0)
+        for exchange in exchanges:
+            if exchange.unpacked is not None:
+                ops_for(best.device).unpack_keys_into(best, *exchange.unpacked)
+        return [best] * tp_size
     return [gloo_ring_sum(parts)] * tp_size
 
 

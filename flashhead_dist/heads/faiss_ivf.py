@@ -20,6 +20,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, HeadOutput, VocabShard, Want
 from flashhead_dist.heads.faiss_lists import CHUNK_ROWS, TrainedLists, import_faiss
 from flashhead_dist.heads.merge import merge_candidates
+from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.keys import pack_keys
 from flashhead_profiles.ranges import CANDIDATES, CENTROIDS, in_parts
 
@@ -97,7 +98,7 @@ class FaissIvf(Head):
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         keys = pack_keys(*self._search(hidden_states, want.k))
         mass = self._candidate_logsumexp(hidden_states) if want.candidate_mass else None
-        return (yield from merge_candidates(keys, None, mass))
+        return (yield from merge_candidates(Candidates(keys, None), mass))
 
     def _candidate_logsumexp(self, hidden_states: Tensor) -> Tensor:
         """Log-sum-exp float32 `[B]` over every row of the searched lists."""

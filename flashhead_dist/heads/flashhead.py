@@ -117,7 +117,7 @@ class FlashHead(IndexHead):
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         found, mass = self._find(hidden_states, want)
-        return (yield from merge_candidates(found.keys, found.logsumexp, mass))
+        return (yield from merge_candidates(found, mass))
 
     def _find(
         self,
@@ -178,4 +178,4 @@ class FlashHeadReplicated(FlashHead):
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         yield from ()
         found, mass = self._find(hidden_states, want)
-        return local_output(found.keys, found.logsumexp, mass)
+        return local_output(found, mass)

@@ -20,7 +20,7 @@ from flashhead_dist.collectives import Steps
 from flashhead_dist.heads.base import HeadOutput, Want
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.heads.index_scan import IndexScan
-from flashhead_dist.heads.merge import merge_candidates
+from flashhead_dist.heads.merge import merge_scanned
 from flashhead_kernels.candidates import Candidates
 
 
@@ -47,11 +47,7 @@ class FlashHeadAuto(FlashHead):
             return (yield from super().steps(hidden_states, want))
         mass = Want(want.k, want.logsumexp or want.candidate_mass)
         found = self.scan(hidden_states, mass)
-        return (yield from merge_candidates(
-            found.keys,
-            found.logsumexp if want.logsumexp else None,
-            found.logsumexp if want.candidate_mass else None,
-        ))  # fmt: skip
+        return (yield from merge_scanned(found, want))
 
     def retrieve(self, hidden_states: Tensor, want: Want) -> Candidates:
         """This rank's candidates of `hidden_states [B, D]`, by retrieval."""

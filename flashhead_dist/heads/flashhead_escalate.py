@@ -29,7 +29,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import KEY_BYTES, HeadOutput, Want
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.heads.index_scan import IndexScan
-from flashhead_dist.heads.merge import merge_candidates, merge_judged
+from flashhead_dist.heads.merge import merge_candidates, merge_judged, merge_scanned
 from flashhead_dist.index import IndexManifest, IndexShard
 from flashhead_dist.index.escalation import USUAL_SHARE
 from flashhead_kernels.candidates import Candidates
@@ -176,14 +176,10 @@ class FlashHeadEscalate(FlashHead):
     def _second_round(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         if self.escalation.num_probes is not None:
             found, mass = self._find(hidden_states, want, num_probes=self.escalation.num_probes)
-            return (yield from merge_candidates(found.keys, found.logsumexp, mass))
+            return (yield from merge_candidates(found, mass))
         every = replace(want, logsumexp=want.logsumexp or want.candidate_mass)
         scanned = self._scan.candidates(hidden_states, every)
-        return (yield from merge_candidates(
-            scanned.keys,
-            scanned.logsumexp if want.logsumexp else None,
-            scanned.logsumexp if want.candidate_mass else None,
-        ))  # fmt: skip
+        return (yield from merge_scanned(scanned, want))
 
     @cached_property
     def _scan(self) -> IndexScan:

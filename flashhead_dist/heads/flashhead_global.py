@@ -18,6 +18,7 @@ from flashhead_dist.heads.base import HeadOutput, Want
 from flashhead_dist.heads.flashhead import IndexHead
 from flashhead_dist.heads.merge import merge_candidates
 from flashhead_dist.index import IndexShard
+from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import pack_keys, unpack_keys
 from flashhead_profiles.ranges import CANDIDATES, CENTROIDS, annotate
@@ -66,7 +67,7 @@ class FlashHeadGlobal(IndexHead):
         if want.logsumexp and probed is not None:
             estimate = torch.logaddexp(probed, self._unprobed(hidden_states, cluster_ids))
         mass = probed if want.candidate_mass else None
-        return (yield from merge_candidates(best, estimate, mass))
+        return (yield from merge_candidates(Candidates(best, estimate), mass))
 
     def _best_keys(self, hidden_states: Tensor, cluster_ids: Tensor, k: int) -> Tensor:
         """Keys int64 `[B, k]` of this rank's probes int32 `[B, n]` and pinned tokens."""

@@ -41,7 +41,7 @@ class IndexScan(Head):
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         found = self.candidates(hidden_states, want)
-        return (yield from merge_candidates(found.keys, found.logsumexp))
+        return (yield from merge_candidates(found))
 
     def candidates(self, hidden_states: Tensor, want: Want) -> Candidates:
         """This rank's best of `hidden_states [B, D]` among every token that it holds."""

@@ -23,7 +23,7 @@ from flashhead_dist.index.whole import damaged, read_projection, read_token_map
 from flashhead_dist.model_source import ModelSource
 from flashhead_kernels.cpu_memory import empty_on_large_pages
 from flashhead_kernels.projection import Projection
-from flashhead_kernels.quantize import QuantizedCentroids
+from flashhead_kernels.quantize import QuantizedCentroids, tile_centroids
 
 _PINNED = "pinned_"
 
@@ -258,6 +258,9 @@ def _assemble(
         manifest.tile,
         projection,
     )
+    if rows.is_cuda:
+        # A thread of the CUDA kernels scores a cluster: tiles let a warp read them side by side.
+        centroids = tile_centroids(centroids, pad=True)
     no_rows = rows.new_empty(len(groups), 0, manifest.hidden_size)
     no_ids = tensors["token_ids"].new_empty(len(groups), 0)
     return IndexShard(

@@ -17,11 +17,14 @@ class Candidates:
         closed form over the rank's whole vocabulary shard (see `flashhead_candidates`).
     unprobed: int64 `[B]` or None where it was not asked for. `pack_keys` of the greatest probing
         score of a cluster that was not probed, with id 0; EMPTY_KEY where all were.
+    token_ids, logits: the keys unpacked, int64 and float32 `[B, k]`, where the kernel did that too.
     """
 
     keys: Tensor
     logsumexp: Tensor | None
     unprobed: Tensor | None = None
+    token_ids: Tensor | None = None
+    logits: Tensor | None = None
 
 
 def check_finite(hidden_states: Tensor) -> None:

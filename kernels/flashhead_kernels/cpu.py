@@ -19,8 +19,8 @@ from flashhead_kernels import reference
 from flashhead_kernels.candidates import Candidates, check_candidate_arguments
 from flashhead_kernels.cpu_states import all_finite, flat, float_states, make_query, unpack_keys
 from flashhead_kernels.cpu_threads import share
-from flashhead_kernels.keys import EMPTY_KEY
-from flashhead_kernels.logits import PLAIN, FinalLogits, OutputBias
+from flashhead_kernels.keys import EMPTY_KEY, unpack_keys_into
+from flashhead_kernels.logits import PLAIN, FinalLogits
 from flashhead_kernels.matmul_shortlist import BLOCK, matmul_is_faster, matmul_shortlist
 from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.reference import best_keys, select_probes
@@ -35,6 +35,7 @@ __all__ = [
     "score_rows",
     "select_probes",
     "unpack_keys",
+    "unpack_keys_into",
 ]
 
 
@@ -109,17 +110,9 @@ def flashhead_candidates(
     k: int = 1,
     need_logsumexp: bool = False,
     need_unprobed: bool = False,
-    bias: OutputBias | None = None,
-    final: FinalLogits = PLAIN,
     between: Callable[[], object] | None = None,
 ) -> Candidates:
-    """See `reference.flashhead_candidates`, which a bias and final logits are left to."""
-    if bias is not None or not final.is_plain:
-        return reference.flashhead_candidates(
-            hidden_states, rows, token_ids, centroids, spread, alpha, num_probes_per_group,
-            pinned_rows, pinned_token_ids, k=k, need_logsumexp=need_logsumexp,
-            need_unprobed=need_unprobed, bias=bias, final=final, between=between,
-        )  # fmt: skip
+    """See `reference.flashhead_candidates`."""
     groups, clusters, tokens, size = rows.shape
     check_candidate_arguments(hidden_states, size, num_probes_per_group, clusters, k)
     batch, pinned = hidden_states.shape[0], pinned_rows.shape[1]
@@ -177,18 +170,17 @@ def dense_candidates(
     k: int = 1,
     need_logsumexp: bool = False,
     token_ids: Tensor | None = None,
-    bias: Tensor | None = None,
     final: FinalLogits = PLAIN,
 ) -> Candidates:
-    """See `reference.dense_candidates`, which a bias and final logits are left to.
+    """See `reference.dense_candidates`, which final logits are left to.
 
     A large batch goes through the matrix library first, where that is faster: its logits, rounded
     to the rows' dtype, only choose the rows that are then scored exactly.
     """
-    if bias is not None or not final.is_plain:
+    if not final.is_plain:
         return reference.dense_candidates(
             hidden_states, rows, first_token_id, k=k, need_logsumexp=need_logsumexp,
-            token_ids=token_ids, bias=bias, final=final,
+            token_ids=token_ids, final=final,
         )  # fmt: skip
     count, size = rows.shape
     check_candidate_arguments(hidden_states, size, 1, 1, k)

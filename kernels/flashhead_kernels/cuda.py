@@ -8,24 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from flashhead_kernels import reference
 from flashhead_kernels.candidates import Candidates, check_candidate_arguments
-from flashhead_kernels.logits import PLAIN, FinalLogits, OutputBias
+from flashhead_kernels.logits import PLAIN, FinalLogits, GumbelNoise
 from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.triton_dense_launch import launch_dense
-from flashhead_kernels.triton_launch import HeadInputs, launch_head
-from flashhead_kernels.triton_shapes import MAX_BEST
+from flashhead_kernels.triton_device import on_device
+from flashhead_kernels.triton_exchange import unpack_kernel
+from flashhead_kernels.triton_launch import HeadInputs, launch_dots, launch_head
+from flashhead_kernels.triton_shapes import MAX_BEST, MAX_ROWS
 
 all_finite = reference.all_finite
-centroid_dots = reference.centroid_dots
-score_centroids = reference.score_centroids
 select_probes = reference.select_probes
 score_rows = reference.score_rows
 probed_candidates = reference.probed_candidates
 best_keys = reference.best_keys
-unpack_keys = reference.unpack_keys
+_UNPACKED_AT_ONCE = 256
+
+
+def centroid_dots(hidden_states: Tensor, centroids: QuantizedCentroids) -> Tensor:
+    """See `reference.centroid_dots`."""
+    if len(hidden_states) == 0 or centroids.values.shape[0] == 0:
+        return reference.centroid_dots(hidden_states, centroids)
+    states = torch.split(hidden_states.contiguous(), MAX_ROWS)
+    return torch.cat([launch_dots(part, centroids) for part in states])
+
+
+def score_centroids(
+    hidden_states: Tensor, centroids: QuantizedCentroids, spread: Tensor, alpha: float
+) -> Tensor:
+    """See `reference.score_centroids`."""
+    dots = centroid_dots(hidden_states, centroids)
+    return dots + reference.probing_bias(hidden_states, spread, alpha)
 
 
 def flashhead_candidates(
@@ -42,15 +59,14 @@ def flashhead_candidates(
     k: int = 1,
     need_logsumexp: bool = False,
     need_unprobed: bool = False,
-    bias: OutputBias | None = None,
-    final: FinalLogits = PLAIN,
     launches: int | None = None,
     between: Callable[[], object] | None = None,
 ) -> Candidates:
     """See `reference.flashhead_candidates`.
 
-    launches: 1 or 2; where None, whichever was measured to be faster (`launch_choice`), or 2 where
-    something is to be called between them.
+    launches: 1 or 2, besides one that quantises hidden states for larger batches; where None,
+    whichever was measured to be faster (`launch_choice`), or 2 where something is to be called
+    between them.
 
     Raises:
         ValueError: as the reference does; one launch for a shape that it cannot serve.
@@ -62,13 +78,35 @@ def flashhead_candidates(
         return reference.flashhead_candidates(
             hidden_states, rows, token_ids, centroids, spread, alpha, num_probes_per_group,
             pinned_rows, pinned_token_ids, k=k, need_logsumexp=need_logsumexp,
-            need_unprobed=need_unprobed, bias=bias, final=final, between=between,
+            need_unprobed=need_unprobed, between=between,
         )  # fmt: skip
-    inputs = HeadInputs(
-        hidden_states.contiguous(), rows, token_ids, centroids, spread, pinned_rows,
-        pinned_token_ids, alpha, num_probes_per_group, bias, final,
-    )  # fmt: skip
-    return launch_head(inputs, k, need_logsumexp, need_unprobed, launches, between)
+    found = []
+    for part in torch.split(hidden_states.contiguous(), MAX_ROWS):
+        inputs = HeadInputs(
+            part, rows, token_ids, centroids, spread, pinned_rows, pinned_token_ids, alpha,
+            num_probes_per_group,
+        )  # fmt: skip
+        found.append(launch_head(inputs, k, need_logsumexp, need_unprobed, launches, between))
+        between = None if between is None else _nothing
+    return _joined(found)
+
+
+def unpack_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """See `keys.unpack_keys`; one launch."""
+    keys = keys.contiguous()
+    token_ids, logits = torch.empty_like(keys), torch.empty_like(keys, dtype=torch.float32)
+    unpack_keys_into(keys, token_ids, logits)
+    return logits, token_ids
+
+
+def unpack_keys_into(keys: Tensor, token_ids: Tensor, logits: Tensor) -> None:
+    """See `keys.unpack_keys_into`; one launch. All contiguous."""
+    count = keys.numel()
+    if count:
+        with on_device(keys):
+            unpack_kernel[(-(-count // _UNPACKED_AT_ONCE),)](
+                keys, token_ids, logits, count, BLOCK=_UNPACKED_AT_ONCE
+            )
 
 
 def dense_candidates(
@@ -79,16 +117,48 @@ def dense_candidates(
     k: int = 1,
     need_logsumexp: bool = False,
     token_ids: Tensor | None = None,
-    bias: Tensor | None = None,
     final: FinalLogits = PLAIN,
 ) -> Candidates:
     """See `reference.dense_candidates`."""
     check_candidate_arguments(hidden_states, rows.shape[1], 1, 1, k)
-    if k > MAX_BEST or hidden_states.shape[0] == 0 or rows.shape[0] == 0:
+    batch = len(hidden_states)
+    if k > MAX_BEST or batch == 0 or rows.shape[0] == 0:
         return reference.dense_candidates(
             hidden_states, rows, first_token_id, k=k, need_logsumexp=need_logsumexp,
-            token_ids=token_ids, bias=bias, final=final,
+            token_ids=token_ids, final=final,
         )  # fmt: skip
-    return launch_dense(
-        hidden_states.contiguous(), rows, first_token_id, k, need_logsumexp, token_ids, bias, final
-    )
+    states = torch.split(hidden_states.contiguous(), MAX_ROWS)
+    return _joined([
+        launch_dense(
+            part, rows, first_token_id, k, need_logsumexp, token_ids,
+            _rows_of(final, place * MAX_ROWS, len(part)),
+        )
+        for place, part in enumerate(states)
+    ])  # fmt: skip
+
+
+def _nothing() -> None:
+    """Between the launches of later rows: it was called for the first."""
+
+
+def _rows_of(final: FinalLogits, first: int, count: int) -> FinalLogits:
+    noise = final.noise
+    if noise is None:
+        return final
+    chosen = slice(first, first + count)
+    sequences = None if noise.sequences is None else noise.sequences[chosen]
+    of_rows = GumbelNoise(noise.seed, noise.positions[chosen], sequences)
+    return FinalLogits(final.softcap, final.temperature, of_rows)
+
+
+def _joined(found: list[Candidates]) -> Candidates:
+    if len(found) == 1:
+        return found[0]
+
+    def join(name: str) -> Tensor | None:
+        parts = [getattr(one, name) for one in found]
+        return None if parts[0] is None else torch.cat(parts)
+
+    keys = torch.cat([one.keys for one in found])
+    rest = (join(name) for name in ("logsumexp", "unprobed", "token_ids", "logits"))
+    return Candidates(keys, *rest)

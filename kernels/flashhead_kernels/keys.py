@@ -44,3 +44,10 @@ def unpack_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
     token_ids = _ID_MASK - (keys & _ID_MASK)
     empty = keys == EMPTY_KEY
     return logits.masked_fill(empty, float("-inf")), token_ids.masked_fill(empty, -1)
+
+
+def unpack_keys_into(keys: Tensor, token_ids: Tensor, logits: Tensor) -> None:
+    """`unpack_keys` of `keys [...]` into int64 `token_ids` and float32 `logits` of that shape."""
+    values, ids = unpack_keys(keys)
+    token_ids.copy_(ids)
+    logits.copy_(values)

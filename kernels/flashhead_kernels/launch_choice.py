@@ -37,16 +37,16 @@ NO_GPU = "one launch by rule: nothing to time without a GPU"
 
 @dataclass(frozen=True)
 class LaunchCase:
-    """What the times depend on; `device` and dtypes by name, `groups` and `batch` of this rank."""
+    """What the times depend on; `device` and dtypes by name, `groups` of this rank.
+
+    batch: rows, rounded up to a power of two.
+    """
 
     device: str
     groups: int
     batch: int
     rows: str
     hidden: str
-    bias: bool
-    softcap: bool
-    sample: bool
     logsumexp: bool
     head: HeadShape
     centroids: CentroidShape | None

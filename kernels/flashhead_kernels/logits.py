@@ -1,6 +1,6 @@
-"""What becomes of a logit before tokens are compared: bias, soft-capping, temperature, noise.
+"""What becomes of a logit before tokens are compared: soft-capping, temperature, noise.
 
-    final = softcap * tanh((h . row + bias) / softcap) / temperature  [+ Gumbel noise]
+    final = softcap * tanh(h . row / softcap) / temperature  [+ Gumbel noise]
 
 Soft-capping is Gemma 2's (arXiv 2408.00118, section 2). The greatest final logit with Gumbel noise
 is a sample from the softmax of those without (Gumbel-max, Maddison et al., arXiv 1411.0030). The
@@ -42,19 +42,6 @@ class GumbelNoise:
     seed: int
     positions: Tensor
     sequences: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class OutputBias:
-    """Bias of the output embedding in the layout of an index shard, float32.
-
-    rows: `[N, M, S]`, any value for a pad; clusters: `[N, M]`, the mean of a cluster's tokens, by
-    which an unscored cluster is judged; pinned: `[N, n]`.
-    """
-
-    rows: Tensor
-    clusters: Tensor
-    pinned: Tensor
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flashhead_kernels.projection import Projection
 
@@ -32,6 +33,7 @@ class QuantizedCentroids:
     tile: 1, or 16 where the bytes of tiles are interleaved within the same shapes.
     projection: of hidden states to the D coordinates that these are kept in (integers only), D then
         being fewer than a hidden state has; None where they are the hidden state's own.
+    padding: of the M stored, how many at the end fill the last tile up and are no centroids.
     """
 
     values: Tensor
@@ -41,12 +43,19 @@ class QuantizedCentroids:
     hidden_size: int
     tile: int = 1
     projection: Projection | None = None
+    padding: int = 0
+
+    @property
+    def num_clusters(self) -> int:
+        """M without the padding."""
+        return self.values.shape[-2] - self.padding
 
     @property
     def nbytes(self) -> int:
         """Bytes that scoring every centroid once reads, scales and projection included."""
-        scales = 0 if self.scales is None else self.scales.nbytes
-        return self.values.nbytes + scales + (self.projection.nbytes if self.projection else 0)
+        stored = self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        real = stored // self.values.shape[-2] * self.num_clusters if self.padding else stored
+        return real + (self.projection.nbytes if self.projection else 0)
 
     def to(self, device: torch.device | str) -> QuantizedCentroids:
         scales = None if self.scales is None else self.scales.to(device)
@@ -58,6 +67,7 @@ class QuantizedCentroids:
         if self.bits == 16:
             raise ValueError("16-bit centroids hold no integers")
         values = self.values if self.tile == 1 else _untile(self.values, _INTERLEAVED_BYTES)
+        values = values[..., : self.num_clusters, :] if self.padding else values
         if self.bits == 8:
             return values
         halves = _split(values, self.group_size // 2)
@@ -70,6 +80,7 @@ class QuantizedCentroids:
         if self.scales is None:
             return self.values.float()
         scales = self.scales if self.tile == 1 else _untile(self.scales, 1)
+        scales = scales[..., : self.num_clusters, :] if self.padding else scales
         grouped = _split(self.integers().float(), self.group_size)
         return (grouped * scales.float().unsqueeze(-1)).flatten(-2)
 
@@ -132,22 +143,24 @@ def pack_centroids(integers: Tensor, scales: Tensor, bits: int) -> QuantizedCent
     return QuantizedCentroids((low | (high << 4)).flatten(-2), scales, 4, group_size, hidden_size)
 
 
-def tile_centroids(centroids: QuantizedCentroids) -> QuantizedCentroids:
+def tile_centroids(centroids: QuantizedCentroids, *, pad: bool = False) -> QuantizedCentroids:
     """Interleave `centroids [..., M, D]` in tiles; as they are where tiles do not fit.
 
-    They fit integers whose M is a multiple of 16 and whose scale groups take whole four bytes.
+    They fit integers whose M is a multiple of 16, or is padded to one, and whose scale groups take
+    whole four bytes.
     """
-    group_bytes = centroids.group_size * centroids.bits // 8
-    fit = centroids.bits != 16 and centroids.values.shape[-2] % TILE == 0
-    if centroids.tile == TILE or centroids.scales is None or not fit:
+    if centroids.tile == TILE or centroids.scales is None:
         return centroids
-    if group_bytes % _INTERLEAVED_BYTES:
+    padding = -centroids.values.shape[-2] % TILE
+    if centroids.group_size * centroids.bits // 8 % _INTERLEAVED_BYTES or (padding and not pad):
         return centroids
+    rows = (0, 0, 0, padding)
     return replace(
         centroids,
-        values=_tile(centroids.values, _INTERLEAVED_BYTES),
-        scales=_tile(centroids.scales, 1),
+        values=_tile(functional.pad(centroids.values, rows), _INTERLEAVED_BYTES),
+        scales=_tile(functional.pad(centroids.scales, rows), 1),
         tile=TILE,
+        padding=padding,
     )
 
 

@@ -18,7 +18,8 @@ from flashhead_kernels.candidates import (
 )
 from flashhead_kernels.keys import EMPTY_KEY, pack_keys
 from flashhead_kernels.keys import unpack_keys as unpack_keys
-from flashhead_kernels.logits import PLAIN, FinalLogits, OutputBias
+from flashhead_kernels.keys import unpack_keys_into as unpack_keys_into
+from flashhead_kernels.logits import PLAIN, FinalLogits
 from flashhead_kernels.projection import project_states
 from flashhead_kernels.quantize import QuantizedCentroids
 
@@ -54,11 +55,13 @@ def score_centroids(
     `spread [N, M]` says how far a row's logit may lie from the mean's for a hidden state of norm 1;
     it is -inf for a cluster of pads, which no row then prefers to a real one.
     """
+    dots = centroid_dots(hidden_states, centroids)
+    return dots + probing_bias(hidden_states, spread, alpha)
+
+
+def probing_bias(hidden_states: Tensor, spread: Tensor, alpha: float) -> Tensor:
+    """`alpha * |h| * spread` float32 `[B, N, M]`."""
     norms = torch.linalg.vector_norm(hidden_states.float(), dim=-1)
-    return centroid_dots(hidden_states, centroids) + _bias(norms, spread, alpha)
-
-
-def _bias(norms: Tensor, spread: Tensor, alpha: float) -> Tensor:
     scaled = alpha * norms[:, None, None] * spread
     # 0 * -inf is NaN: a cluster of pads stays at -inf whatever alpha is.
     return torch.where(torch.isneginf(spread), spread, scaled)
@@ -122,20 +125,16 @@ def flashhead_candidates(
     k: int = 1,
     need_logsumexp: bool = False,
     need_unprobed: bool = False,
-    bias: OutputBias | None = None,
-    final: FinalLogits = PLAIN,
     between: Callable[[], object] | None = None,
 ) -> Candidates:
     """The whole local step: score centroids, probe each group's share, score its rows, reduce.
 
     hidden_states: `[B, D]`; rows: `[N, M, S, D]`; token_ids: int32 `[N, M, S]`, -1 for a pad;
     centroids: leading shape `[N, M]`; spread: float32 `[N, M]`; pinned_rows: `[N, n, D]` and
-    pinned_token_ids: int32 `[N, n]` are always scored (n may be 0). Keys hold final logits; noise
-    is added to candidates alone.
+    pinned_token_ids: int32 `[N, n]` are always scored (n may be 0).
 
-    The log-sum-exp is closed form, of final logits without noise: exact over probed and pinned
-    tokens, and for every unprobed cluster `tokens * exp(h . mean)`, a lower bound of its mass by
-    Jensen's inequality (of a cluster whose logits are not soft-capped).
+    The log-sum-exp is closed form: exact over probed and pinned tokens, and for every unprobed
+    cluster `tokens * exp(h . mean)`, a lower bound of its mass by Jensen's inequality.
 
     need_unprobed: also give the best unprobed cluster's probing score, packed: a maximum over ranks
     finds that of all clusters.
@@ -150,8 +149,6 @@ def flashhead_candidates(
     check_candidate_arguments(hidden_states, hidden_size, num_probes_per_group, clusters, k)
     batch = hidden_states.shape[0]
     scores = score_centroids(hidden_states, centroids, spread, alpha)
-    if bias is not None:
-        scores = scores + bias.clusters
     if between is not None:
         between()
     probes = select_probes(scores, num_probes_per_group)
@@ -160,22 +157,15 @@ def flashhead_candidates(
     logits = score_rows(hidden_states, rows.flatten(0, 1), cluster_ids).flatten(1)
     ids = token_ids.flatten(0, 1)[cluster_ids.long()].flatten(1)
     pinned = torch.einsum("bd,nqd->bnq", hidden_states.float(), pinned_rows.float()).flatten(1)
-    if bias is not None:
-        logits = logits + bias.rows.flatten(0, 1)[cluster_ids.long()].flatten(1)
-        pinned = pinned + bias.pinned.flatten()
-    logits = final.without_noise(torch.cat([logits, pinned], dim=1))
+    logits = torch.cat([logits, pinned], dim=1)
     ids = torch.cat([ids, pinned_token_ids.flatten().expand(batch, -1)], dim=1)
-    keys = best_keys(final.with_noise(logits, ids), ids, k)
+    keys = best_keys(logits, ids, k)
     unprobed = best_unprobed(scores.flatten(1), cluster_ids) if need_unprobed else None
     if not need_logsumexp:
         return Candidates(keys, None, unprobed)
     tokens = (token_ids >= 0).sum(-1).flatten().float()
-    means = centroid_dots(hidden_states, centroids)
-    if bias is not None:
-        means = means + bias.clusters
-    closed = (final.without_noise(means).flatten(1) + tokens.log()).scatter(
-        1, cluster_ids.long(), float("-inf")
-    )
+    means = centroid_dots(hidden_states, centroids).flatten(1)
+    closed = (means + tokens.log()).scatter(1, cluster_ids.long(), float("-inf"))
     exact = logits.masked_fill(ids < 0, float("-inf"))
     return Candidates(keys, torch.cat([exact, closed], dim=1).logsumexp(1), unprobed)
 
@@ -194,13 +184,12 @@ def dense_candidates(
     k: int = 1,
     need_logsumexp: bool = False,
     token_ids: Tensor | None = None,
-    bias: Tensor | None = None,
     final: FinalLogits = PLAIN,
 ) -> Candidates:
     """Score every one of `rows [n, D]`, which hold tokens `first_token_id ...`, and reduce.
 
-    token_ids: int32 `[n]`, -1 for a pad, where the rows hold these tokens instead. bias: float32
-    `[n]`. Keys hold final logits, the log-sum-exp those without noise.
+    token_ids: int32 `[n]`, -1 for a pad, where the rows hold these tokens instead. Keys hold final
+    logits, the log-sum-exp those without noise.
 
     Raises:
         ValueError: k below 1.
@@ -208,8 +197,6 @@ def dense_candidates(
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     logits = hidden_states.float() @ rows.float().T
-    if bias is not None:
-        logits = logits + bias
     logits = final.without_noise(logits)
     if token_ids is None:
         token_ids = torch.arange(rows.shape[0], device=rows.device) + first_token_id

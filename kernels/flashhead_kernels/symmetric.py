@@ -80,8 +80,10 @@ class SymmetricExchange:
             and tensor.device == self._words.device
         )
 
-    def all_reduce_max(self, keys: Tensor) -> Tensor:
+    def all_reduce_max(self, keys: Tensor, unpacked: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Elementwise maximum over the ranks, in place; every rank gives `keys` of one shape.
+
+        unpacked: int64 token ids and float32 logits of that shape, into which the maximum's go.
 
         One launch on the current stream, without allocation or host synchronisation, so it can be
         captured in a CUDA graph.
@@ -93,7 +95,9 @@ class SymmetricExchange:
 
         # Triton launches on the current device, whatever its tensors are on.
         with torch.cuda.device_of(self._words):  # type: ignore[no-untyped-call]
-            exchange_keys(keys, keys, self._addresses, self._epoch, self.rank, self.capacity)
+            exchange_keys(
+                keys, keys, self._addresses, self._epoch, self.rank, self.capacity, unpacked
+            )
         return keys
 
     def compile(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -12,14 +11,17 @@ from torch import Tensor
 from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.logits import FinalLogits
 from flashhead_kernels.triton_dense import dense_kernel
+from flashhead_kernels.triton_device import counters, num_processors, on_device
 from flashhead_kernels.triton_shapes import is_interpreted, part_block, power_of_two
-from flashhead_kernels.triton_workspace import workspace
 
 _MAX_BATCH_OF_PRODUCTS = 4
 """Rows up to which products on CUDA cores keep up with memory; above, tensor cores."""
+_LEAST_BATCH_OF_MATMUL = 16
 _MAX_BATCH_OF_MATMUL = 64
+_MAX_BATCH_OF_FLOAT32 = 32
+"""Float32 matrices are multiplied in three parts each, which take registers."""
 _PROGRAMS_A_PROCESSOR = 4
-_INTERPRETED_PROGRAMS = 3
+_SIGNED = 1 << 63
 
 
 def launch_dense(
@@ -29,59 +31,59 @@ def launch_dense(
     k: int,
     need_logsumexp: bool,
     token_ids: Tensor | None,
-    bias: Tensor | None,
     final: FinalLogits,
 ) -> Candidates:
-    """See `reference.dense_candidates`; one row and hidden state at least, k up to MAX_BEST."""
+    """See `reference.dense_candidates`; 1 to MAX_ROWS hidden states, k up to MAX_BEST."""
     batch, size = hidden_states.shape
     count, best = rows.shape[0], power_of_two(k)
-    blocks = dense_blocks(batch, size, best)
-    programs = min(_programs(rows.device), triton.cdiv(count, blocks["BLOCK_V"]))
-    grid = (programs, triton.cdiv(batch, blocks["BATCH"]))
-    device = hidden_states.device
-    space = workspace(
-        device, words=0, scales=0, dots=0, parts=batch * programs, best=best, rows=grid[1]
+    device, noise = hidden_states.device, final.noise
+    blocks = dense_blocks(
+        batch, size, best, wide=torch.float32 in (hidden_states.dtype, rows.dtype)
     )
+    programs = num_processors(device) * _PROGRAMS_A_PROCESSOR
+    grid = (min(programs, triton.cdiv(count, blocks["BLOCK_V"])), -(-batch // blocks["BATCH"]))
     keys = torch.empty((batch, best), dtype=torch.int64, device=device)
-    logsumexp = torch.empty(batch if need_logsumexp else 0, device=device)
-    noise = final.noise
-    dense_kernel[grid](
-        hidden_states, rows, space.counters if token_ids is None else token_ids,
-        rows if bias is None else bias,
-        space.counters if noise is None else noise.positions,
-        space.counters if noise is None or noise.sequences is None else noise.sequences,
-        space.keys, space.sums, space.counters, keys, logsumexp,
-        count, first_token_id, batch, 1 / final.temperature, final.softcap,
-        0 if noise is None else noise.seed,
-        **blocks,
-        TABLE=token_ids is not None, BIAS=bias is not None, SOFTCAP=final.softcap > 0,
-        SAMPLE=noise is not None, SEQUENCES=noise is not None and noise.sequences is not None,
-        LOGSUMEXP=need_logsumexp,
-        PART_BLOCK=part_block(programs, best), UPCAST=is_interpreted(),
-        num_warps=4,
-    )  # fmt: skip
-    return Candidates(keys[:, :k], logsumexp if need_logsumexp else None)
+    ids = torch.empty_like(keys)
+    logits = torch.empty((batch, best), dtype=torch.float32, device=device)
+    logsumexp = torch.empty(batch, dtype=torch.float32, device=device)
+    part_keys = torch.empty(batch * grid[0] * best, dtype=torch.int64, device=device)
+    part_sums = torch.empty(2 * batch * grid[0], dtype=torch.float32, device=device)
+    counter = counters(device)
+    sequences = None if noise is None else noise.sequences
+    with on_device(hidden_states):
+        # A pointer has to be given even where nothing is read from it.
+        dense_kernel[grid](
+            hidden_states, rows, counter if token_ids is None else token_ids,
+            counter if noise is None else noise.positions,
+            counter if sequences is None else sequences,
+            part_keys, part_sums, counter, keys, ids, logits, logsumexp,
+            count, first_token_id, batch, 1 / final.temperature, final.softcap,
+            0 if noise is None else (noise.seed + _SIGNED) % (2 * _SIGNED) - _SIGNED,
+            **blocks,
+            TABLE=token_ids is not None, SOFTCAP=final.softcap > 0, SAMPLE=noise is not None,
+            SEQUENCES=sequences is not None, LOGSUMEXP=need_logsumexp,
+            PART_BLOCK=part_block(best), UPCAST=is_interpreted(), num_warps=4,
+        )  # fmt: skip
+    return Candidates(
+        keys[:, :k], logsumexp if need_logsumexp else None, None, ids[:, :k], logits[:, :k]
+    )
 
 
-def dense_blocks(batch: int, hidden_size: int, best: int) -> dict[str, Any]:
-    """The kernel's constants for `batch` rows and `best` (a power of two) keys kept."""
+def dense_blocks(batch: int, hidden_size: int, best: int, *, wide: bool) -> dict[str, Any]:
+    """The kernel's constants for `batch` rows and `best` (a power of two) keys kept.
+
+    wide: hidden states or rows are float32.
+    """
     matmul = batch > _MAX_BATCH_OF_PRODUCTS
-    rows_pad = min(max(16, power_of_two(batch)), _MAX_BATCH_OF_MATMUL)
+    rows = power_of_two(batch)
+    if matmul:
+        most = _MAX_BATCH_OF_FLOAT32 if wide else _MAX_BATCH_OF_MATMUL
+        rows = min(max(_LEAST_BATCH_OF_MATMUL, rows), most)
     return {
         "D": hidden_size,
-        "BLOCK_D": 64 if matmul else min(128, power_of_two(hidden_size)),
+        "BLOCK_D": (32 if wide else 64) if matmul else min(128, power_of_two(hidden_size)),
         "BLOCK_V": max(64 if matmul else 32, best),
-        "BATCH": min(batch, rows_pad) if matmul else batch,
-        "BATCH_PAD": rows_pad if matmul else power_of_two(batch),
+        "BATCH": rows,
         "BEST": best,
         "MATMUL": matmul,
     }
-
-
-@functools.cache
-def _programs(device: torch.device) -> int:
-    """Programs that fill the device at once."""
-    if device.type != "cuda":
-        return _INTERPRETED_PROGRAMS
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return int(processors) * _PROGRAMS_A_PROCESSOR

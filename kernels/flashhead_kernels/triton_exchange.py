@@ -47,6 +47,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashhead_kernels.exchange_layout import NUM_BUFFERS, SIGNAL_STRIDE, padded
+from flashhead_kernels.triton_pieces import key_id, key_logit
 
 NUM_WARPS = 4
 _EMPTY_KEY: tl.constexpr = tl.constexpr(-(2**63))
@@ -113,13 +114,18 @@ def _collect(addresses_ptr, keys, used, epoch, rank, TP_SIZE: tl.constexpr, CAPA
 
 
 # Neither a batch of one nor a tensor at an odd address may compile a second kernel, in a graph.
-_UNSPECIALISED = ("keys_ptr", "out_ptr", "addresses_ptr", "epoch_ptr", "rank", "num_keys")
+_UNSPECIALISED = (
+    "keys_ptr", "out_ptr", "ids_ptr", "logits_ptr", "addresses_ptr", "epoch_ptr", "rank",
+    "num_keys",
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED, do_not_specialize_on_alignment=_UNSPECIALISED)
 def exchange_kernel(
     keys_ptr,  # int64 [num_keys]
-    out_ptr,  # int64 [num_keys]; may be keys_ptr
+    out_ptr,  # OUT: int64 [num_keys]; may be keys_ptr
+    ids_ptr,  # OUT: int64 [num_keys] where UNPACK
+    logits_ptr,  # OUT: float32 [num_keys] where UNPACK
     addresses_ptr,  # int64 [TP_SIZE], of the ranks' words, as this rank maps them
     epoch_ptr,  # int64 [1], rounds so far; advanced
     rank,
@@ -127,6 +133,7 @@ def exchange_kernel(
     TP_SIZE: tl.constexpr,
     TP_PADDED: tl.constexpr,
     CAPACITY: tl.constexpr,
+    UNPACK: tl.constexpr,
 ):
     """One round of one rank; a grid of one program."""
     lanes = tl.arange(0, CAPACITY)
@@ -140,27 +147,48 @@ def exchange_kernel(
     tl.debug_barrier()
     keys = _collect(addresses_ptr, keys, used, epoch, rank, TP_SIZE, CAPACITY)
     tl.store(out_ptr + lanes, keys, mask=used)
+    if UNPACK:
+        tl.store(ids_ptr + lanes, key_id(keys).to(tl.int64), mask=used)
+        tl.store(logits_ptr + lanes, key_logit(keys), mask=used)
     tl.store(epoch_ptr, epoch)
 
 
+@triton.jit(do_not_specialize=("num_keys",))
+def unpack_kernel(keys_ptr, ids_ptr, logits_ptr, num_keys, BLOCK: tl.constexpr):
+    """Grid of blocks: `keys.unpack_keys` of int64 keys into int64 ids and float32 logits."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    used = place < num_keys
+    keys = tl.load(keys_ptr + place, mask=used, other=_EMPTY_KEY)
+    tl.store(ids_ptr + place, key_id(keys).to(tl.int64), mask=used)
+    tl.store(logits_ptr + place, key_logit(keys), mask=used)
+
+
 def exchange_keys(
-    keys: Tensor, out: Tensor, addresses: Tensor, epoch: Tensor, rank: int, capacity: int
+    keys: Tensor,
+    out: Tensor,
+    addresses: Tensor,
+    epoch: Tensor,
+    rank: int,
+    capacity: int,
+    unpacked: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Put the maximum over the ranks of `keys` in `out`; one launch, nothing allocated or awaited.
 
     keys, out: int64, contiguous, of one size from 1 to `capacity` and the same on every rank; `out`
     may be `keys`. addresses: int64 `[P]`, P at least 2, of the ranks' words as this rank maps them.
     epoch: int64 `[1]`, this rank's own, 0 before the first round. All on the rank's device.
-    capacity: keys that a slot holds, a power of two, as the buffers were laid out.
+    capacity: keys that a slot holds, a power of two, as the buffers were laid out. unpacked: int64
+    ids and float32 logits of `out`'s size, contiguous, into which its keys are unpacked.
 
     Raises:
         ValueError: tensors of another dtype, size or layout.
     """
     _check(keys, out, capacity)
+    ids, logits = unpacked or (out, out)
     exchange_kernel[(1,)](
-        keys, out, addresses, epoch, rank, keys.numel(),
+        keys, out, ids, logits, addresses, epoch, rank, keys.numel(),
         TP_SIZE=addresses.numel(), TP_PADDED=padded(addresses.numel()), CAPACITY=capacity,
-        num_warps=NUM_WARPS,
+        UNPACK=unpacked is not None, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
@@ -168,11 +196,13 @@ def compile_exchange(
     keys: Tensor, addresses: Tensor, epoch: Tensor, rank: int, capacity: int
 ) -> None:
     """Compile what `exchange_keys` will launch with these arguments, and launch nothing."""
-    exchange_kernel.warmup(
-        keys, keys, addresses, epoch, rank, keys.numel(),
-        TP_SIZE=addresses.numel(), TP_PADDED=padded(addresses.numel()), CAPACITY=capacity,
-        num_warps=NUM_WARPS, grid=(1,),
-    )  # fmt: skip
+    logits = torch.empty(1, dtype=torch.float32, device=keys.device)
+    for unpack in (False, True):
+        exchange_kernel.warmup(
+            keys, keys, keys, logits if unpack else keys, addresses, epoch, rank, keys.numel(),
+            TP_SIZE=addresses.numel(), TP_PADDED=padded(addresses.numel()), CAPACITY=capacity,
+            UNPACK=unpack, num_warps=NUM_WARPS, grid=(1,),
+        )  # fmt: skip
 
 
 def _check(keys: Tensor, out: Tensor, capacity: int) -> None:

@@ -1,9 +1,11 @@
 """The kernels of a FlashHead step: all in one launch, or centroid scores and candidates in two.
 
-One launch: a program is a probing group and serves all rows of a small batch, so that it reads each
-centroid once. Two launches: the centroids of a group are spread over programs, and a program of the
-second launch is a group and a row, so that more programs share the work. Both run the same code on
-the same blocks, and with integer centroids give the same bits.
+One launch: a program is a probing group and up to eight rows, so that it reads each centroid once.
+Two launches: clusters, and segments of their columns, are spread over programs; then the candidates
+of a group and row are. Both run the same code on blocks whose rows lie in warps alike, and with
+integer centroids give the same bits.
+
+Letters: `N` probing groups of `M` clusters of `S` tokens, `D` hidden size, `B` rows.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashhead_kernels.triton_pieces import noise_place
 from flashhead_kernels.triton_reduce import (
     arrive,
     probe_group,
@@ -23,174 +24,274 @@ from flashhead_kernels.triton_scores import (
     float_dots,
     hidden_norm,
     integer_dots,
-    quantize_hidden,
+    quantize_groups,
+    segment_dots,
 )
 
+# A batch of one, or of sixteen, must not compile a kernel of its own.
+_UNSPECIALISED = ("num_rows", "probes_a_split")
 
-@triton.jit
-def group_dots(
-    probe_ptr, first_row, num_rows, values_ptr, scales_ptr, words_ptr, hidden_scales_ptr,
-    slots, real_slots,
-    HEAD: tl.constexpr, CENTROIDS: tl.constexpr, BATCH: tl.constexpr, BATCH_PAD: tl.constexpr,
-    DP4A: tl.constexpr,
-):  # fmt: skip
-    """`h . centroid` float32 `[BATCH_PAD, slots]` of one group, for BATCH rows from first_row.
 
-    probe_ptr: hidden states in the columns of the centroids. Rows past num_rows repeat the last.
-    words_ptr, hidden_scales_ptr: memory for `quantize_hidden`, shared by the programs of these
-    rows: all of them write the same there.
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def prepare_kernel(
+    hidden_ptr,  # [B, D]
+    to_state_ptr,  # float32 [columns, D], or unused
+    mean_ptr,  # float32 [D], or unused
+    coordinates_ptr,  # OUT: float32 [B, columns] where PROJECTED
+    means_ptr,  # OUT: float32 [B] where PROJECTED
+    words_ptr,  # OUT: int32 [B, 2, groups, words], see `quantize_groups`
+    scales_ptr,  # OUT: float32 [B, 2, groups]
+    CENTROIDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PROJECTED: tl.constexpr,
+):
+    """Grid `[B, blocks of GROUPS scale groups]`: a row to int8, for all programs that score it.
+
+    PROJECTED: first `projection.project_states`. What a program computes for its row does not
+    depend on how many rows there are.
     """
-    D: tl.constexpr = HEAD.hidden_size
-    if CENTROIDS is None:
-        dots = float_dots(values_ptr, probe_ptr, first_row, num_rows, slots, real_slots,
-                          D, 32, BATCH, BATCH_PAD)  # fmt: skip
-    else:
-        for b in tl.static_range(BATCH):
-            row = tl.minimum(first_row + b, num_rows - 1)
-            state_ptr = probe_ptr + row * (CENTROIDS.groups * CENTROIDS.group_size)
-            quantize_hidden(state_ptr, words_ptr, hidden_scales_ptr, b, CENTROIDS)
-        tl.debug_barrier()
-        dots = integer_dots(values_ptr, scales_ptr, words_ptr, hidden_scales_ptr, slots,
-                            real_slots, BATCH, BATCH_PAD, CENTROIDS, DP4A)  # fmt: skip
-    return dots
-
-
-@triton.jit
-def project_kernel(
-    hidden_ptr, to_state_ptr, mean_ptr, coordinates_ptr, means_ptr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid `[B, blocks of COLUMNS]`: `projection.project_states`, a row and some columns a program.
-
-    to_state_ptr: `[COLUMNS, D]`; coordinates_ptr: float32 `[B, COLUMNS]`; means_ptr: float32 `[B]`.
-    What a program computes for its row does not depend on how many rows there are.
-    """
-    row, block = tl.program_id(0), tl.program_id(1)
+    words: tl.constexpr = CENTROIDS.words
+    groups: tl.constexpr = CENTROIDS.groups
+    size: tl.constexpr = CENTROIDS.group_size
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * GROUPS
     state_ptr = hidden_ptr + row * D
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    real = column < COLUMNS
-    found = row_logits(to_state_ptr, state_ptr, column.to(tl.int64), real, D, BLOCK_D)
-    tl.store(coordinates_ptr + row * COLUMNS + column, found, mask=real)
-    if block == 0:
-        one = tl.arange(0, 1)
-        mean = row_logits(mean_ptr, state_ptr, one.to(tl.int64), one < 1, D, BLOCK_D)
-        tl.store(means_ptr + row + one, mean)
+    if PROJECTED:
+        coordinates_ptr += row * (groups * size)
+        for column in tl.range(first * size, tl.minimum(first + GROUPS, groups) * size, 16):
+            columns = column + tl.arange(0, 16)
+            real = columns < groups * size
+            found = row_logits(to_state_ptr, state_ptr, columns.to(tl.int64), real, D, BLOCK_D)
+            tl.store(coordinates_ptr + columns, found, mask=real)
+        if tl.program_id(1) == 0:
+            one = tl.arange(0, 1)
+            mean = row_logits(mean_ptr, state_ptr, one.to(tl.int64), one < 1, D, BLOCK_D)
+            tl.store(means_ptr + row + one, mean)
+        tl.debug_barrier()
+        state_ptr = coordinates_ptr
+    words_ptr += row * (2 * groups * words)
+    scales_ptr += row * (2 * groups)
+    quantize_groups(state_ptr, words_ptr, scales_ptr, first, GROUPS, CENTROIDS)
 
 
 @triton.jit
-def one_launch_kernel(
-    hidden_ptr, probe_ptr, added_ptr, rows_ptr, ids_ptr, values_ptr, scales_ptr, spread_ptr,
-    bias_ptr, cluster_bias_ptr, pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr, positions_ptr,
-    sequences_ptr, words_ptr, hidden_scales_ptr, keys_ptr, sums_ptr,
-    counter_ptr, out_keys_ptr, out_logsumexp_ptr,
-    alpha, inverse_temperature, softcap, seed,
-    group_values, group_scales,
-    HEAD: tl.constexpr, CENTROIDS: tl.constexpr, BATCH: tl.constexpr, BATCH_PAD: tl.constexpr,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr, SEQUENCES: tl.constexpr,
-    LOGSUMEXP: tl.constexpr, UNPROBED: tl.constexpr, PART_BLOCK: tl.constexpr,
-    DP4A: tl.constexpr, PROJECTED: tl.constexpr,
+def quantize_rows(
+    hidden_ptr, words_ptr, scales_ptr, first_row, num_rows, D: tl.constexpr, BATCH: tl.constexpr,
+    GROUPS_PAD: tl.constexpr, CENTROIDS: tl.constexpr,
 ):  # fmt: skip
-    """Grid `[N]`. Everything from hidden states to the rank's best keys and log-sum-exp.
+    """`prepare_kernel` within a program, for BATCH rows from first_row; the last one repeats.
 
-    probe_ptr, added_ptr: what `project_kernel` made; hidden_ptr and unused where not PROJECTED.
-
-    group_values, group_scales: elements of `values`, `scales` a group.
+    Programs of the same rows share words_ptr and scales_ptr: all of them write the same there.
     """
-    M_PAD: tl.constexpr = HEAD.clusters_pad
+    words: tl.constexpr = CENTROIDS.words
+    groups: tl.constexpr = CENTROIDS.groups
+    for b in tl.static_range(BATCH):
+        row = tl.minimum(first_row + b, num_rows - 1)
+        quantize_groups(hidden_ptr + row * D, words_ptr + (first_row + b) * (2 * groups * words),
+                        scales_ptr + (first_row + b) * (2 * groups), 0, GROUPS_PAD,
+                        CENTROIDS)  # fmt: skip
+    tl.debug_barrier()
+
+
+@triton.jit
+def stacked(dots, BATCH: tl.constexpr):
+    """A tuple of BATCH tensors `[slots]` as `[BATCH, slots]`."""
+    batch = tl.arange(0, BATCH)[:, None]
+    found = tl.zeros([BATCH, dots[0].shape[0]], tl.float32)
+    for b in tl.static_range(BATCH):
+        found = tl.where(batch == b, dots[b][None, :], found)
+    return found
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def one_launch_kernel(
+    hidden_ptr,  # [B, D]
+    rows_ptr,  # [N, M, S, D]
+    ids_ptr,  # int32 [N, M, S]
+    values_ptr,  # [N, group_values], centroids
+    scales_ptr,  # [N, group_scales], their scales
+    spread_ptr,  # float32 [N, M]
+    pinned_rows_ptr,  # [N, n, D]
+    pinned_ids_ptr,  # int32 [N, n]
+    words_ptr,  # int32 [B, 2, groups, words]: of `prepare_kernel`, or OUT
+    hidden_scales_ptr,  # float32 [B, 2, groups]: likewise
+    means_ptr,  # float32 [B] where PROJECTED, added to scores
+    keys_ptr,  # OUT: int64 [B, N, best], then [B, N]: parts
+    sums_ptr,  # OUT: float32 [B, N, 2]
+    counters_ptr,  # int32 [blocks of B], 0 before and after
+    out_keys_ptr,  # OUT: int64 [B, best], then [B]
+    out_ids_ptr,  # OUT: int64 [B, best]
+    out_logits_ptr,  # OUT: float32 [B, best]
+    out_logsumexp_ptr,  # OUT: float32 [B]
+    alpha,
+    num_rows,
+    group_values,
+    group_scales,
+    HEAD: tl.constexpr,
+    CENTROIDS: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS_PAD: tl.constexpr,
+    PREPARED: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    LOGSUMEXP: tl.constexpr,
+    UNPROBED: tl.constexpr,
+    PART_BLOCK: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """Grid `[N, blocks of BATCH rows]`: from hidden states to the rank's best keys.
+
+    ROWS: of the output embedding that are scored at a time.
+    """
     D: tl.constexpr = HEAD.hidden_size
     group = tl.program_id(0)
     num_groups = tl.num_programs(0)
-    slots = tl.arange(0, M_PAD)
-    dots = group_dots(
-        probe_ptr, tl.zeros([], tl.int32), BATCH, values_ptr + group.to(tl.int64) * group_values,
-        scales_ptr + group.to(tl.int64) * group_scales,
-        words_ptr, hidden_scales_ptr, slots, slots < HEAD.clusters,
-        HEAD, CENTROIDS, BATCH, BATCH_PAD, DP4A,
-    )  # fmt: skip
-    batch = tl.arange(0, BATCH_PAD)[:, None]
-    for b in tl.range(0, BATCH):
-        of_row = tl.sum(tl.where(batch == b, dots, 0.0), 0)
+    first_row = tl.program_id(1) * BATCH
+    slots = tl.arange(0, HEAD.clusters_pad)
+    real = slots < HEAD.clusters
+    values_ptr += group.to(tl.int64) * group_values
+    scales_ptr += group.to(tl.int64) * group_scales
+    if CENTROIDS is None:
+        dots = stacked(float_dots(values_ptr, hidden_ptr, first_row, num_rows, slots, real, D, 32,
+                                  BATCH), BATCH)  # fmt: skip
+    else:
+        if not PREPARED:
+            quantize_rows(hidden_ptr, words_ptr, hidden_scales_ptr, first_row, num_rows, D, BATCH,
+                          GROUPS_PAD, CENTROIDS)  # fmt: skip
+        words_ptr += first_row * (2 * CENTROIDS.groups * CENTROIDS.words)
+        hidden_scales_ptr += first_row * (2 * CENTROIDS.groups)
+        dots = stacked(integer_dots(values_ptr, scales_ptr, words_ptr, hidden_scales_ptr, slots,
+                                    real, BATCH, CENTROIDS, COMPILED), BATCH)  # fmt: skip
+    batch = tl.arange(0, BATCH)[:, None]
+    last_row = tl.minimum(first_row + BATCH, num_rows)
+    for row in tl.range(first_row, last_row):
+        of_row = tl.sum(tl.where(batch == row - first_row, dots, 0.0), 0)
         if PROJECTED:
-            of_row += tl.load(added_ptr + b)
-        position, sequence = noise_place(positions_ptr, sequences_ptr, b, SAMPLE, SEQUENCES)
+            of_row += tl.load(means_ptr + row)
         best, greatest, total, left = probe_group(
-            of_row,
-            hidden_norm(hidden_ptr, b, D, HEAD.hidden_pad), alpha, group,
-            hidden_ptr + b * D, rows_ptr, ids_ptr, spread_ptr, bias_ptr, cluster_bias_ptr,
-            pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr,
-            inverse_temperature, softcap, seed, position, sequence,
-            HEAD, BIAS, SOFTCAP, SAMPLE, LOGSUMEXP, UNPROBED,
+            of_row, hidden_norm(hidden_ptr + row * D, D, HEAD.block_columns, ROWS), alpha, group,
+            hidden_ptr + row * D, rows_ptr, ids_ptr, spread_ptr, pinned_rows_ptr, pinned_ids_ptr,
+            0, HEAD.probes, HEAD, ROWS, LOGSUMEXP, UNPROBED,
         )  # fmt: skip
-        write_part(b * num_groups + group, BATCH * num_groups, best, greatest, total, left,
+        write_part(row * num_groups + group, num_rows * num_groups, best, greatest, total, left,
                    keys_ptr, sums_ptr, LOGSUMEXP, UNPROBED)  # fmt: skip
-    if arrive(counter_ptr, num_groups):
-        for b in tl.range(0, BATCH):
-            reduce_parts(b, BATCH, num_groups, keys_ptr, sums_ptr, out_keys_ptr,
-                         out_logsumexp_ptr, HEAD.best, PART_BLOCK, LOGSUMEXP,
+    if arrive(counters_ptr + tl.program_id(1), num_groups):
+        for row in tl.range(first_row, last_row):
+            reduce_parts(row, num_rows, num_groups, keys_ptr, sums_ptr, out_keys_ptr, out_ids_ptr,
+                         out_logits_ptr, out_logsumexp_ptr, HEAD.best, PART_BLOCK, LOGSUMEXP,
                          UNPROBED)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALISED)
 def dots_kernel(
-    probe_ptr, added_ptr, values_ptr, scales_ptr, words_ptr, hidden_scales_ptr, dots_ptr,
-    num_rows, group_values, group_scales, block_words, block_scales,
-    HEAD: tl.constexpr, CENTROIDS: tl.constexpr, BLOCK_M: tl.constexpr, BATCH: tl.constexpr,
-    DP4A: tl.constexpr, PROJECTED: tl.constexpr,
-):  # fmt: skip
-    """Grid `[N, blocks of M, blocks of B]`: `h . centroid` into dots float32 `[B, N, M]`.
-
-    block_words, block_scales: elements that `quantize_hidden` keeps for a block of B.
-    """
+    hidden_ptr,  # [B, D]
+    values_ptr,  # [N, group_values], centroids
+    scales_ptr,  # [N, group_scales], their scales
+    words_ptr,  # int32 [B rounded up, 2, groups, words]: of `prepare_kernel`, or OUT
+    hidden_scales_ptr,  # float32 [B rounded up, 2, groups]: likewise
+    dots_ptr,  # OUT: float32 [segments, B, N, M]
+    num_rows,
+    group_values,
+    group_scales,
+    HEAD: tl.constexpr,
+    CENTROIDS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BATCH: tl.constexpr,
+    GROUPS_PAD: tl.constexpr,
+    PREPARED: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """Grid `[N * SEGMENTS, blocks of M, blocks of BATCH rows]`: `h . centroid`, by segments."""
     M: tl.constexpr = HEAD.clusters
-    group, block = tl.program_id(0), tl.program_id(1)
+    D: tl.constexpr = HEAD.hidden_size
+    group, segment = tl.program_id(0) // SEGMENTS, tl.program_id(0) % SEGMENTS
+    num_groups = tl.num_programs(0) // SEGMENTS
     first_row = tl.program_id(2) * BATCH
-    num_groups = tl.num_programs(0)
-    slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    dots = group_dots(
-        probe_ptr, first_row, num_rows, values_ptr + group.to(tl.int64) * group_values,
-        scales_ptr + group.to(tl.int64) * group_scales,
-        words_ptr + tl.program_id(2) * block_words,
-        hidden_scales_ptr + tl.program_id(2) * block_scales,
-        slots, slots < M, HEAD, CENTROIDS, BATCH, BATCH, DP4A,
-    )  # fmt: skip
-    rows = first_row + tl.arange(0, BATCH)[:, None]
-    if PROJECTED:
-        dots += tl.load(added_ptr + rows, mask=rows < num_rows, other=0.0)
-    at = dots_ptr + (rows.to(tl.int64) * num_groups + group) * M + slots[None, :]
-    tl.store(at, dots, mask=(rows < num_rows) & (slots < M)[None, :])
+    slots = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = slots < M
+    values_ptr += group.to(tl.int64) * group_values
+    scales_ptr += group.to(tl.int64) * group_scales
+    if CENTROIDS is None:
+        dots = float_dots(values_ptr, hidden_ptr, first_row, num_rows, slots, real, D, 32, BATCH)
+    else:
+        if not PREPARED:
+            quantize_rows(hidden_ptr, words_ptr, hidden_scales_ptr, first_row, num_rows, D, BATCH,
+                          GROUPS_PAD, CENTROIDS)  # fmt: skip
+        words_ptr += first_row * (2 * CENTROIDS.groups * CENTROIDS.words)
+        hidden_scales_ptr += first_row * (2 * CENTROIDS.groups)
+        dots = segment_dots(values_ptr, scales_ptr, words_ptr, hidden_scales_ptr, slots, real,
+                            segment, BATCH, CENTROIDS, COMPILED)  # fmt: skip
+    for b in tl.static_range(BATCH):
+        if first_row + b < num_rows:
+            row = segment.to(tl.int64) * num_rows + first_row + b
+            tl.store(dots_ptr + (row * num_groups + group) * M + slots, dots[b], mask=real)
 
 
 @triton.jit
-def candidates_kernel(
-    hidden_ptr, rows_ptr, ids_ptr, dots_ptr, spread_ptr, bias_ptr, cluster_bias_ptr,
-    pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr, positions_ptr, sequences_ptr,
-    keys_ptr, sums_ptr, counters_ptr, out_keys_ptr, out_logsumexp_ptr,
-    alpha, inverse_temperature, softcap, seed,
-    HEAD: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr,
-    SEQUENCES: tl.constexpr, LOGSUMEXP: tl.constexpr, UNPROBED: tl.constexpr,
-    PART_BLOCK: tl.constexpr,
+def summed_dots(
+    dots_ptr, means_ptr, row, group, num_rows, num_groups, HEAD: tl.constexpr,
+    SEGMENTS: tl.constexpr, PROJECTED: tl.constexpr,
 ):  # fmt: skip
-    """Grid `[N, B]`: from `dots [B, N, M]` to the rank's best keys and log-sum-exp."""
+    """`h . centroid` float32 `[clusters_pad]` of a row and group, from what `dots_kernel` left."""
     M: tl.constexpr = HEAD.clusters
-    M_PAD: tl.constexpr = HEAD.clusters_pad
+    slots = tl.arange(0, HEAD.clusters_pad)
+    dots = tl.zeros([HEAD.clusters_pad], tl.float32)
+    for segment in tl.static_range(SEGMENTS):
+        part = (segment * num_rows + row).to(tl.int64) * num_groups + group
+        dots += tl.load(dots_ptr + part * M + slots, mask=slots < M, other=0.0)
+    if PROJECTED:
+        dots += tl.load(means_ptr + row)
+    return dots
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def candidates_kernel(
+    hidden_ptr,  # [B, D]
+    rows_ptr,  # [N, M, S, D]
+    ids_ptr,  # int32 [N, M, S]
+    dots_ptr,  # float32 [SEGMENTS, B, N, M]
+    means_ptr,  # float32 [B] where PROJECTED
+    spread_ptr,  # float32 [N, M]
+    pinned_rows_ptr,  # [N, n, D]
+    pinned_ids_ptr,  # int32 [N, n]
+    keys_ptr,  # OUT: int64 [B, N * splits, best], then [B, N * splits]: parts
+    sums_ptr,  # OUT: float32 [B, N * splits, 2]
+    counters_ptr,  # int32 [B], 0 before and after
+    out_keys_ptr,  # OUT: int64 [B, best], then [B]
+    out_ids_ptr,  # OUT: int64 [B, best]
+    out_logits_ptr,  # OUT: float32 [B, best]
+    out_logsumexp_ptr,  # OUT: float32 [B]
+    alpha,
+    probes_a_split,
+    HEAD: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    LOGSUMEXP: tl.constexpr,
+    UNPROBED: tl.constexpr,
+    PART_BLOCK: tl.constexpr,
+):
+    """Grid `[N, splits, B]`: from centroid scores to the rank's best keys and log-sum-exp.
+
+    Every split selects all probes of its group and scores its own share of them.
+    """
     D: tl.constexpr = HEAD.hidden_size
-    group, row = tl.program_id(0), tl.program_id(1)
-    num_groups = tl.num_programs(0)
-    slots = tl.arange(0, M_PAD)
-    part = row * num_groups + group
-    dots = tl.load(dots_ptr + part.to(tl.int64) * M + slots, mask=slots < M, other=0.0)
-    position, sequence = noise_place(positions_ptr, sequences_ptr, row, SAMPLE, SEQUENCES)
+    group, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_groups, num_splits, num_rows = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
+    dots = summed_dots(dots_ptr, means_ptr, row, group, num_rows, num_groups, HEAD, SEGMENTS,
+                       PROJECTED)  # fmt: skip
+    first = split * probes_a_split
     best, greatest, total, left = probe_group(
-        dots, hidden_norm(hidden_ptr, row, D, HEAD.hidden_pad), alpha, group,
-        hidden_ptr + row * D, rows_ptr, ids_ptr, spread_ptr, bias_ptr, cluster_bias_ptr,
-        pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr,
-        inverse_temperature, softcap, seed, position, sequence,
-        HEAD, BIAS, SOFTCAP, SAMPLE, LOGSUMEXP, UNPROBED,
+        dots, hidden_norm(hidden_ptr + row * D, D, HEAD.block_columns, ROWS), alpha, group,
+        hidden_ptr + row * D, rows_ptr, ids_ptr, spread_ptr, pinned_rows_ptr, pinned_ids_ptr,
+        first, tl.minimum(first + probes_a_split, HEAD.probes), HEAD, ROWS, LOGSUMEXP, UNPROBED,
     )  # fmt: skip
-    num_rows = tl.num_programs(1)
-    write_part(part, num_rows * num_groups, best, greatest, total, left, keys_ptr, sums_ptr,
-               LOGSUMEXP, UNPROBED)  # fmt: skip
-    if arrive(counters_ptr + row, num_groups):
-        reduce_parts(row, num_rows, num_groups, keys_ptr, sums_ptr, out_keys_ptr,
-                     out_logsumexp_ptr, HEAD.best, PART_BLOCK, LOGSUMEXP,
+    num_parts = num_groups * num_splits
+    write_part(row * num_parts + group * num_splits + split, num_rows * num_parts, best, greatest,
+               total, left, keys_ptr, sums_ptr, LOGSUMEXP, UNPROBED)  # fmt: skip
+    if arrive(counters_ptr + row, num_parts):
+        reduce_parts(row, num_rows, num_parts, keys_ptr, sums_ptr, out_keys_ptr, out_ids_ptr,
+                     out_logits_ptr, out_logsumexp_ptr, HEAD.best, PART_BLOCK, LOGSUMEXP,
                      UNPROBED)  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 import triton
@@ -13,30 +13,30 @@ from torch import Tensor
 from flashhead_kernels import launch_choice
 from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.launch_choice import LaunchCase
-from flashhead_kernels.logits import FinalLogits, OutputBias
 from flashhead_kernels.quantize import QuantizedCentroids
+from flashhead_kernels.triton_device import counters, num_processors, on_device
 from flashhead_kernels.triton_head import (
     candidates_kernel,
     dots_kernel,
     one_launch_kernel,
-    project_kernel,
+    prepare_kernel,
 )
 from flashhead_kernels.triton_shapes import (
-    HEAD_WARPS,
-    MAX_BATCH_IN_ONE_LAUNCH,
+    CANDIDATES_WARPS,
+    ONE_LAUNCH_WARPS,
+    ROWS_A_WARP,
     CentroidShape,
+    HeadPlan,
     HeadShape,
-    fits_one_launch,
     is_interpreted,
     part_block,
+    plan_head,
     power_of_two,
 )
-from flashhead_kernels.triton_workspace import Workspace, workspace
 
-_CLUSTERS_A_BLOCK = 64
-_DOTS_WARPS = 4
-_COLUMNS_A_BLOCK = 16
-_PROJECT_WARPS = 4
+_GROUPS_A_PROGRAM = 8
+_PREPARE_WARPS = 4
+_CLUSTERS_A_WARP = 32
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,103 @@ class HeadInputs:
     pinned_token_ids: Tensor
     alpha: float
     num_probes_per_group: int
-    bias: OutputBias | None
-    final: FinalLogits
+
+
+class CentroidLaunch:
+    """Centroids `[N, M]` of a rank and hidden states `[B, D]`, 1 to MAX_ROWS, in int8.
+
+    A launch of its own quantises them where the plan says so; otherwise the programs that score
+    them write them into the same memory.
+    """
+
+    def __init__(
+        self, hidden_states: Tensor, centroids: QuantizedCentroids, head: HeadShape, groups: int
+    ) -> None:
+        self.hidden, self.centroids, self.head, self.groups = hidden_states, centroids, head, groups
+        self.batch = hidden_states.shape[0]
+        self.shape = None if centroids.bits == 16 else CentroidShape.of(centroids)
+        self.plan: HeadPlan = plan_head(
+            head, self.shape, groups, self.batch, num_processors(hidden_states.device),
+            projected=centroids.projection is not None,
+        )  # fmt: skip
+        values, scales = centroids.values, centroids.scales
+        # Words of four bytes, where rows are made of them.
+        whole = self.shape is not None and self.shape.width == 4
+        self.values = values.view(torch.int32) if whole else values
+        # A pointer has to be given even where nothing is read from it.
+        self.scales = values if scales is None else scales
+
+    @cached_property
+    def words(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Words, scales and the part of `h . mean` of each row, see `prepare_kernel`."""
+        device, shape, projection = self.hidden.device, self.shape, self.centroids.projection
+        if shape is None:
+            return self.hidden, self.hidden, self.hidden
+        rows = power_of_two(self.batch)
+        words = torch.empty((rows, 2, shape.groups, shape.words), dtype=torch.int32, device=device)
+        scales = torch.empty((rows, 2, shape.groups), dtype=torch.float32, device=device)
+        if not self.plan.prepares:
+            return words, scales, scales
+        means = torch.empty(self.batch, dtype=torch.float32, device=device)
+        coordinates = scales
+        if projection is not None:
+            columns = len(projection.to_state)
+            coordinates = torch.empty((self.batch, columns), dtype=torch.float32, device=device)
+        groups = 1 if projection is not None else min(_GROUPS_A_PROGRAM, power_of_two(shape.groups))
+        prepare_kernel[(self.batch, triton.cdiv(shape.groups, groups))](
+            self.hidden, *((scales, scales) if projection is None else
+                           (projection.to_state, projection.mean)),
+            coordinates, means, words, scales,
+            CENTROIDS=shape, GROUPS=groups, D=self.hidden.shape[1],
+            BLOCK_D=self.head.block_columns, PROJECTED=projection is not None,
+            num_warps=_PREPARE_WARPS,
+        )  # fmt: skip
+        return words, scales, means
+
+    @property
+    def projected(self) -> bool:
+        return self.centroids.projection is not None
+
+    @property
+    def group_strides(self) -> tuple[int, int]:
+        """Elements of values and scales a group."""
+        return self.values[0].numel(), self.scales[0].numel()
+
+    @property
+    def groups_pad(self) -> int:
+        return 1 if self.shape is None else power_of_two(self.shape.groups)
+
+    def dots(self) -> Tensor:
+        """`h . centroid` by segments, float32 `[segments, B, N, M]`, without `h . mean`."""
+        plan, clusters = self.plan, self.head.clusters
+        words, scales, _ = self.words
+        size = (plan.segments, self.batch, self.groups, clusters)
+        dots = torch.empty(size, dtype=torch.float32, device=self.hidden.device)
+        grid = (
+            self.groups * plan.segments,
+            triton.cdiv(clusters, plan.block_clusters),
+            triton.cdiv(self.batch, plan.dots_rows),
+        )
+        dots_kernel[grid](
+            self.hidden, self.values, self.scales, words, scales, dots, self.batch,
+            *self.group_strides,
+            HEAD=self.head, CENTROIDS=self.shape, SEGMENTS=plan.segments,
+            BLOCK_M=plan.block_clusters, BATCH=plan.dots_rows, GROUPS_PAD=self.groups_pad,
+            PREPARED=plan.prepares, COMPILED=not is_interpreted(),
+            num_warps=plan.block_clusters // _CLUSTERS_A_WARP,
+        )  # fmt: skip
+        return dots
+
+
+def launch_dots(hidden_states: Tensor, centroids: QuantizedCentroids) -> Tensor:
+    """`reference.centroid_dots` of 1 to MAX_ROWS rows: float32 `[B, N, M]`."""
+    groups, clusters = centroids.values.shape[0], centroids.num_clusters
+    head = HeadShape.of(clusters, 1, hidden_states.shape[1], 1, 0, 1)
+    with on_device(hidden_states):
+        launch = CentroidLaunch(hidden_states, centroids, head, groups)
+        dots = launch.dots()
+        summed = dots[0] if len(dots) == 1 else dots.sum(0)
+        return summed + launch.words[2][:, None, None] if launch.projected else summed
 
 
 def launch_head(
@@ -64,187 +159,115 @@ def launch_head(
     launches: int | None,
     between: Callable[[], object] | None = None,
 ) -> Candidates:
-    """The k (at most MAX_BEST) best keys of at least one row over at least one group.
+    """The k (at most MAX_BEST) best keys of 1 to MAX_ROWS rows over at least one group.
 
-    launches: 1, 2, or None for what `launch_choice` has measured to be faster.
+    launches: 1, 2, or None for what `launch_choice` has measured to be faster; 2 also where hidden
+        states need a launch before them.
     between: called between two launches, which it asks for where `launches` is None.
 
     Raises:
         ValueError: one launch for a shape that it cannot serve.
     """
-    groups, clusters, tokens, size = inputs.rows.shape
-    batch = inputs.hidden_states.shape[0]
-    head = HeadShape.of(
-        clusters, tokens, size, inputs.num_probes_per_group, inputs.pinned_rows.shape[1], k
-    )
-    centroids = None if inputs.centroids.bits == 16 else CentroidShape.of(inputs.centroids)
-    one = fits_one_launch(head, centroids, batch)
-    if launches == 1 and not one:
-        raise ValueError(
-            f"one launch cannot serve a batch of {batch} and groups of {clusters} clusters: use two"
-        )
-    launch = _Launch(inputs, head, centroids, groups, batch, need_logsumexp, need_unprobed)
-    if not one or (launches is None and between is not None):
-        launches = 2
-    elif launches is None:
-        device = inputs.hidden_states.device
-        launches = launch_choice.table.choose(launch.case(), launch.one, launch.two, device)
-    keys, logsumexp = launch.one() if launches == 1 else launch.two(between)
-    return Candidates(keys[:, :k], logsumexp, launch.unprobed if need_unprobed else None)
+    with on_device(inputs.hidden_states):
+        launch = _Launch(inputs, k, need_logsumexp, need_unprobed)
+        plan = launch.centroids.plan
+        if launches == 1 and not plan.fits_one_launch:
+            raise ValueError(
+                f"one launch cannot serve groups of {launch.head.clusters} clusters: use two"
+            )
+        if launches is None and between is not None:
+            launches = 2
+        elif launches is None and plan.fits_one_launch and plan.may_take_two:
+            device = inputs.hidden_states.device
+            launches = launch_choice.table.choose(launch.case(), launch.one, launch.two, device)
+        elif launches is None:
+            launches = 1 if plan.fits_one_launch else 2
+        return launch.one() if launches == 1 else launch.two(between)
 
 
 class _Launch:
-    """One call's tensors in the order and number that the kernels take them in."""
+    """One call's tensors."""
 
     def __init__(
-        self,
-        inputs: HeadInputs,
-        head: HeadShape,
-        centroids: CentroidShape | None,
-        groups: int,
-        batch: int,
-        need_logsumexp: bool,
-        need_unprobed: bool,
+        self, inputs: HeadInputs, k: int, need_logsumexp: bool, need_unprobed: bool
     ) -> None:
-        self.inputs, self.head, self.centroids = inputs, head, centroids
-        self.groups, self.batch = groups, batch
+        groups, clusters, tokens, size = inputs.rows.shape
+        self.inputs, self.k, self.groups = inputs, k, groups
         self.need_logsumexp, self.need_unprobed = need_logsumexp, need_unprobed
-        hidden = inputs.hidden_states
-        of_row = head.best + need_unprobed
-        self.out = torch.empty(batch * of_row, dtype=torch.int64, device=hidden.device)
-        self.keys = self.out[: batch * head.best].view(batch, head.best)
-        self.unprobed = self.out[batch * head.best :]
-        self.logsumexp = torch.empty(batch if need_logsumexp else 0, device=hidden.device)
-        values, scales = inputs.centroids.values, inputs.centroids.scales
-        # Words of four bytes, where rows are made of them.
-        whole = centroids is not None and centroids.width == 4
-        self.values = values.view(torch.int32) if whole else values
-        # A pointer has to be given even where nothing is read from it.
-        self.scales = values if scales is None else scales
-        self.words_a_row = 2 * centroids.groups * centroids.words if centroids else 0
-        self.scales_a_row = 2 * centroids.groups if centroids else 0
+        self.head = HeadShape.of(
+            clusters, tokens, size, inputs.num_probes_per_group, inputs.pinned_rows.shape[1], k
+        )
+        self.batch = inputs.hidden_states.shape[0]
+        self.centroids = CentroidLaunch(inputs.hidden_states, inputs.centroids, self.head, groups)
 
     def case(self) -> LaunchCase:
         """What decides between `one` and `two`."""
-        inputs, final = self.inputs, self.inputs.final
         return LaunchCase(
-            device=launch_choice.device_name(self.keys.device),
+            device=launch_choice.device_name(self.inputs.rows.device),
             groups=self.groups,
-            batch=self.batch,
-            rows=str(inputs.rows.dtype),
-            hidden=str(inputs.hidden_states.dtype),
-            bias=inputs.bias is not None,
-            softcap=final.softcap > 0,
-            sample=final.noise is not None,
+            batch=power_of_two(self.batch),
+            rows=str(self.inputs.rows.dtype),
+            hidden=str(self.inputs.hidden_states.dtype),
             logsumexp=self.need_logsumexp,
             head=self.head,
-            centroids=self.centroids,
+            centroids=self.centroids.shape,
         )
 
-    def one(self) -> tuple[Tensor, Tensor | None]:
-        rows_pad = power_of_two(self.batch)
-        space = self._workspace(rows=rows_pad, dots=0)
-        out = self._out(space, space.counters)
-        one_launch_kernel[(self.groups,)](
-            self.inputs.hidden_states, *self._probing(), *self._rows(), self.values, self.scales,
-            *self._tables(), space.words, space.scales, *out, *self._scalars(),
-            *self._group_strides(),
-            HEAD=self.head, CENTROIDS=self.centroids, BATCH=self.batch, BATCH_PAD=rows_pad,
-            **self._flags(), DP4A=not is_interpreted(), PROJECTED=self._projected,
-            num_warps=HEAD_WARPS,
+    def one(self) -> Candidates:
+        centroids, plan = self.centroids, self.centroids.plan
+        words, scales, means = centroids.words
+        parts, found = self._results(self.groups)
+        one_launch_kernel[(self.groups, triton.cdiv(self.batch, plan.rows_a_program))](
+            self.inputs.hidden_states, self.inputs.rows, self.inputs.token_ids, centroids.values,
+            centroids.scales, *self._tables(), words, scales, means, *parts, self.inputs.alpha,
+            self.batch, *centroids.group_strides,
+            HEAD=self.head, CENTROIDS=centroids.shape, BATCH=plan.rows_a_program,
+            ROWS=ROWS_A_WARP * ONE_LAUNCH_WARPS, GROUPS_PAD=centroids.groups_pad,
+            PREPARED=plan.prepares, PROJECTED=centroids.projected, LOGSUMEXP=self.need_logsumexp,
+            UNPROBED=self.need_unprobed, PART_BLOCK=part_block(self.head.best),
+            COMPILED=not is_interpreted(), num_warps=ONE_LAUNCH_WARPS,
         )  # fmt: skip
-        return self.keys, self.logsumexp if self.need_logsumexp else None
+        return found
 
-    def two(self, between: Callable[[], object] | None = None) -> tuple[Tensor, Tensor | None]:
-        clusters = self.head.clusters
-        rows = min(power_of_two(self.batch), MAX_BATCH_IN_ONE_LAUNCH)
-        block = min(self.head.clusters_pad, _CLUSTERS_A_BLOCK)
-        grid = (self.groups, triton.cdiv(clusters, block), triton.cdiv(self.batch, rows))
-        space = self._workspace(rows=grid[2] * rows, dots=self.batch * self.groups * clusters)
-        dots_kernel[grid](
-            *self._probing(), self.values, self.scales, space.words, space.scales, space.dots,
-            self.batch, *self._group_strides(),
-            rows * self.words_a_row, rows * self.scales_a_row,
-            HEAD=self.head, CENTROIDS=self.centroids, BLOCK_M=block, BATCH=rows,
-            DP4A=not is_interpreted(), PROJECTED=self._projected, num_warps=_DOTS_WARPS,
-        )  # fmt: skip
+    def two(self, between: Callable[[], object] | None = None) -> Candidates:
+        centroids, plan = self.centroids, self.centroids.plan
+        dots = centroids.dots()
         if between is not None:
             between()
-        candidates_kernel[(self.groups, self.batch)](
-            self.inputs.hidden_states, *self._rows(), space.dots, *self._tables(),
-            *self._out(space, space.counters), *self._scalars(),
-            HEAD=self.head, **self._flags(), num_warps=HEAD_WARPS,
+        probes = triton.cdiv(self.head.probes, plan.splits)
+        splits = triton.cdiv(self.head.probes, probes)
+        parts, found = self._results(self.groups * splits)
+        candidates_kernel[(self.groups, splits, self.batch)](
+            self.inputs.hidden_states, self.inputs.rows, self.inputs.token_ids, dots,
+            centroids.words[2], *self._tables(), *parts, self.inputs.alpha, probes,
+            HEAD=self.head, SEGMENTS=plan.segments, ROWS=ROWS_A_WARP * CANDIDATES_WARPS,
+            PROJECTED=centroids.projected, LOGSUMEXP=self.need_logsumexp,
+            UNPROBED=self.need_unprobed, PART_BLOCK=part_block(self.head.best),
+            num_warps=CANDIDATES_WARPS,
         )  # fmt: skip
-        return self.keys, self.logsumexp if self.need_logsumexp else None
+        return found
 
-    @property
-    def _projected(self) -> bool:
-        return self.inputs.centroids.projection is not None
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = self.inputs
+        return inputs.spread, inputs.pinned_rows, inputs.pinned_token_ids
 
-    def _probing(self) -> tuple[Tensor, Tensor]:
-        """States in the columns of the centroids, and what is added to each row's scores."""
-        hidden, projection = self.inputs.hidden_states, self.inputs.centroids.projection
-        if projection is None:
-            return hidden, self.inputs.spread
-        columns, size = projection.to_state.shape
-        probing = torch.empty((self.batch, columns), device=hidden.device)
-        added = torch.empty(self.batch, device=hidden.device)
-        project_kernel[(self.batch, triton.cdiv(columns, _COLUMNS_A_BLOCK))](
-            hidden, projection.to_state, projection.mean, probing, added,
-            D=size, BLOCK_D=self.head.block_columns, COLUMNS=columns, BLOCK=_COLUMNS_A_BLOCK,
-            num_warps=_PROJECT_WARPS,
-        )  # fmt: skip
-        return probing, added
-
-    def _workspace(self, *, rows: int, dots: int) -> Workspace:
-        return workspace(
-            self.keys.device,
-            words=rows * self.words_a_row,
-            scales=rows * self.scales_a_row,
-            dots=dots,
-            parts=self.batch * self.groups,
-            best=self.head.best + self.need_unprobed,
-            rows=self.batch,
+    def _results(self, num_parts: int) -> tuple[tuple[Tensor, ...], Candidates]:
+        """Memory for parts and results as the kernels take it, and what it will hold."""
+        batch, best = self.batch, self.head.best
+        device = self.inputs.hidden_states.device
+        parts = batch * num_parts
+        num_keys = parts * best + parts * self.need_unprobed
+        part_keys = torch.empty(num_keys, dtype=torch.int64, device=device)
+        part_sums = torch.empty(2 * parts, dtype=torch.float32, device=device)
+        out = torch.empty(batch * (best + self.need_unprobed), dtype=torch.int64, device=device)
+        ids = torch.empty((batch, best), dtype=torch.int64, device=device)
+        logits = torch.empty((batch, best), dtype=torch.float32, device=device)
+        logsumexp = torch.empty(batch, dtype=torch.float32, device=device)
+        found = Candidates(
+            out[: batch * best].view(batch, best)[:, : self.k],
+            logsumexp if self.need_logsumexp else None,
+            out[batch * best :] if self.need_unprobed else None,
+            ids[:, : self.k],
+            logits[:, : self.k],
         )
-
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        return self.inputs.rows, self.inputs.token_ids
-
-    def _tables(self) -> tuple[Tensor, ...]:
-        inputs, bias = self.inputs, self.inputs.bias
-        noise = inputs.final.noise
-        none = inputs.spread
-        return (
-            inputs.spread,
-            none if bias is None else bias.rows,
-            none if bias is None else bias.clusters,
-            inputs.pinned_rows,
-            inputs.pinned_token_ids,
-            none if bias is None else bias.pinned,
-            inputs.token_ids if noise is None else noise.positions,
-            inputs.token_ids if noise is None or noise.sequences is None else noise.sequences,
-        )
-
-    def _out(self, space: Workspace, counters: Tensor) -> tuple[Tensor, ...]:
-        return space.keys, space.sums, counters, self.out, self.logsumexp
-
-    def _scalars(self) -> tuple[float, float, float, int]:
-        final = self.inputs.final
-        seed = 0 if final.noise is None else final.noise.seed
-        return self.inputs.alpha, 1 / final.temperature, final.softcap, seed
-
-    def _group_strides(self) -> tuple[int, int]:
-        """Elements of values and scales a group."""
-        return self.values[0].numel(), self.scales[0].numel()
-
-    def _flags(self) -> dict[str, Any]:
-        final = self.inputs.final
-        return {
-            "BIAS": self.inputs.bias is not None,
-            "SOFTCAP": final.softcap > 0,
-            "SAMPLE": final.noise is not None,
-            "SEQUENCES": final.noise is not None and final.noise.sequences is not None,
-            "LOGSUMEXP": self.need_logsumexp,
-            "UNPROBED": self.need_unprobed,
-            "PART_BLOCK": part_block(self.groups, self.head.best),
-        }
+        return (part_keys, part_sums, counters(device), out, ids, logits, logsumexp), found

@@ -37,6 +37,14 @@ def key_id(keys):
 
 
 @triton.jit
+def key_logit(keys):
+    """The float32 logit of `keys`; -inf for an empty one."""
+    ordered = (keys >> 32).to(tl.int32)
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    return tl.where(keys == EMPTY_KEY, float("-inf"), bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def _dp4a(a, b, accumulated):
     return tl.inline_asm_elementwise(
         "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, accumulated], tl.int32, True, 1
@@ -54,8 +62,10 @@ def rounded_product(a, b, COMPILED: tl.constexpr):
 
 
 @triton.jit
-def dot_words(weights, hidden, BITS: tl.constexpr, WIDTH: tl.constexpr, DP4A: tl.constexpr):
-    """Sum of products of the integers packed in each pair of words, int32.
+def dot_words(
+    weights, hidden, total, BITS: tl.constexpr, WIDTH: tl.constexpr, COMPILED: tl.constexpr
+):  # fmt: skip
+    """`total` and the products of the integers packed in each pair of words, int32.
 
     weights: int32 words of WIDTH bytes. 8 bits: signed bytes. 4 bits: the LOW halves of the bytes,
     unsigned; the caller shifts for the high halves and takes the offset of 8 away.
@@ -63,13 +73,26 @@ def dot_words(weights, hidden, BITS: tl.constexpr, WIDTH: tl.constexpr, DP4A: tl
     """
     if BITS == 4:
         weights = weights & 0x0F0F0F0F
-    total = tl.zeros_like(weights)
-    if DP4A and WIDTH == 4:
+    if COMPILED and WIDTH == 4:
         total = _dp4a(weights, hidden, total)
     else:
         for i in tl.static_range(WIDTH):
             total += ((weights << (24 - 8 * i)) >> 24) * ((hidden << (24 - 8 * i)) >> 24)
     return total
+
+
+@triton.jit
+def four_words(ptr, COMPILED: tl.constexpr):
+    """Four int32 scalars from `ptr`, 16-byte aligned: one load, where Triton would make four."""
+    if COMPILED:
+        # Impure, as what it reads was stored by this program.
+        one, two, three, four = tl.inline_asm_elementwise(
+            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [ptr],
+            (tl.int32, tl.int32, tl.int32, tl.int32), False, 1,
+        )  # fmt: skip
+    else:
+        one, two, three, four = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3)
+    return one, two, three, four
 
 
 @triton.jit

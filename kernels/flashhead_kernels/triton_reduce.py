@@ -12,12 +12,11 @@ import triton.language as tl
 from flashhead_kernels.triton_pieces import (
     EMPTY_KEY,
     best_keys,
-    gumbel,
     key_id,
+    key_logit,
     lse_add,
     merged,
     pack_key,
-    transform,
 )
 
 
@@ -41,17 +40,11 @@ def row_logits(
 
 
 @triton.jit
-def take(
-    best, greatest, total, logits, ids, bias, inverse_temperature, softcap, seed, position,
-    sequence, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr, LOGSUMEXP: tl.constexpr,
-):  # fmt: skip
+def take(best, greatest, total, logits, ids, LOGSUMEXP: tl.constexpr):
     """Take scored tokens (1-D, id -1 for none) into a program's best keys and log-sum-exp."""
-    final = transform(logits + bias, inverse_temperature, softcap, SOFTCAP)
     if LOGSUMEXP:
-        greatest, total = lse_add(greatest, total, tl.where(ids >= 0, final, float("-inf")))
-    if SAMPLE:
-        final += gumbel(seed, position, sequence, ids)
-    keys = pack_key(final, ids)
+        greatest, total = lse_add(greatest, total, tl.where(ids >= 0, logits, float("-inf")))
+    keys = pack_key(logits, ids)
     count: tl.constexpr = best.shape[0]
     if count == 1:
         best = tl.maximum(best, best_keys(keys, 1))
@@ -63,14 +56,14 @@ def take(
 @triton.jit
 def probe_group(
     dots, norm, alpha, group,
-    hidden_ptr, rows_ptr, ids_ptr, spread_ptr, bias_ptr, cluster_bias_ptr,
-    pinned_rows_ptr, pinned_ids_ptr, pinned_bias_ptr,
-    inverse_temperature, softcap, seed, position, sequence,
-    HEAD: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SAMPLE: tl.constexpr,
-    LOGSUMEXP: tl.constexpr, UNPROBED: tl.constexpr,
+    hidden_ptr, rows_ptr, ids_ptr, spread_ptr, pinned_rows_ptr, pinned_ids_ptr,
+    first_probe, last_probe,
+    HEAD: tl.constexpr, ROWS: tl.constexpr, LOGSUMEXP: tl.constexpr, UNPROBED: tl.constexpr,
 ):  # fmt: skip
     """One row's best keys `[HEAD.best]` and log-sum-exp (greatest, total) within one group.
 
+    Of its probes, best first, those from first_probe to last_probe (half-open) are scored, ROWS
+    rows at a time. Whoever scores the first also takes the pinned tokens and unprobed clusters in.
     Last, for UNPROBED, the key of its best unprobed cluster's score, with id 0; else an empty key.
 
     dots: `h . centroid` float32 `[HEAD.clusters_pad]`; hidden_ptr: the row's hidden state.
@@ -78,74 +71,54 @@ def probe_group(
     M: tl.constexpr = HEAD.clusters
     S: tl.constexpr = HEAD.tokens
     S_PAD: tl.constexpr = HEAD.tokens_pad
-    M_PAD: tl.constexpr = HEAD.clusters_pad
     PROBES_PAD: tl.constexpr = HEAD.probes_pad
-    BLOCK: tl.constexpr = HEAD.block_probes
-    PINNED: tl.constexpr = HEAD.pinned
-    PINNED_PAD: tl.constexpr = HEAD.pinned_pad
-    BEST: tl.constexpr = HEAD.best
+    BLOCK: tl.constexpr = ROWS // S_PAD if ROWS > S_PAD else 1
     D: tl.constexpr = HEAD.hidden_size
     BLOCK_D: tl.constexpr = HEAD.block_columns
-    slots = tl.arange(0, M_PAD)
+    slots = tl.arange(0, HEAD.clusters_pad)
     real = slots < M
     cluster = group.to(tl.int64) * M
     spread = tl.load(spread_ptr + cluster + slots, mask=real, other=float("-inf"))
-    if BIAS:
-        dots += tl.load(cluster_bias_ptr + cluster + slots, mask=real, other=0.0)
     # 0 * -inf is NaN: a cluster of pads stays at -inf whatever alpha is.
     lift = tl.where(spread == float("-inf"), spread, alpha * norm * spread)
     order = pack_key(dots + lift, tl.where(real, slots, -1))
     top = best_keys(order, PROBES_PAD)
     probed = key_id(top)
-    best = tl.full([BEST], EMPTY_KEY, tl.int64)
+    best = tl.full([HEAD.best], EMPTY_KEY, tl.int64)
     greatest = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
-    for first in tl.range(0, HEAD.probes, BLOCK):
+    for first in tl.range(first_probe, last_probe, BLOCK):
         rank = first + tl.arange(0, BLOCK)
-        slot = probed
-        if BLOCK < PROBES_PAD:
-            slot = tl.gather(probed, rank, 0)
         # The slot of a rank past the last probe may be -1.
+        slot = tl.gather(probed, tl.minimum(rank, PROBES_PAD - 1), 0)
         token = tl.arange(0, S_PAD)[None, :]
         row = tl.reshape((cluster + slot)[:, None] * S + token, [BLOCK * S_PAD])
-        chosen = tl.reshape((rank < HEAD.probes)[:, None] & (token < S), [BLOCK * S_PAD])
+        chosen = tl.reshape((rank < last_probe)[:, None] & (token < S), [BLOCK * S_PAD])
         ids = tl.load(ids_ptr + row, mask=chosen, other=-1)
         logits = row_logits(rows_ptr, hidden_ptr, row, chosen, D, BLOCK_D)
-        bias = tl.zeros_like(logits)
-        if BIAS:
-            bias = tl.load(bias_ptr + row, mask=chosen, other=0.0)
-        best, greatest, total = take(
-            best, greatest, total, logits, ids, bias, inverse_temperature, softcap, seed, position,
-            sequence, SOFTCAP, SAMPLE, LOGSUMEXP,
-        )  # fmt: skip
-    if PINNED > 0:
-        slot = tl.arange(0, PINNED_PAD)
-        row = group.to(tl.int64) * PINNED + slot
-        ids = tl.load(pinned_ids_ptr + row, mask=slot < PINNED, other=-1)
-        logits = row_logits(pinned_rows_ptr, hidden_ptr, row, slot < PINNED, D, BLOCK_D)
-        bias = tl.zeros_like(logits)
-        if BIAS:
-            bias = tl.load(pinned_bias_ptr + row, mask=slot < PINNED, other=0.0)
-        best, greatest, total = take(
-            best, greatest, total, logits, ids, bias, inverse_temperature, softcap, seed, position,
-            sequence, SOFTCAP, SAMPLE, LOGSUMEXP,
-        )  # fmt: skip
-    # Keys are distinct: what is not probed lies below the last that is.
-    last = tl.min(tl.where(tl.arange(0, PROBES_PAD) < HEAD.probes, top, 2**63 - 1), 0)
+        best, greatest, total = take(best, greatest, total, logits, ids, LOGSUMEXP)
     left = tl.full([], EMPTY_KEY, tl.int64)
-    if UNPROBED:
-        left = tl.max(tl.where(order < last, order, EMPTY_KEY), 0)
-        # The complement of id 0, where the slot's was.
-        left = tl.where(left == EMPTY_KEY, left, left | 0xFFFFFFFF)
-    if LOGSUMEXP:
-        token = tl.arange(0, S_PAD)[None, :]
-        row = (cluster + slots)[:, None] * S + token
-        ids = tl.load(ids_ptr + row, mask=real[:, None] & (token < S), other=-1)
-        count = tl.sum((ids >= 0).to(tl.float32), 1)
-        unprobed = real & (order < last) & (count > 0)
-        estimate = transform(dots, inverse_temperature, softcap, SOFTCAP)
-        estimate += tl.log(tl.where(unprobed, count, 1.0))
-        greatest, total = lse_add(greatest, total, tl.where(unprobed, estimate, float("-inf")))
+    if first_probe == 0:
+        for first in tl.range(0, HEAD.pinned, ROWS):
+            slot = first + tl.arange(0, ROWS)
+            row = group.to(tl.int64) * HEAD.pinned + slot
+            ids = tl.load(pinned_ids_ptr + row, mask=slot < HEAD.pinned, other=-1)
+            logits = row_logits(pinned_rows_ptr, hidden_ptr, row, slot < HEAD.pinned, D, BLOCK_D)
+            best, greatest, total = take(best, greatest, total, logits, ids, LOGSUMEXP)
+        # Keys are distinct: what is not probed lies below the last that is.
+        last = tl.min(tl.where(tl.arange(0, PROBES_PAD) < HEAD.probes, top, 2**63 - 1), 0)
+        if UNPROBED:
+            left = tl.max(tl.where(order < last, order, EMPTY_KEY), 0)
+            # The complement of id 0, where the slot's was.
+            left = tl.where(left == EMPTY_KEY, left, left | 0xFFFFFFFF)
+        if LOGSUMEXP:
+            token = tl.arange(0, S_PAD)[None, :]
+            row = (cluster + slots)[:, None] * S + token
+            ids = tl.load(ids_ptr + row, mask=real[:, None] & (token < S), other=-1)
+            count = tl.sum((ids >= 0).to(tl.float32), 1)
+            unprobed = real & (order < last) & (count > 0)
+            estimate = dots + tl.log(tl.where(unprobed, count, 1.0))
+            greatest, total = lse_add(greatest, total, tl.where(unprobed, estimate, float("-inf")))
     return best, greatest, total, left
 
 
@@ -184,12 +157,14 @@ def arrive(counter_ptr, number):
 
 @triton.jit
 def reduce_parts(
-    row, num_rows, num_parts, keys_ptr, sums_ptr, out_keys_ptr, out_logsumexp_ptr,
+    row, num_rows, num_parts, keys_ptr, sums_ptr, out_keys_ptr, out_ids_ptr, out_logits_ptr,
+    out_logsumexp_ptr,
     BEST: tl.constexpr, BLOCK: tl.constexpr, LOGSUMEXP: tl.constexpr, UNPROBED: tl.constexpr,
 ):  # fmt: skip
-    """The best keys of row `row`'s num_parts parts, and their log-sum-exp, BLOCK at a time.
+    """The best keys of row `row`'s num_parts parts, packed and unpacked, and their log-sum-exp.
 
-    The greatest key of an unprobed cluster follows the best keys of all num_rows rows.
+    BLOCK parts at a time. The greatest key of an unprobed cluster follows the best keys of all
+    num_rows rows.
     """
     left = tl.full([], EMPTY_KEY, tl.int64)
     best = tl.full([BEST], EMPTY_KEY, tl.int64)
@@ -222,6 +197,8 @@ def reduce_parts(
             keys = tl.load(left_at, mask=inside, other=EMPTY_KEY, cache_modifier=".cg")
             left = tl.maximum(left, tl.max(keys, 0))
     tl.store(out_keys_ptr + row * BEST + place, best)
+    tl.store(out_ids_ptr + row * BEST + place, key_id(best).to(tl.int64))
+    tl.store(out_logits_ptr + row * BEST + place, key_logit(best))
     if LOGSUMEXP:
         tl.store(out_logsumexp_ptr + row, greatest + tl.log(total))
     if UNPROBED:

@@ -1,4 +1,8 @@
-"""Shapes that a Triton kernel is compiled for, and the launch that goes with them."""
+"""Shapes that the head kernels are compiled for, and how a step is laid out over a GPU.
+
+Letters: `N` probing groups of `M` clusters of `S` tokens, of which `p` are probed; `D` hidden size,
+`B` rows.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,29 @@ from dataclasses import dataclass
 
 from flashhead_kernels.quantize import QuantizedCentroids
 
-MAX_BATCH_IN_ONE_LAUNCH = 8
+MAX_ROWS = 64
+"""Rows of one launch; larger batches take several."""
 MAX_BEST = 64
 """Keys that a kernel keeps for each row."""
-HEAD_WARPS = 16
-"""Warps of every program that scores rows or norms: their float sums depend on it."""
-_WORDS_A_THREAD = 32
-_ROWS_A_BLOCK = 64
+ROWS_A_PROGRAM = 8
+"""Rows that share one pass over the centroids."""
+MAX_ROWS_QUANTIZED_IN_PLACE = 4
+"""Up to this many rows every program quantises them itself: cheaper than a launch of its own."""
+ONE_LAUNCH_WARPS = 16
+CANDIDATES_WARPS = 4
+ROWS_A_WARP = 4
+"""Rows of the output embedding that a warp scores at a time. The same in every kernel: the layout
+of a block, and so the order of its float sums, follows from it."""
+MAX_CLUSTERS_IN_ONE_LAUNCH = 4096
 _COLUMNS_A_BLOCK = 128
+_MAX_SEGMENTS = 8
+_LEAST_SEGMENT = 4
+_WORDS_LOADED = 40
+"""Words of a centroid that a thread loads before it uses any: what hides the memory's latency."""
+_CLUSTERS_A_BLOCK = (128, 64, 32)
+_PROGRAMS_A_PROCESSOR = 2
 _KEYS_A_BLOCK = 1024
+_MAX_PARTS_A_BLOCK = 128
 
 
 def power_of_two(size: int) -> int:
@@ -27,19 +45,21 @@ def power_of_two(size: int) -> int:
 class CentroidShape:
     """How a rank's integer centroids lie in memory, for a kernel; `words` of `width` bytes.
 
-    groups: scale groups of a row, `group_size` columns and `words` words each; `*_pad` are the
-    powers of two at or above. chunk: scale groups a loop step; at most two, whose sum has no
-    order. tile: rows interleaved (see `tile_centroids`), 1 for none.
+    groups: scale groups of a row, `group_size` columns and `words` words each; words_pad: the power
+    of two at or above. segment: scale groups whose products are summed before they are added to
+    those of other segments; a program may score one segment. chunk: scale groups of a segment whose
+    words are loaded before any is used; 0 where words do not come in fours. tile: rows interleaved
+    (see `tile_centroids`), 1 for none.
     """
 
     bits: int
     group_size: int
     groups: int
-    groups_pad: int
     words: int
     words_pad: int
     width: int
     tile: int
+    segment: int
     chunk: int
 
     @classmethod
@@ -47,25 +67,33 @@ class CentroidShape:
         group_bytes = centroids.group_size * centroids.bits // 8
         width = 4 if group_bytes % 4 == 0 else 1
         groups, words = centroids.hidden_size // centroids.group_size, group_bytes // width
+        segment = -(-groups // max(1, min(_MAX_SEGMENTS, groups // _LEAST_SEGMENT)))
+        fours = width == 4 and words % 4 == 0
+        most = _WORDS_LOADED // words
+        chunks = [count for count in range(1, most + 1) if segment % count == 0]
         return cls(
             bits=centroids.bits,
             group_size=centroids.group_size,
             groups=groups,
-            groups_pad=power_of_two(groups),
             words=words,
             words_pad=power_of_two(words),
             width=width,
             tile=centroids.tile,
-            chunk=2 if groups % 2 == 0 else 1,
+            segment=segment,
+            chunk=max(chunks, default=0) if fours else 0,
         )
+
+    @property
+    def segments(self) -> int:
+        return -(-self.groups // self.segment)
 
 
 @dataclass(frozen=True)
 class HeadShape:
-    """One rank's groups as `flashhead_candidates` sees them, and the blocks that its kernel takes.
+    """One rank's groups as `flashhead_candidates` sees them.
 
-    clusters M, tokens S, probes p of a probing group; `block_probes` clusters are scored at a time.
-    pinned: rows a group that are always scored. best: keys kept, k rounded up.
+    clusters M, tokens S, probes p of a probing group; pinned: rows a group that are always scored.
+    best: keys kept, k rounded up. block_columns: columns of a row that are loaded at a time.
     """
 
     clusters: int
@@ -73,48 +101,90 @@ class HeadShape:
     tokens: int
     tokens_pad: int
     hidden_size: int
-    hidden_pad: int
     probes: int
     probes_pad: int
-    block_probes: int
     block_columns: int
     pinned: int
-    pinned_pad: int
     best: int
 
     @classmethod
     def of(
         cls, clusters: int, tokens: int, hidden_size: int, probes: int, pinned: int, k: int
     ) -> HeadShape:
-        probes_pad = power_of_two(probes)
         return cls(
             clusters=clusters,
             clusters_pad=power_of_two(clusters),
             tokens=tokens,
             tokens_pad=power_of_two(tokens),
             hidden_size=hidden_size,
-            hidden_pad=power_of_two(hidden_size),
             probes=probes,
-            probes_pad=probes_pad,
-            block_probes=min(probes_pad, max(1, _ROWS_A_BLOCK // power_of_two(tokens))),
+            probes_pad=power_of_two(probes),
             block_columns=min(power_of_two(hidden_size), _COLUMNS_A_BLOCK),
             pinned=pinned,
-            pinned_pad=power_of_two(pinned),
             best=power_of_two(k),
         )
 
 
-def fits_one_launch(shape: HeadShape, centroids: CentroidShape | None, batch: int) -> bool:
-    """Whether one program can hold the scores and a chunk of the centroids of a whole group."""
-    if batch > MAX_BATCH_IN_ONE_LAUNCH:
-        return False
-    words = 32 if centroids is None else centroids.chunk * centroids.words_pad
-    return shape.clusters_pad * words <= HEAD_WARPS * 32 * _WORDS_A_THREAD
+@dataclass(frozen=True)
+class HeadPlan:
+    """How a step of B rows over N groups is laid out.
+
+    prepares: hidden states are projected or quantised by a launch of their own, once for all
+        programs; otherwise every program quantises the rows that it scores.
+    fits_one_launch: one program can hold the scores of a whole group.
+    may_take_two: centroids and candidates in launches of their own may serve the step: for few
+        rows, which need no launch before them, and where one launch cannot.
+    rows_a_program: rows (a power of two) that a program of the one-launch kernel serves.
+    dots_rows, block_clusters, segments: rows, clusters and segments of a program that scores
+        centroids for a second launch; each takes one of `segments` segments.
+    splits: programs that share the candidates of one group and row.
+    """
+
+    prepares: bool
+    fits_one_launch: bool
+    may_take_two: bool
+    rows_a_program: int
+    dots_rows: int
+    block_clusters: int
+    segments: int
+    splits: int
 
 
-def part_block(parts: int, best: int) -> int:
-    """Parts that the last program reduces at a time: some 1,024 keys."""
-    return min(power_of_two(parts), max(1, _KEYS_A_BLOCK // best))
+def plan_head(
+    head: HeadShape, centroids: CentroidShape | None, groups: int, batch: int, processors: int,
+    *, projected: bool = False,
+) -> HeadPlan:  # fmt: skip
+    """Lay out a step of `batch` rows over `groups` groups on a GPU of `processors` SMs.
+
+    A program of the one-launch kernel reads a whole group's centroids, so it serves as many rows as
+    leave half of the SMs a program. Where centroids are scored by a launch of their own, blocks
+    shrink until every SM has one, and candidates are split until every SM has two programs.
+    """
+    rows = min(power_of_two(batch), ROWS_A_PROGRAM)
+    while rows > 1 and groups * -(-batch // rows) < processors // 2:
+        rows //= 2
+    dots_rows = min(power_of_two(batch), ROWS_A_PROGRAM)
+    segments = centroids.segments if centroids is not None else 1
+    # Not of the batch, so that a kernel is compiled for one block.
+    shares = groups * segments
+    blocks = [b for b in _CLUSTERS_A_BLOCK if shares * -(-head.clusters // b) >= processors]
+    few_rows = batch <= MAX_ROWS_QUANTIZED_IN_PLACE
+    fits = head.clusters_pad <= MAX_CLUSTERS_IN_ONE_LAUNCH
+    return HeadPlan(
+        prepares=centroids is not None and (projected or not few_rows),
+        fits_one_launch=fits,
+        may_take_two=few_rows or not fits,
+        rows_a_program=rows,
+        dots_rows=dots_rows,
+        block_clusters=blocks[0] if blocks else _CLUSTERS_A_BLOCK[-1],
+        segments=segments,
+        splits=max(1, min(head.probes, _PROGRAMS_A_PROCESSOR * processors // (groups * batch))),
+    )
+
+
+def part_block(best: int) -> int:
+    """Parts that the last program reduces at a time: 1,024 keys at most."""
+    return min(_MAX_PARTS_A_BLOCK, max(1, _KEYS_A_BLOCK // best))
 
 
 def is_interpreted() -> bool:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from flashhead_kernels import cpu, reference
-from flashhead_kernels.logits import FinalLogits
 from tests.kernels.shards import make_shard
 
 
@@ -33,16 +32,3 @@ def test_a_step_in_two_parts_gives_the_bits_of_one(ops: ModuleType, threads: int
     assert whole.logsumexp is not None
     assert parts.logsumexp is not None
     assert torch.equal(whole.logsumexp, parts.logsumexp)
-
-
-def test_what_the_cpu_leaves_to_the_reference_is_taken_apart_too() -> None:
-    shard = make_shard(2, 8, 2, 64, 16, 64, 0, torch.float32)
-    calls: list[None] = []
-    shard.candidates(
-        cpu,
-        torch.randn(1, 64),
-        2,
-        final=FinalLogits(softcap=5.0),
-        between=lambda: calls.append(None),
-    )
-    assert len(calls) == 1

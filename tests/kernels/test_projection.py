@@ -16,7 +16,6 @@ from torch import Tensor
 from flashhead_kernels import cpu, reference
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import unpack_keys
-from flashhead_kernels.logits import FinalLogits
 from flashhead_kernels.projection import Projection, project_states
 from flashhead_kernels.quantize import quantize_centroids, tile_centroids
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
@@ -137,16 +136,6 @@ def test_nothing_to_project_gives_nothing() -> None:
     coordinates, means = project_states(torch.empty(0, 8), projection)
     assert coordinates.shape == (0, 4)
     assert means.shape == (0,)
-
-
-def test_bias_and_soft_capping_go_the_way_of_the_twin() -> None:
-    shard = projected_shard(*SHAPES[0])
-    states = random_states(2, 64)
-    final = FinalLogits(softcap=20.0)
-    found = shard.candidates(cpu, states, 3, final=final, need_unprobed=True)
-    expected = shard.candidates(reference, states, 3, final=final, need_unprobed=True)
-    assert torch.equal(found.keys, expected.keys)
-    assert torch.equal(found.unprobed, expected.unprobed)
 
 
 @pytest.mark.parametrize("launches", [1, 2])

@@ -22,22 +22,23 @@ NOISY = FinalLogits(
 )
 
 
-def compare(
-    states: torch.Tensor, rows: torch.Tensor, final: FinalLogits, k: int, *, biased: bool = False
-) -> None:
+def compare(states: torch.Tensor, rows: torch.Tensor, final: FinalLogits, k: int) -> None:
     states, rows = states.to(DEVICE), rows.to(DEVICE)
     if final.noise is not None:
         places = (final.noise.positions, final.noise.sequences)
         positions, sequences = (place[: len(states)].to(DEVICE) for place in places)
         final = replace(final, noise=GumbelNoise(final.noise.seed, positions, sequences))
-    bias = torch.linspace(-2, 2, len(rows), device=DEVICE) if biased else None
-    options = {"k": k, "need_logsumexp": True, "bias": bias, "final": final}
+    options = {"k": k, "need_logsumexp": True, "final": final}
     found = cuda.dense_candidates(states, rows, 1000, **options)
     expected = reference.dense_candidates(states, rows, 1000, **options)
     logits, ids = unpack_keys(found.keys)
     wanted, wanted_ids = unpack_keys(expected.keys)
+    assert found.token_ids is not None
+    assert found.logits is not None
     torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-4)
     assert torch.equal(ids, wanted_ids)
+    assert torch.equal(found.token_ids, ids)
+    assert torch.equal(found.logits, logits)
     torch.testing.assert_close(found.logsumexp, expected.logsumexp, rtol=1e-5, atol=1e-4)
 
 
@@ -60,7 +61,7 @@ def test_best_and_final_logits(batch: int, k: int, final: FinalLogits) -> None:
     generator = torch.Generator().manual_seed(k)
     rows = torch.randn(200, 64, generator=generator).to(torch.bfloat16)
     states = torch.randn(batch, 64, generator=generator)
-    compare(states, rows, final, k, biased=True)
+    compare(states, rows, final, k)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
