@@ -7,7 +7,7 @@ other, and the communication is taken from the cost model of `projection`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +28,12 @@ from flashhead_dist.measure.split_timing import (
     together_work,
 )
 from flashhead_dist.measure.timing import (
+    HostClock,
     Latency,
     RankTimes,
     Step,
-    cache_flusher,
     forward_step,
+    step_clock,
     summarise,
     time_interleaved,
 )
@@ -104,27 +105,20 @@ def measure_cell(
         name: [record_step(head, batch) for batch in batches[:num_recordings]]
         for name, head in heads.items()
     }
-    device, meet = any_head.tp.device, any_head.tp.barrier
-    flush = cache_flusher(device)
-    wall = _time_together(
-        {
-            name: graphed_step(head, batches, flush)
-            if can_capture(head)
-            else forward_step(head, batches)
-            for name, head in heads.items()
-        },
-        control,
-        effort,
-        meet=meet,
-        before_step=flush,
-    )
+    device = any_head.tp.device
+    clock = step_clock(device, any_head.tp)
+    steps = {
+        name: (graphed_step if can_capture(head) else forward_step)(head, batches, clock)
+        for name, head in heads.items()
+    }
+    wall = _time_together(steps, control, effort)
     if oversubscribed:
         alone, splits = _time_alone(heads, batches, recordings, control, effort)
     else:
         alone = {}
         rounds = _split_rounds(next(iter(wall.values())).num_iterations)
         work = together_work(heads, batches)
-        parts = time_parts(work, rounds, device, meet=meet, before_step=flush)
+        parts = time_parts(work, rounds, device, clock)
         splits = split_over_ranks(parts, control, alone=False)
     batch_size = batches[0].shape[0]
     reads = control.gather({n: head.read_bytes_per_step(batch_size) for n, head in heads.items()})
@@ -160,20 +154,12 @@ def _project(
 
 
 def _time_together(
-    steps: Mapping[str, Step],
-    control: Control,
-    effort: Effort,
-    *,
-    meet: Callable[[], None],
-    before_step: Callable[[], None] | None,
+    steps: Mapping[str, Step], control: Control, effort: Effort
 ) -> dict[str, Latency]:
-    def rounds(number: int) -> dict[str, RankTimes]:
-        return time_interleaved(steps, number, meet=meet, before_step=before_step)
-
-    warm = rounds(max(1, effort.warmup))
+    warm = time_interleaved(steps, max(1, effort.warmup))
     number = _agreed_iterations(warm, control, effort, effort.cell_seconds)
     with annotate(CAPTURE, len(control.ranks)):
-        mine = rounds(number)
+        mine = time_interleaved(steps, number)
     return _over_ranks(mine, control)
 
 
@@ -191,31 +177,24 @@ def _time_alone(
     }
     work = alone_work(heads, batches, recordings)
 
-    def rounds(number: int) -> dict[str, RankTimes]:
-        return time_interleaved(steps, number, meet=_nobody)
-
     mine: dict[str, RankTimes] = {}
     parts: dict[str, RankParts] = {}
     number = 0
     for turn in control.ranks:
         control.barrier()
         if turn == control.rank:
-            warm = rounds(1)
+            warm = time_interleaved(steps, 1)
         if turn == control.ranks[0]:
             # The first rank is alone while it chooses for all: the others wait for its word.
             share_s = effort.cell_seconds / len(control.ranks)
             chosen = _iterations(warm, effort, share_s) if control.is_first else None
             number = int(control.broadcast(chosen))
         if turn == control.rank:
-            mine = rounds(number)
+            mine = time_interleaved(steps, number)
             device = next(iter(heads.values())).tp.device
-            parts = time_parts(work, _split_rounds(number), device, meet=_nobody)
+            parts = time_parts(work, _split_rounds(number), device, HostClock())
     control.barrier()
     return _over_ranks(mine, control), split_over_ranks(parts, control, alone=True)
-
-
-def _nobody() -> None:
-    """Meet no other rank: they sleep."""
 
 
 def _split_rounds(num_iterations: int) -> int:
