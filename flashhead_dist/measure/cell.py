@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from flashhead_dist.measure.alone import Recording, alone_step, record_step
 from flashhead_dist.measure.control import Control
 from flashhead_dist.measure.device_counts import ON_CPU, DeviceCount, count_on_devices
 from flashhead_dist.measure.graph import can_capture, graphed_step
+from flashhead_dist.measure.memory import workspace_bytes
 from flashhead_dist.measure.projection import ExchangeCost, projected_communication_us
 from flashhead_dist.measure.split import RankParts, StepSplit
 from flashhead_dist.measure.split_timing import (
@@ -68,6 +70,7 @@ class HeadCell:
     counted: by the interface, all ranks together; None at `tp_size` 1.
     split: where the time goes, from rounds of their own, alone where `alone` is.
     read_bytes_by_rank: weights that each rank reads in a step, analytic.
+    workspace_bytes: of the rank that needs most, see `memory.workspace_bytes`; None on a CPU.
     device_counts: what the ranks' GPUs counted; empty for a `device_counts_reason`.
     """
 
@@ -80,6 +83,7 @@ class HeadCell:
     counted: CountedBytes | None
     split: StepSplit
     read_bytes_by_rank: tuple[int, ...]
+    workspace_bytes: int | None = None
     device_counts: tuple[DeviceCount, ...] = ()
     device_counts_reason: str | None = ON_CPU
 
@@ -122,6 +126,9 @@ def measure_cell(
         splits = split_over_ranks(parts, control, alone=False)
     batch_size = batches[0].shape[0]
     reads = control.gather({n: head.read_bytes_per_step(batch_size) for n, head in heads.items()})
+    workspaces = control.gather(
+        {n: workspace_bytes(device, partial(h.forward, batches[0])) for n, h in heads.items()}
+    )
     cells: dict[str, HeadCell] = {}
     for name, head in heads.items():
         head.tp.reset()
@@ -138,6 +145,9 @@ def measure_cell(
             counted=_count(head, batches[0], wall[name].median_us, wire),
             split=splits[name],
             read_bytes_by_rank=read_bytes,
+            workspace_bytes=max(
+                (rank[name] for rank in workspaces if rank[name] is not None), default=None
+            ),
             **_device_counts(head, batches[0], wall[name].median_us, account[2], control),
         )
     return cells
