@@ -11,7 +11,6 @@ besides (weights, recorded answers, words of a symmetric exchange) lives through
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -92,7 +91,7 @@ class CapturedWork:
         self._work = work
         self._input = batch.clone()
         current = torch.cuda.current_stream(batch.device)
-        stream = _capture_stream(batch.device)
+        stream = torch.cuda.Stream(batch.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
@@ -110,9 +109,3 @@ class CapturedWork:
     def replay(self) -> None:
         """Queue the graph on the current stream."""
         self._graph.replay()
-
-
-@cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: kernels keep a workspace for each stream that they ran on."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

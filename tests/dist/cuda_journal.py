@@ -17,8 +17,6 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashhead_dist.measure import graph
-
 L2_BYTES = 64 << 20
 EVENT_MS = 0.25
 READ, WRITE, WAIT, START, STOP, STREAM_MEETING, HOST_MEETING, WORK, REPLAY = (
@@ -37,7 +35,6 @@ class Journal:
         patch.setattr(dist, "get_backend", lambda group=None: backend)
         patch.setattr(dist, "all_reduce", self._note(STREAM_MEETING))
         patch.setattr(dist, "barrier", self._note(HOST_MEETING))
-        graph._capture_stream.cache_clear()
 
     def _note(self, what: str) -> Callable[..., None]:
         return lambda *given, **named: self.log.append(what)
