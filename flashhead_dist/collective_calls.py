@@ -1,4 +1,4 @@
-"""The two collectives that an exchange comes down to, as torch.distributed calls them."""
+"""The collectives as torch.distributed calls them: two for exchanges, and what timing needs."""
 
 from __future__ import annotations
 
@@ -32,6 +32,14 @@ class TorchCalls:
         # torch 2.13 renamed all_gather_into_tensor and deprecates the old name.
         call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         call(gathered, tensor, group=group)
+
+
+def meet_on_stream(token: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Queue an all-reduce of `token` on a GPU: no rank's stream passes it before all have come.
+
+    With NCCL the host does not wait.
+    """
+    dist.all_reduce(token, group=group)
 
 
 def round_trip(tensor: Tensor, peer: int, group: dist.ProcessGroup, *, begins: bool) -> None:

@@ -7,15 +7,15 @@ so one rank computes exactly what it computes among the others while all of them
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from flashhead_dist.collectives import Exchange, Operation
 from flashhead_dist.heads.base import Head, Want
-from flashhead_dist.measure.timing import Step
+from flashhead_dist.measure.timing import HostClock, Step
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Recording:
     exchanges: tuple[tuple[Operation, int], ...]
     """Operation and bytes that this rank gave, in order."""
     answers: tuple[Tensor, ...]
+    """Copies: the step's own tensors may be written again by the next one."""
 
 
 def record_step(head: Head, hidden_states: Tensor) -> Recording:
@@ -32,12 +33,13 @@ def record_step(head: Head, hidden_states: Tensor) -> Recording:
     exchanges: list[tuple[Operation, int]] = []
     answers: list[Tensor] = []
 
-    def answer(exchange: Exchange) -> Tensor:
+    def perform(exchange: Exchange) -> Tensor:
         exchanges.append((exchange.operation, exchange.tensor.nbytes))
-        answers.append(head.tp.perform(exchange))
-        return answers[-1]
+        answer = head.tp.perform(exchange)
+        answers.append(answer.clone())
+        return answer
 
-    _drive(head, hidden_states, answer)
+    _drive(head, hidden_states, perform)
     return Recording(tuple(exchanges), tuple(answers))
 
 
@@ -80,11 +82,10 @@ def alone_step(head: Head, batches: Sequence[Tensor], recordings: Sequence[Recor
 
     `recordings[i]` is that of `batches[i]`.
     """
+    clock = HostClock()
 
     def step(iteration: int) -> tuple[float, float]:
         index = iteration % len(batches)
-        start_s = time.perf_counter()
-        replay_step(head, batches[index], recordings[index])
-        return (time.perf_counter() - start_s) * 1e6, 0.0
+        return clock.time_us(partial(replay_step, head, batches[index], recordings[index])), 0.0
 
     return step

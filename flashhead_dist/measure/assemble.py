@@ -90,6 +90,7 @@ def assemble_record(
         peak_bytes_per_rank=_greatest(facts.peak_bytes_by_rank),
         peak_bytes_by_rank=list(facts.peak_bytes_by_rank),
         peak_reason=facts.peak_reason,
+        workspace_bytes_per_rank=cell.workspace_bytes,
         read_bytes_by_rank=list(cell.read_bytes_by_rank),
         memory_bandwidth_bytes_per_s_by_rank=list(bandwidth.bytes_per_s_by_rank),
         memory_bandwidth_method=bandwidth.method,

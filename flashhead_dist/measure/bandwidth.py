@@ -6,16 +6,15 @@ the same moment, so ranks that share a memory bus share it here as they do in a 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.measure.control import Control
-from flashhead_dist.measure.timing import timing_event
+from flashhead_dist.measure.timing import Clock, step_clock
 from flashhead_kernels.cpu_memory import empty_on_large_pages
 
 _CPU_BYTES = 128 << 20
@@ -37,21 +36,16 @@ def measure_bandwidth(place: TensorParallel, control: Control, *, in_turn: bool)
 
     in_turn: one rank at a time, as oversubscribed ranks are measured.
     """
-    times_s: list[float] = []
+    times_us: list[float] = []
     if in_turn:
         for turn in control.ranks:
             control.barrier()
             if turn == control.rank:
-                read_s = _reader(place.device)
-                times_s = [read_s() for _ in range(_WARM_UPS + _READS)]
-                del read_s
+                times_us = _read_times_us(place.device, step_clock(place.device))
         control.barrier()
     else:
-        read_s = _reader(place.device)
-        for _ in range(_WARM_UPS + _READS):
-            place.barrier()
-            times_s.append(read_s())
-    median_s = float(np.median(times_s[_WARM_UPS:]))
+        times_us = _read_times_us(place.device, step_clock(place.device, place))
+    median_s = float(np.median(times_us[_WARM_UPS:])) * 1e-6
     num_bytes = _CUDA_BYTES if place.device.type == "cuda" else _CPU_BYTES
     rates = control.gather(num_bytes / median_s)
     when = "one rank at a time" if in_turn else "all ranks at once"
@@ -70,25 +64,12 @@ def roofline_share(num_bytes: int, compute_us: float, bytes_per_s: float) -> flo
     return num_bytes / (compute_us * 1e-6) / bytes_per_s
 
 
-def _reader(device: torch.device) -> Callable[[], float]:
-    """A function that reads the buffer once and returns the seconds it took."""
+def _read_times_us(device: torch.device, clock: Clock) -> list[float]:
+    numbers = _numbers(device)
+    return [clock.time_us(numbers.sum) for _ in range(_WARM_UPS + _READS)]
+
+
+def _numbers(device: torch.device) -> Tensor:
     if device.type == "cuda":
-        numbers = torch.ones(_CUDA_BYTES // 4, device=device)
-
-        def read_on_cuda() -> float:
-            start, stop = timing_event(), timing_event()
-            start.record()
-            numbers.sum()
-            stop.record()
-            stop.synchronize()
-            return float(start.elapsed_time(stop)) / 1e3
-
-        return read_on_cuda
-    words = empty_on_large_pages((_CPU_BYTES // 4,), torch.float32).fill_(1)
-
-    def read_on_cpu() -> float:
-        start_s = time.perf_counter()
-        words.sum()
-        return time.perf_counter() - start_s
-
-    return read_on_cpu
+        return torch.ones(_CUDA_BYTES // 4, dtype=torch.float32, device=device)
+    return empty_on_large_pages((_CPU_BYTES // 4,), torch.float32).fill_(1)

@@ -7,8 +7,9 @@ other, and the communication is taken from the cost model of `projection`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from flashhead_dist.measure.alone import Recording, alone_step, record_step
 from flashhead_dist.measure.control import Control
 from flashhead_dist.measure.device_counts import ON_CPU, DeviceCount, count_on_devices
 from flashhead_dist.measure.graph import can_capture, graphed_step
+from flashhead_dist.measure.memory import workspace_bytes
 from flashhead_dist.measure.projection import ExchangeCost, projected_communication_us
 from flashhead_dist.measure.split import RankParts, StepSplit
 from flashhead_dist.measure.split_timing import (
@@ -28,11 +30,12 @@ from flashhead_dist.measure.split_timing import (
     together_work,
 )
 from flashhead_dist.measure.timing import (
+    HostClock,
     Latency,
     RankTimes,
     Step,
-    cache_flusher,
     forward_step,
+    step_clock,
     summarise,
     time_interleaved,
 )
@@ -67,6 +70,7 @@ class HeadCell:
     counted: by the interface, all ranks together; None at `tp_size` 1.
     split: where the time goes, from rounds of their own, alone where `alone` is.
     read_bytes_by_rank: weights that each rank reads in a step, analytic.
+    workspace_bytes: of the rank that needs most, see `memory.workspace_bytes`; None on a CPU.
     device_counts: what the ranks' GPUs counted; empty for a `device_counts_reason`.
     """
 
@@ -79,6 +83,7 @@ class HeadCell:
     counted: CountedBytes | None
     split: StepSplit
     read_bytes_by_rank: tuple[int, ...]
+    workspace_bytes: int | None = None
     device_counts: tuple[DeviceCount, ...] = ()
     device_counts_reason: str | None = ON_CPU
 
@@ -104,30 +109,26 @@ def measure_cell(
         name: [record_step(head, batch) for batch in batches[:num_recordings]]
         for name, head in heads.items()
     }
-    device, meet = any_head.tp.device, any_head.tp.barrier
-    flush = cache_flusher(device)
-    wall = _time_together(
-        {
-            name: graphed_step(head, batches, flush)
-            if can_capture(head)
-            else forward_step(head, batches)
-            for name, head in heads.items()
-        },
-        control,
-        effort,
-        meet=meet,
-        before_step=flush,
-    )
+    device = any_head.tp.device
+    clock = step_clock(device, any_head.tp)
+    steps = {
+        name: (graphed_step if can_capture(head) else forward_step)(head, batches, clock)
+        for name, head in heads.items()
+    }
+    wall = _time_together(steps, control, effort)
     if oversubscribed:
         alone, splits = _time_alone(heads, batches, recordings, control, effort)
     else:
         alone = {}
         rounds = _split_rounds(next(iter(wall.values())).num_iterations)
         work = together_work(heads, batches)
-        parts = time_parts(work, rounds, device, meet=meet, before_step=flush)
+        parts = time_parts(work, rounds, device, clock)
         splits = split_over_ranks(parts, control, alone=False)
     batch_size = batches[0].shape[0]
     reads = control.gather({n: head.read_bytes_per_step(batch_size) for n, head in heads.items()})
+    workspaces = control.gather(
+        {n: workspace_bytes(device, partial(h.forward, batches[0])) for n, h in heads.items()}
+    )
     cells: dict[str, HeadCell] = {}
     for name, head in heads.items():
         head.tp.reset()
@@ -144,6 +145,9 @@ def measure_cell(
             counted=_count(head, batches[0], wall[name].median_us, wire),
             split=splits[name],
             read_bytes_by_rank=read_bytes,
+            workspace_bytes=max(
+                (rank[name] for rank in workspaces if rank[name] is not None), default=None
+            ),
             **_device_counts(head, batches[0], wall[name].median_us, account[2], control),
         )
     return cells
@@ -160,20 +164,12 @@ def _project(
 
 
 def _time_together(
-    steps: Mapping[str, Step],
-    control: Control,
-    effort: Effort,
-    *,
-    meet: Callable[[], None],
-    before_step: Callable[[], None] | None,
+    steps: Mapping[str, Step], control: Control, effort: Effort
 ) -> dict[str, Latency]:
-    def rounds(number: int) -> dict[str, RankTimes]:
-        return time_interleaved(steps, number, meet=meet, before_step=before_step)
-
-    warm = rounds(max(1, effort.warmup))
+    warm = time_interleaved(steps, max(1, effort.warmup))
     number = _agreed_iterations(warm, control, effort, effort.cell_seconds)
     with annotate(CAPTURE, len(control.ranks)):
-        mine = rounds(number)
+        mine = time_interleaved(steps, number)
     return _over_ranks(mine, control)
 
 
@@ -191,31 +187,24 @@ def _time_alone(
     }
     work = alone_work(heads, batches, recordings)
 
-    def rounds(number: int) -> dict[str, RankTimes]:
-        return time_interleaved(steps, number, meet=_nobody)
-
     mine: dict[str, RankTimes] = {}
     parts: dict[str, RankParts] = {}
     number = 0
     for turn in control.ranks:
         control.barrier()
         if turn == control.rank:
-            warm = rounds(1)
+            warm = time_interleaved(steps, 1)
         if turn == control.ranks[0]:
             # The first rank is alone while it chooses for all: the others wait for its word.
             share_s = effort.cell_seconds / len(control.ranks)
             chosen = _iterations(warm, effort, share_s) if control.is_first else None
             number = int(control.broadcast(chosen))
         if turn == control.rank:
-            mine = rounds(number)
+            mine = time_interleaved(steps, number)
             device = next(iter(heads.values())).tp.device
-            parts = time_parts(work, _split_rounds(number), device, meet=_nobody)
+            parts = time_parts(work, _split_rounds(number), device, HostClock())
     control.barrier()
     return _over_ranks(mine, control), split_over_ranks(parts, control, alone=True)
-
-
-def _nobody() -> None:
-    """Meet no other rank: they sleep."""
 
 
 def _split_rounds(num_iterations: int) -> int:

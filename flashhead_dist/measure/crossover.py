@@ -18,7 +18,7 @@ from flashhead_dist.heads.base import Want
 from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
 from flashhead_dist.measure.control import Control
 from flashhead_dist.measure.graph import graphed_compute_step
-from flashhead_dist.measure.timing import Step, cache_flusher, compute_step, time_interleaved
+from flashhead_dist.measure.timing import Step, compute_step, step_clock, time_interleaved
 
 _ROUNDS = 7
 _RESOLUTION = 32
@@ -124,14 +124,13 @@ def _turns(control: Control, in_turn: bool) -> Iterator[None]:
 def _medians_us(head: FlashHeadAuto, batches: Sequence[Tensor]) -> tuple[float, float]:
     # A graph's replay on CUDA: launched from Python, either way takes as long as its launches do.
     as_step = graphed_compute_step if head.tp.device.type == "cuda" else compute_step
+    clock = step_clock(head.tp.device)
     steps: dict[str, Step] = {
-        "retrieve": as_step(partial(head.retrieve, want=Want()), batches),
-        "scan": as_step(partial(head.scan, want=Want()), batches),
+        "retrieve": as_step(partial(head.retrieve, want=Want()), batches, clock),
+        "scan": as_step(partial(head.scan, want=Want()), batches, clock),
     }
-    # What retrieval reads may fit a GPU's cache, what a scan reads does not.
-    flush = cache_flusher(head.tp.device)
-    time_interleaved(steps, 1, meet=lambda: None, before_step=flush)
-    times = time_interleaved(steps, _ROUNDS, meet=lambda: None, before_step=flush)
+    time_interleaved(steps, 1)
+    times = time_interleaved(steps, _ROUNDS)
     return (
         float(np.median(times["retrieve"].wall_us)),
         float(np.median(times["scan"].wall_us)),

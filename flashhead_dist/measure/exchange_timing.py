@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from flashhead_dist.collectives import Exchange, Operation, TensorParallel
 from flashhead_dist.measure.control import Control
 from flashhead_dist.measure.projection import ExchangeCost, fit_exchange_cost
-from flashhead_dist.measure.timing import RankTimes, summarise
+from flashhead_dist.measure.timing import HostClock, RankTimes, summarise
 
 _SMALL_BYTES = 8
 _LARGE_BYTES = 1 << 20
@@ -46,12 +46,9 @@ def _median_us(
     place: TensorParallel, control: Control, operation: Operation, operand: Tensor
 ) -> float:
     """Median over iterations of the slowest rank's time."""
-    times_us: list[float] = []
-    for _ in range(_WARMUP + _ITERATIONS):
-        place.barrier()
-        start_s = time.perf_counter()
-        place.perform(Exchange(operation, operand))
-        times_us.append((time.perf_counter() - start_s) * 1e6)
+    clock = HostClock(place.barrier)
+    work = partial(place.perform, Exchange(operation, operand))
+    times_us = [clock.time_us(work) for _ in range(_WARMUP + _ITERATIONS)]
     ranks = control.gather(times_us[_WARMUP:])
     nothing = (0.0,) * _ITERATIONS
     return summarise([RankTimes(tuple(rank), nothing) for rank in ranks]).median_us

@@ -3,6 +3,9 @@
 Nothing is launched from Python, allocated or waited for inside a replay. Events cannot split one,
 so the step's compute is captured a second time, with recorded answers in place of the exchanges,
 and what the whole step takes beyond that is communication.
+
+A graph holds addresses and owns only what was allocated while it was captured. What its work read
+besides (weights, recorded answers, words of a symmetric exchange) lives through `CapturedWork`.
 """
 
 from __future__ import annotations
@@ -10,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from flashhead_dist.heads.base import Head
 from flashhead_dist.measure.alone import record_step, replay_step
-from flashhead_dist.measure.timing import Step, timing_event
+from flashhead_dist.measure.timing import Clock, Step, in_step_range, meets_on_stream
 
 _WARM_UPS = 3
 
@@ -24,7 +26,7 @@ def can_capture(head: Head) -> bool:
     """Whether the head's step and its exchanges work without the host."""
     if head.tp.device.type != "cuda" or not head.capturable:
         return False
-    return head.tp.tp_size == 1 or dist.get_backend(head.tp.group) == "nccl"
+    return meets_on_stream(head.tp)
 
 
 def capture_note(heads: Sequence[Head]) -> str | None:
@@ -38,12 +40,8 @@ def capture_note(heads: Sequence[Head]) -> str | None:
     return f"{replayed}; those of {', '.join(names[False])} are launched from Python."
 
 
-def graphed_step(
-    head: Head, batches: Sequence[Tensor], flush: Callable[[], None] | None = None
-) -> Step:
+def graphed_step(head: Head, batches: Sequence[Tensor], clock: Clock) -> Step:
     """A step of `head` on the iteration's batch `[B, D]`; every rank of the group calls it.
-
-    flush: empties the cache between the step and its compute alone.
 
     Raises:
         RuntimeError: the step cannot be captured.
@@ -56,30 +54,41 @@ def graphed_step(
 
     def step(iteration: int) -> tuple[float, float]:
         batch = batches[iteration % len(batches)]
-        wall_us = whole.replay_us(batch)
+        whole.load(batch)
+        wall_us = clock.time_us(in_step_range(whole.replay, iteration))
         if alone is None:
             return wall_us, 0.0
-        if flush is not None:
-            flush()
-        return wall_us, max(0.0, wall_us - alone.replay_us(batch))
+        alone.load(batch)
+        return wall_us, max(0.0, wall_us - clock.time_us(alone.replay))
 
     return step
 
 
-def graphed_compute_step(work: Callable[[Tensor], object], batches: Sequence[Tensor]) -> Step:
+def graphed_compute_step(
+    work: Callable[[Tensor], object], batches: Sequence[Tensor], clock: Clock
+) -> Step:
     """A step of `work`, which exchanges nothing, on the iteration's batch `[B, D]`.
 
     Raises:
         RuntimeError: the work cannot be captured.
     """
     captured = CapturedWork(work, batches[0])
-    return lambda iteration: (captured.replay_us(batches[iteration % len(batches)]), 0.0)
+
+    def step(iteration: int) -> tuple[float, float]:
+        captured.load(batches[iteration % len(batches)])
+        return clock.time_us(captured.replay), 0.0
+
+    return step
 
 
 class CapturedWork:
-    """`work(hidden_states [B, D])` in a CUDA graph, captured on a stream that it ran on before."""
+    """`work(hidden_states [B, D])` in a CUDA graph, captured on a stream that it ran on before.
+
+    It keeps `work`, and with it all tensors that the graph reads, as long as the graph.
+    """
 
     def __init__(self, work: Callable[[Tensor], object], batch: Tensor) -> None:
+        self._work = work
         self._input = batch.clone()
         current = torch.cuda.current_stream(batch.device)
         stream = torch.cuda.Stream(batch.device)  # type: ignore[no-untyped-call]
@@ -93,12 +102,10 @@ class CapturedWork:
             self._output = work(self._input)
         current.wait_stream(stream)
 
-    def replay_us(self, batch: Tensor) -> float:
-        """Replay the graph on `batch`, whose copy into place is not timed."""
+    def load(self, batch: Tensor) -> None:
+        """Queue a copy of `batch [B, D]` to where the graph reads its hidden states."""
         self._input.copy_(batch)
-        start, stop = timing_event(), timing_event()
-        start.record()
+
+    def replay(self) -> None:
+        """Queue the graph on the current stream."""
         self._graph.replay()
-        stop.record()
-        stop.synchronize()
-        return float(start.elapsed_time(stop)) * 1e3

@@ -1,8 +1,8 @@
 """Time the collectives that heads use, bare, among the ranks of one level, for a fit.
 
 Ranks meet before each collective, and it takes as long as its slowest rank, as a head's step does.
-A message from rank to rank is half a round trip. On CUDA a burst of collectives runs between two
-events, so that no host's launch is counted; none of that has run on more than one GPU yet.
+A message from rank to rank is half a round trip. On CUDA a burst of collectives is timed as
+`timing.StreamClock` times a step; none of that has run on more than one GPU yet.
 
 Letters: P ranks of the group.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from flashhead_dist.collective_calls import round_trip
 from flashhead_dist.collectives import Exchange, Operation, TensorParallel
 from flashhead_dist.measure.control import Control
-from flashhead_dist.measure.timing import timing_event
+from flashhead_dist.measure.timing import step_clock
 from flashhead_kernels.exchange_layout import DEFAULT_CAPACITY
 from flashhead_topology.collective_cost import CollectiveOperation
 from flashhead_topology.fit import Sample
@@ -151,12 +151,15 @@ def _time(
     work: Work,
     point_seconds: float,
 ) -> Point:
+    clock = step_clock(place.device, place)
+    burst = _BURST if place.device.type == "cuda" else 1
+
+    def run() -> None:
+        for _ in range(burst):
+            work()
+
     def repeat(number: int) -> list[float]:
-        seconds = []
-        for _ in range(number):
-            place.barrier()
-            seconds.append(_seconds(work, place.device))
-        return seconds
+        return [clock.time_us(run) * 1e-6 / burst for _ in range(number)]
 
     estimates = control.gather(min(repeat(_WARMUP)))
     number = max(_LEAST, min(_MOST, int(point_seconds / max(*estimates, 1e-6))))
@@ -167,23 +170,9 @@ def _time(
     return Point(operation, num_bytes, place.tp_size, p10, median, p90, number)
 
 
-def _seconds(work: Work, device: torch.device) -> float:
-    if device.type != "cuda":
-        start_s = time.perf_counter()
-        work()
-        return time.perf_counter() - start_s
-    start, stop = timing_event(), timing_event()
-    start.record()
-    for _ in range(_BURST):
-        work()
-    stop.record()
-    stop.synchronize()
-    return float(start.elapsed_time(stop)) / 1e3 / _BURST
-
-
 def launch_seconds(device: torch.device) -> float:
     """What the smallest kernel takes beside its work: the least of some bursts of additions."""
-    number = torch.zeros(1, device=device)
+    number = torch.zeros(1, dtype=torch.float32, device=device)
 
     def burst() -> float:
         start_s = time.perf_counter()

@@ -1,5 +1,7 @@
 """Peak memory of a piece of work: resident memory of the process, or CUDA memory of its device.
 
+On CUDA it is that of torch's allocator, which kernels take their workspaces from too.
+
 The resident peak is the kernel's high-water mark (VmHWM), reset before the work, less the resident
 memory at that point. It counts pages of mapped checkpoint files while they are mapped.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +56,23 @@ class PeakMemory:
             torch.cuda.synchronize(self._device)
             return Peak(torch.cuda.max_memory_allocated(self._device) - self._start_bytes)
         return Peak(max(0, _status_bytes("VmHWM") - self._start_bytes))
+
+
+def workspace_bytes(device: torch.device, step: Callable[[], object]) -> int | None:
+    """Bytes that one `step` holds at its peak beyond what was held before it; None on a CPU.
+
+    Workspaces of kernels, logits, and operands of exchanges. The step has run before, so that what
+    a first run leaves behind is no part of it. None without a run: a CPU's resident memory does not
+    show what is freed and taken again.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def release_memory(device: torch.device) -> None:

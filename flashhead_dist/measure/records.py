@@ -93,6 +93,8 @@ class Record(Provenance):
     peak_bytes_per_rank: int | None
     peak_bytes_by_rank: list[int | None]
     peak_reason: str | None
+    workspace_bytes_per_rank: int | None = None
+    """Of a step at this batch size, on CUDA; None on a CPU, and in records of before it."""
 
     read_bytes_by_rank: list[int]
     memory_bandwidth_bytes_per_s_by_rank: list[float]

@@ -22,6 +22,7 @@ from flashhead_dist.measure.split import (
     split_alone,
     split_together,
 )
+from flashhead_dist.measure.timing import Clock
 from flashhead_profiles.ranges import STEP, annotate
 from flashhead_profiles.recorder import Span, recording
 
@@ -40,13 +41,11 @@ def time_parts(
     work: Mapping[str, Callable[[int], object]],
     num_iterations: int,
     device: torch.device,
-    *,
-    meet: Callable[[], None],
-    before_step: Callable[[], None] | None = None,
+    clock: Clock,
 ) -> dict[str, RankParts]:
     """Run `num_iterations` rounds of `work(iteration)` of each head on this rank, in turn.
 
-    meet, before_step: as in `timing.time_interleaved`.
+    clock: readies a step, whose times come from its ranges.
     """
     names = list(work)
     steps: dict[str, list[list[Span]]] = {name: [] for name in names}
@@ -54,10 +53,7 @@ def time_parts(
         for iteration in range(num_iterations):
             first = iteration % len(names)
             for name in names[first:] + names[:first]:
-                if before_step is not None:
-                    before_step()
-                meet()
-                recorder.take()
+                clock.ready()
                 with annotate(STEP):
                     work[name](iteration)
                 steps[name].append(recorder.take())

@@ -87,6 +87,7 @@ _COLUMNS = {
     "even_share_bytes": Column("even share MB", _megabytes),
     "over_even_share": Column("over share %", _signed_percent),
     "peak_bytes_per_rank": Column("peak MB/rank", _megabytes),
+    "workspace_bytes_per_rank": Column("workspace MB/rank", _megabytes),
     "top1_agreement": Column("top-1 %", _fine_percent),
     "top1_agreement_low": Column("95 % low", _fine_percent),
     "top1_agreement_high": Column("high", _fine_percent),

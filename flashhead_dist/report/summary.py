@@ -38,6 +38,7 @@ _COLUMNS = (
     "counted_bytes_per_row",
     "weight_bytes_per_rank",
     "peak_bytes_per_rank",
+    "workspace_bytes_per_rank",
     "top1_agreement",
     "top1_agreement_worst_source",
     "worst_source",

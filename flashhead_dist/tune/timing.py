@@ -7,7 +7,6 @@ a few hidden states, timed, and thrown away.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +21,7 @@ from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index import build_index
 from flashhead_dist.index.options import IndexOptions
-from flashhead_dist.measure.timing import Step, summarise, time_interleaved
+from flashhead_dist.measure.timing import compute_step, step_clock, summarise, time_interleaved
 from flashhead_dist.model_source import ModelSource
 from flashhead_dist.tune.nested import resize
 from flashhead_dist.tune.points import Point, Shape, index_options
@@ -118,20 +117,10 @@ def _time(
 ) -> list[dict[str, Any]]:
     """Latencies of all heads but the first, beside the first's."""
     batches = [batch.to(device) for batch in torch.split(states, batch_size)[: iterations + 1]]
-
-    def step_of(head: Head) -> Step:
-        def step(iteration: int) -> tuple[float, float]:
-            started_s = time.perf_counter()
-            head(batches[iteration % len(batches)])
-            if device != "cpu":
-                torch.cuda.synchronize()
-            return (time.perf_counter() - started_s) * 1e6, 0.0
-
-        return step
-
-    steps = {str(place): step_of(head) for place, head in enumerate(heads)}
-    time_interleaved(steps, _WARM_UP, meet=lambda: None)
-    times = time_interleaved(steps, iterations, meet=lambda: None)
+    clock = step_clock(torch.device(device))
+    steps = {str(place): compute_step(head, batches, clock) for place, head in enumerate(heads)}
+    time_interleaved(steps, _WARM_UP)
+    times = time_interleaved(steps, iterations)
     latencies = [summarise([times[name]]) for name in steps]
     dense = latencies[0].median_us
     return [

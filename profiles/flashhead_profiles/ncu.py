@@ -2,9 +2,11 @@
 
 The text is that of `ncu --import REPORT --csv --page raw --print-units base`: a row of names, a row
 of units, then a row a kernel. Metrics and columns as the Nsight Compute CLI documents them
-(https://docs.nvidia.com/nsight-compute/NsightComputeCli/): "Kernel Name", gpu__time_duration.sum
-(nanoseconds in base units), dram__bytes_read.sum, dram__bytes_write.sum, and
-lts__t_sector_hit_rate.pct. No text printed by a real `ncu` was at hand to try this on.
+(https://docs.nvidia.com/nsight-compute/NsightComputeCli/): "ID" (kernels in the order in which they
+were profiled), "Kernel Name", gpu__time_duration.sum (nanoseconds in base units),
+dram__bytes_read.sum, dram__bytes_write.sum, and lts__t_sector_hit_rate.pct. Columns are read by
+their names, whatever stands between them, and rows are sorted by ID. No text printed by a real
+`ncu` was at hand to try this on.
 """
 
 from __future__ import annotations
@@ -65,6 +67,9 @@ def read_ncu(path: Path, rank: int | None = None) -> pd.DataFrame:
     if len(table) < 2:
         raise TraceError(f"{path} holds no kernel: none of a head's ran inside a capture")
     units, rows = table.iloc[0], table.iloc[1:]
+    if "ID" in rows:
+        order = pd.to_numeric(rows["ID"], errors="coerce").argsort(kind="stable")
+        rows = rows.iloc[order.to_numpy()]
     if rank is None:
         named = _RANK_IN_NAME.search(path.name)
         rank = int(named[1]) if named else 0

@@ -1,11 +1,16 @@
 """What an NVIDIA GPU counts of its links and its memory, through NVML.
 
-Cumulative counters of NVLink and PCIe, read before and after a region, and the share of the
-memory's bandwidth in use between two samples. Fields, as nvidia-ml-py 13 numbers them:
+Cumulative counters of NVLink and PCIe, read before and after a region, and rates between two
+samples of the GPU performance monitor (GPM): memory, and NVLink a second time. Fields and metrics,
+as nvidia-ml-py 13 numbers them:
 
     138, 139  NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, _RX   KiB over all links (scope UINT_MAX)
     197, 198  NVML_FI_DEV_PCIE_COUNT_TX_BYTES, _RX_BYTES   bytes; the hardware's counter may wrap
-    GPM 10    NVML_GPM_METRIC_DRAM_BW_UTIL                 % of the peak bandwidth, Hopper and later
+    GPM 10    NVML_GPM_METRIC_DRAM_BW_UTIL                 % of the peak bandwidth
+    GPM 60    NVML_GPM_METRIC_NVLINK_TOTAL_RX_PER_SEC      MiB a second over all links
+    GPM 61    NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC      MiB a second over all links
+
+GPM needs a GPU of the Hopper generation or later.
 
 (https://docs.nvidia.com/deploy/nvml-api/). A counter that this GPU, its driver or this machine does
 not have is None with the reason, never 0.
@@ -13,6 +18,7 @@ not have is None with the reason, never 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,10 +27,19 @@ from typing import Any
 NVLINK_SENT, NVLINK_RECEIVED = "nvlink_sent", "nvlink_received"
 PCIE_SENT, PCIE_RECEIVED = "pcie_sent", "pcie_received"
 MEMORY = "memory_read_and_written"
-COUNTERS = (NVLINK_SENT, NVLINK_RECEIVED, PCIE_SENT, PCIE_RECEIVED, MEMORY)
+NVLINK_SENT_GPM, NVLINK_RECEIVED_GPM = "nvlink_sent_gpm", "nvlink_received_gpm"
+COUNTERS = (
+    NVLINK_SENT,
+    NVLINK_RECEIVED,
+    PCIE_SENT,
+    PCIE_RECEIVED,
+    NVLINK_SENT_GPM,
+    NVLINK_RECEIVED_GPM,
+    MEMORY,
+)
 
 _ALL_LINKS = 0xFFFFFFFF
-_KIB = 1024
+_KIB, _MIB = 1 << 10, 1 << 20
 # Of nvmlValue_t, by nvmlValueType_t: which one a field has differs between drivers.
 _MEMBERS = {1: "uiVal", 2: "ulVal", 3: "ullVal", 4: "sllVal", 5: "siVal", 6: "usVal"}
 # Field, scope and bytes a unit.
@@ -33,6 +48,12 @@ _FIELDS = {
     NVLINK_RECEIVED: ("NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX", _ALL_LINKS, _KIB),
     PCIE_SENT: ("NVML_FI_DEV_PCIE_COUNT_TX_BYTES", 0, 1),
     PCIE_RECEIVED: ("NVML_FI_DEV_PCIE_COUNT_RX_BYTES", 0, 1),
+}
+
+_METRICS = {
+    NVLINK_SENT_GPM: "NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC",
+    NVLINK_RECEIVED_GPM: "NVML_GPM_METRIC_NVLINK_TOTAL_RX_PER_SEC",
+    MEMORY: "NVML_GPM_METRIC_DRAM_BW_UTIL",
 }
 
 
@@ -96,7 +117,7 @@ class DeviceCounters:
             raise RuntimeError("stop without start")
         before, after = self._start, self._sample()
         counted = {name: _grown(before.fields[name], after.fields[name]) for name in _FIELDS}
-        counted[MEMORY] = self._memory(before, after, seconds)
+        counted |= self._gpm_counts(before.gpm, after.gpm, seconds)
         self._start = None
         return counted
 
@@ -128,30 +149,44 @@ class DeviceCounters:
         except (self._nvml.NVMLError, AttributeError) as error:
             return f"GPM: {error}"
 
-    def _memory(self, before: _Sample, after: _Sample, seconds: float) -> Counted:
-        """From the share of the peak bandwidth in use to bytes; frees the samples."""
-        for sample in (before.gpm, after.gpm):
-            if isinstance(sample, str):
-                return Counted(None, sample)
-        nvml = self._nvml
+    def _gpm_counts(self, before: Any, after: Any, seconds: float) -> dict[str, Counted]:
+        """From two samples, or reasons why there are none, to bytes; frees the samples."""
+        samples = [sample for sample in (before, after) if not isinstance(sample, str)]
+        try:
+            if len(samples) < 2:
+                reason = before if isinstance(before, str) else after
+                return dict.fromkeys(_METRICS, Counted(None, reason))
+            return {name: self._gpm_count(name, before, after, seconds) for name in _METRICS}
+        finally:
+            for sample in samples:
+                self._nvml.nvmlGpmSampleFree(sample)
+
+    def _gpm_count(self, name: str, before: Any, after: Any, seconds: float) -> Counted:
+        nvml, constant = self._nvml, _METRICS[name]
+        number = getattr(nvml, constant, None)
+        if number is None:
+            return Counted(None, f"this pynvml does not know {constant}")
         try:
             asked = nvml.c_nvmlGpmMetricsGet_t()
             asked.version = nvml.NVML_GPM_METRICS_GET_VERSION
             asked.numMetrics = 1
-            asked.sample1, asked.sample2 = before.gpm, after.gpm
-            asked.metrics[0].metricId = nvml.NVML_GPM_METRIC_DRAM_BW_UTIL
+            asked.sample1, asked.sample2 = before, after
+            asked.metrics[0].metricId = number
             metric = nvml.nvmlGpmMetricsGet(asked).metrics[0]
             if metric.nvmlReturn != nvml.NVML_SUCCESS:
-                return Counted(None, f"GPM: {nvml.NVMLError(metric.nvmlReturn)}")
-            # Twice the clock: memory of a GPU moves data on both edges.
-            clock_hz = nvml.nvmlDeviceGetMaxClockInfo(self._device, nvml.NVML_CLOCK_MEM) * 1e6
-            peak = 2 * clock_hz * nvml.nvmlDeviceGetMemoryBusWidth(self._device) / 8
-            return Counted(metric.value / 100 * peak * seconds)
+                return Counted(None, f"{constant}: {nvml.NVMLError(metric.nvmlReturn)}")
+            if not math.isfinite(metric.value):
+                return Counted(None, f"{constant}: GPM has no value between its two samples")
+            unit_bytes = self._peak_bytes_per_s() / 100 if name == MEMORY else _MIB
+            return Counted(metric.value * unit_bytes * seconds)
         except nvml.NVMLError as error:
-            return Counted(None, f"GPM: {error}")
-        finally:
-            for sample in (before.gpm, after.gpm):
-                nvml.nvmlGpmSampleFree(sample)
+            return Counted(None, f"{constant}: {error}")
+
+    def _peak_bytes_per_s(self) -> float:
+        # Twice the clock: memory of a GPU moves data on both edges.
+        nvml = self._nvml
+        clock_hz = nvml.nvmlDeviceGetMaxClockInfo(self._device, nvml.NVML_CLOCK_MEM) * 1e6
+        return float(2 * clock_hz * nvml.nvmlDeviceGetMemoryBusWidth(self._device) / 8)
 
 
 def _grown(before: Counted, after: Counted) -> Counted:

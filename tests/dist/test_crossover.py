@@ -197,17 +197,23 @@ def test_on_cuda_it_is_graphs_that_are_timed(
 ) -> None:
     """Launched from Python, a step takes as long as its launches, of which a scan has more."""
 
-    class Played:
+    captured: list[Any] = []
+
+    class Captured:
         def __init__(self, work: Any, batch: torch.Tensor) -> None:
             self.us = 5.0 if work.func == auto.retrieve else 7.0
+            captured.append(work.func)
 
-        def replay_us(self, batch: torch.Tensor) -> float:
+        def load(self, batch: torch.Tensor) -> None: ...
+        def replay(self) -> float:
             return self.us
 
-    monkeypatch.setattr(graph, "CapturedWork", Played)
-    monkeypatch.setattr(crossover_module, "cache_flusher", lambda device: None)
+    clock = SimpleNamespace(time_us=lambda work: work())
+    monkeypatch.setattr(graph, "CapturedWork", Captured)
+    monkeypatch.setattr(crossover_module, "step_clock", lambda device: clock)
     auto.tp.device = torch.device("cuda")
     assert crossover_module._medians_us(auto, [states[:2]]) == (5.0, 7.0)
+    assert captured == [auto.retrieve, auto.scan]
 
 
 def test_notes_say_where_and_what_it_cost() -> None:

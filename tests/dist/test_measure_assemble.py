@@ -36,6 +36,7 @@ def cell(*, alone: Latency | None = None, projected: float | None = None) -> Hea
         counted=CountedBytes(8000.0, 7600.0, 9600.0, 5),
         split=SPLIT,
         read_bytes_by_rank=(400_000, 300_000),
+        workspace_bytes=4_096,
     )
 
 
@@ -109,6 +110,7 @@ def test_weights_are_the_largest_ranks_and_the_sum() -> None:
     found = record(cell(), FITS)
     assert (found.weight_bytes_per_rank, found.total_weight_bytes) == (510, 1000)
     assert found.weight_bytes_by_rank == [510, 490]
+    assert found.workspace_bytes_per_rank == 4_096
 
 
 def test_a_peak_that_one_rank_does_not_know_is_not_known() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from flashhead_dist.measure.memory import PeakMemory
+from flashhead_dist.measure.memory import PeakMemory, workspace_bytes
 
 MEGABYTE = 1_000_000
 
@@ -24,3 +25,26 @@ def test_a_peak_of_earlier_work_does_not_count() -> None:
     peak = PeakMemory(torch.device("cpu")).read()
     assert peak.peak_bytes is not None, peak.reason
     assert peak.peak_bytes < 20 * MEGABYTE
+
+
+def test_a_workspace_is_what_a_step_holds_beyond_what_was_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 1,000 bytes of weights and a step that takes 300 and gives them back."""
+    peak = {"bytes": 5_000}
+
+    def step() -> None:
+        peak["bytes"] = max(peak["bytes"], 1_300)
+
+    for name, value in {
+        "synchronize": lambda device: None,
+        "reset_peak_memory_stats": lambda device: peak.update(bytes=1_000),
+        "memory_allocated": lambda device: 1_000,
+        "max_memory_allocated": lambda device: peak["bytes"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert workspace_bytes(torch.device("cuda"), step) == 300
+
+
+def test_a_cpu_knows_no_workspace_and_runs_no_step() -> None:
+    assert workspace_bytes(torch.device("cpu"), lambda: pytest.fail("it ran")) is None

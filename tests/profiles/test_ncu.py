@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from flashhead_profiles.ncu import COLUMNS, read_ncu
@@ -35,6 +36,20 @@ def test_times_bytes_hits_and_bandwidth_in_base_units(tmp_path: Path) -> None:
     assert frame.attrs["missing"] == {}
     # What ncu could not measure is no zero.
     assert frame.iloc[1][["time_us", "achieved_bytes_per_s"]].isna().all()
+
+
+def test_columns_and_rows_in_another_order_give_the_same_table(tmp_path: Path) -> None:
+    """Columns between those that are read, and kernels not in the order of their launches."""
+    names = ["Process ID", "lts__t_sector_hit_rate.pct", "Kernel Name", "Device", "ID"]
+    names += ["dram__bytes_write.sum", "dram__bytes_read.sum", "gpu__time_duration.sum"]
+    lines = [
+        ["", "%", "", "", "", "byte", "byte", "ns"],
+        ["9", "0", "one, with a comma", "0", "10", "1", "1", "n/a"],
+        ["9", "25", "dots_kernel", "0", "2", "2,000,000", "40,000,000", "10,000"],
+    ]
+    text = "\n".join(",".join(f'"{value}"' for value in line) for line in [names, *lines])
+    shuffled = read_ncu(write(tmp_path, text + "\n"))
+    pd.testing.assert_frame_equal(shuffled, read_ncu(write(tmp_path, WHOLE)))
 
 
 def test_a_metric_that_was_not_collected_is_missing(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from flashhead_profiles.nvml import (
     COUNTERS,
     MEMORY,
     NVLINK_RECEIVED,
+    NVLINK_RECEIVED_GPM,
     NVLINK_SENT,
+    NVLINK_SENT_GPM,
     PCIE_RECEIVED,
     PCIE_SENT,
     Counted,
@@ -23,10 +25,17 @@ ALL_LINKS = 0xFFFFFFFF
 
 
 class Gpu:
-    """Answers as NVML does; `fields` maps (field, scope) to value, type and return code."""
+    """Answers as NVML does: `fields` by (field, scope), `metrics` by number, others unsupported."""
 
-    def __init__(self, fields: dict[tuple[int, int], list[Any]], *, hopper: bool = True) -> None:
+    def __init__(
+        self,
+        fields: dict[tuple[int, int], list[Any]],
+        *,
+        hopper: bool = True,
+        metrics: dict[int, float] | None = None,
+    ) -> None:
         self.fields, self.hopper, self.freed = fields, hopper, 0
+        self.metrics = {10: 50.0, 60: 3.0, 61: 2.0} if metrics is None else metrics
 
     def __getattr__(self, name: str) -> Any:
         # Constants and structures are the real ones.
@@ -64,8 +73,12 @@ class Gpu:
         self.freed += 1
 
     def nvmlGpmMetricsGet(self, asked: Any) -> Any:  # noqa: N802
-        assert (asked.numMetrics, asked.metrics[0].metricId) == (1, 10)
-        asked.metrics[0].value = 50.0
+        assert asked.version == pynvml.NVML_GPM_METRICS_GET_VERSION
+        for metric in asked.metrics[: asked.numMetrics]:
+            if metric.metricId in self.metrics:
+                metric.value = self.metrics[metric.metricId]
+            else:
+                metric.nvmlReturn = pynvml.NVML_ERROR_NOT_SUPPORTED
         return asked
 
     def nvmlDeviceGetMaxClockInfo(self, handle: str, kind: int) -> int:  # noqa: N802
@@ -98,7 +111,41 @@ def test_counters_are_bytes_in_the_region() -> None:
     assert counted[PCIE_SENT] == Counted(1000.0)
     # 5120 bits at twice 2619 MHz are 3.35 TB/s: an H100 SXM5's data sheet says so too.
     assert counted[MEMORY].num_bytes == pytest.approx(0.5 * 3.35e12 * 0.5, rel=0.01)
+    # GPM gives MiB a second: 2 sent and 3 received, for half a second.
+    assert counted[NVLINK_SENT_GPM] == Counted(float(1 << 20))
+    assert counted[NVLINK_RECEIVED_GPM] == Counted(1.5 * (1 << 20))
     assert gpu.freed == 2
+
+
+def test_a_gpm_metric_that_the_gpu_lacks_has_a_reason_and_leaves_the_others() -> None:
+    """A Hopper card without NVLink, and one whose two samples give no number."""
+    counters = DeviceCounters("1234", Gpu(fields(), metrics={10: 50.0, 60: float("nan")}))
+    counters.start()
+    counted = counters.stop(0.5)
+    assert counted[MEMORY].num_bytes is not None
+    assert counted[NVLINK_SENT_GPM].num_bytes is None
+    assert "Not Supported" in str(counted[NVLINK_SENT_GPM].reason)
+    assert counted[NVLINK_RECEIVED_GPM].num_bytes is None
+    assert "NVLINK_TOTAL_RX" in str(counted[NVLINK_RECEIVED_GPM].reason)
+
+
+def test_one_sample_of_two_is_none_and_is_freed() -> None:
+    class Interrupted(Gpu):
+        taken = 0
+
+        def nvmlGpmSampleGet(self, handle: str, sample: Any) -> Any:  # noqa: N802
+            self.taken += 1
+            if self.taken == 2:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
+            return sample
+
+    gpu = Interrupted(fields())
+    counters = DeviceCounters("1234", gpu)
+    counters.start()
+    counted = counters.stop(0.5)
+    for name in (MEMORY, NVLINK_SENT_GPM, NVLINK_RECEIVED_GPM):
+        assert "Unknown" in str(counted[name].reason)
+    assert gpu.freed == 1
 
 
 def test_a_counter_that_wrapped_is_missing_and_not_negative() -> None:
@@ -116,18 +163,24 @@ def test_what_the_gpu_lacks_is_missing_with_a_reason_and_never_zero() -> None:
     assert all(count.num_bytes is None for count in counted.values())
     assert "Not Supported" in str(counted[NVLINK_SENT].reason)
     assert "Hopper" in str(counted[MEMORY].reason)
+    assert "Hopper" in str(counted[NVLINK_SENT_GPM].reason)
 
 
 def test_a_pynvml_without_a_field_says_so() -> None:
     class Old(Gpu):
         def __getattr__(self, name: str) -> Any:
-            if name == "NVML_FI_DEV_PCIE_COUNT_TX_BYTES":
+            if name in (
+                "NVML_FI_DEV_PCIE_COUNT_TX_BYTES",
+                "NVML_GPM_METRIC_NVLINK_TOTAL_TX_PER_SEC",
+            ):
                 raise AttributeError(name)
             return getattr(pynvml, name)
 
     counters = DeviceCounters("GPU-1234", Old(fields()))
     counters.start()
-    assert "does not know" in str(counters.stop(0.5)[PCIE_SENT].reason)
+    counted = counters.stop(0.5)
+    for name in (PCIE_SENT, NVLINK_SENT_GPM):
+        assert "does not know" in str(counted[name].reason)
 
 
 def test_without_a_driver_every_counter_says_why() -> None:

@@ -167,6 +167,14 @@ def test_memory_is_held_against_an_even_share(run: Run) -> None:
     assert row.even_share_bytes == whole.weight_bytes_per_rank / 2
 
 
+def test_the_workspace_is_that_of_the_batch_size_that_needs_most(tmp_path: Path) -> None:
+    assert "workspace_bytes_per_rank" not in memory_section(run_of(tmp_path / "cpu")).frame
+    records = changed(lambda r: {"workspace_bytes_per_rank": 1_000 * r.batch_size})
+    section = memory_section(run_of(tmp_path / "cuda", records))
+    assert set(section.frame["workspace_bytes_per_rank"]) == {4_000}
+    assert "Workspace" in " ".join(section.notes)
+
+
 def test_warnings_name_what_a_reader_must_know_first(tmp_path: Path) -> None:
     records = changed(lambda r: {"synthetic": True, "commit": "abc-dirty"})
     said = " ".join(warnings_of(run_of(tmp_path / "run", records)))

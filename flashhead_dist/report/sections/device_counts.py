@@ -41,7 +41,8 @@ def device_counts_section(run: Run) -> Section:
     notes = [
         "Of one step, all ranks together, over a burst of steps; others that use the same GPU or "
         "link are counted too. Beside it what the ranks of a ring send, whichever link carries "
-        "it, and for memory the weights that the step reads.",
+        "it, and for memory the weights that the step reads. Memory and the counters named gpm "
+        "come from rates between two samples, the others from readings before and after.",
         *sorted(reasons),
     ]
     return Section(key=KEY, title=title, notes=tuple(notes), frame=frame_of(rows))

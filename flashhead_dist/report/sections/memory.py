@@ -20,6 +20,11 @@ def memory_section(run: Run) -> Section:
         "Peak: the most a rank held beyond what it had before, while it loaded the head and ran "
         "it once."
     ]
+    if any(record.workspace_bytes_per_rank is not None for record in run.records):
+        notes.append(
+            "Workspace: the most that a step holds beyond weights, at the batch size that needs "
+            "most: kernels' workspaces, logits, operands of exchanges."
+        )
     reasons = {r.peak_reason for r in records if r.peak_bytes_per_rank is None}
     notes += [f"Peaks are missing, because {reason}." for reason in sorted(reasons, key=str)]
     return Section(
@@ -50,7 +55,15 @@ def _row(run: Run, record: Record) -> dict[str, object]:
         "even_share_bytes": even,
         "over_even_share": record.weight_bytes_per_rank / even - 1 if even else None,
         "peak_bytes_per_rank": record.peak_bytes_per_rank,
+        "workspace_bytes_per_rank": _most_workspace(run, record),
     }
+
+
+def _most_workspace(run: Run, of: Record) -> int | None:
+    """Over the batch sizes of the record's head and `tp_size`; None where no record knows it."""
+    same = [r for r in run.records if (r.head, r.tp_size) == (of.head, of.tp_size)]
+    known = [r.workspace_bytes_per_rank for r in same if r.workspace_bytes_per_rank is not None]
+    return max(known, default=None)
 
 
 def _plot(run: Run, records: list[Record], what: str) -> Plot:
