@@ -56,8 +56,8 @@ class FaissIvf(Head):
         faiss = import_faiss()
         if tp.device.type == "cuda" and not hasattr(faiss, "StandardGpuResources"):
             raise UserError(
-                "the installed faiss has no GPU support: install faiss-gpu, leave faiss_ivf out of "
-                "--heads, or use --device cpu"
+                "the installed faiss has no GPU support: install flashhead-dist[faiss-gpu] in "
+                "place of faiss-cpu, leave faiss_ivf out of --heads, or use --device cpu"
             )
         self.shard = VocabShard.of(vocab_size, tp)
         lists = TrainedLists.of(rows, cache)

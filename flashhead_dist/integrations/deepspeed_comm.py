@@ -62,6 +62,12 @@ class DeepSpeedCalls:
         )
 
     def all_gather(self, gathered: Tensor, tensor: Tensor, group: dist.ProcessGroup | None) -> None:
+        # DeepSpeed would only log that it gathers nothing.
+        if not self._comm.has_all_gather_into_tensor():
+            raise UserError(
+                f"this DeepSpeed cannot gather with torch {torch.__version__}: update deepspeed, "
+                "or install an older torch"
+            )
         self._comm.all_gather_into_tensor(
             gathered, tensor, group=group, log_name=f"{self._prefix}_all_gather"
         )

@@ -1,6 +1,6 @@
 """Decoding over DeepSpeed pipeline stages, each of them a tensor-parallel group.
 
-DeepSpeed gives `PipelineModule`, the grid of ranks, point-to-point calls, and its automatic tensor
+DeepSpeed gives `PipelineModule`, the grid of ranks, its communication calls, and automatic tensor
 parallelism of each stage; its pipeline engine knows neither KV caches nor a way back for tokens,
 so the loop is ours (`pipeline_loop`).
 
@@ -127,7 +127,6 @@ class PipelineDecoder:
         flushed: finish each step of all micro-batches before the next begins, as DeepSpeed's
             `eval_batch` would: slower, to measure against.
         """
-        self._links.open()
         loop = StageLoop(
             self._stage,
             self._module,

@@ -110,7 +110,10 @@ def _all_heads(device_type: str) -> tuple[list[str], list[str]]:
     if find_spec("faiss") is None:
         reason = "faiss is not installed; pip install 'flashhead-dist[faiss]' to measure it"
     elif device_type == "cuda" and not hasattr(import_module("faiss"), "StandardGpuResources"):
-        reason = "the installed faiss has no GPU support; install faiss-gpu to measure it"
+        reason = (
+            "the installed faiss has no GPU support; "
+            "install flashhead-dist[faiss-gpu] in place of faiss-cpu to measure it"
+        )
     else:
         return list(HEAD_NAMES), []
     others = [name for name in HEAD_NAMES if name != FaissIvf.name]

@@ -120,7 +120,7 @@ def gumbel(seed, position, sequence, token_ids):
     zero = tl.zeros_like(token_ids)
     # The last counter word is logits.Domain.TOKEN.
     word, _, _, _ = tl.philox(seed, token_ids, zero + position, zero + sequence, zero)
-    v = tl.minimum(((~word).to(tl.float32) + 0.5) * (1.0 / 4294967296.0), _NEVER_ONE)
+    v = tl.minimum(((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * (1.0 / 4294967296.0), _NEVER_ONE)
     # log(1 - v) however small v is (Kahan): what 1 - v was rounded by is divided out.
     rest = 1.0 - v
     taken = 1.0 - rest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from flashhead_dist import collective_calls
+from flashhead_dist.collective_calls import TorchCalls
 from flashhead_dist.collectives import (
     Exchange,
     Operation,
@@ -22,6 +25,7 @@ from flashhead_dist.collectives import (
 )
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.emulated import gloo_ring_sum, run_in_lock_step
+from flashhead_dist.integrations import deepspeed_comm
 from flashhead_kernels.keys import pack_keys, unpack_keys
 
 WORLD_SIZE = 5
@@ -168,6 +172,32 @@ def test_a_place_without_a_group_refuses_to_communicate() -> None:
 def test_more_ranks_than_were_started_is_a_users_mistake() -> None:
     with pytest.raises(UserError, match=r"tp_size 2 .*--nproc-per-node"):
         split_tensor_parallel([1, 2])
+
+
+@pytest.mark.parametrize("name", ["all_gather_into_tensor", "all_gather_single"])
+def test_all_gather_calls_whichever_name_torch_has(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(gathered: torch.Tensor, tensor: torch.Tensor, group: Any) -> None:
+        gathered.copy_(tensor.repeat(2))
+
+    monkeypatch.setattr(collective_calls, "dist", SimpleNamespace(**{name: gather}))
+    gathered = torch.zeros(4)
+    TorchCalls().all_gather(gathered, torch.tensor([1.0, 2.0]), None)
+    assert gathered.tolist() == [1, 2, 1, 2]
+
+
+def test_a_deepspeed_that_knows_no_name_of_torchs_all_gather_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DeepSpeed 0.19 looks for the older name alone, and without it gathers nothing."""
+    comm = SimpleNamespace(
+        has_all_gather_into_tensor=lambda: False,
+        all_gather_into_tensor=lambda *arguments, **options: None,
+    )
+    monkeypatch.setattr(deepspeed_comm, "import_deepspeed", lambda: SimpleNamespace(comm=comm))
+    with pytest.raises(UserError, match="update deepspeed"):
+        deepspeed_comm.DeepSpeedCalls().all_gather(torch.zeros(2), torch.zeros(1), None)
 
 
 def test_payload_counts_the_whole_gathered_buffer() -> None:
