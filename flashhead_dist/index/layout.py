@@ -73,7 +73,7 @@ def lay_out(
     if quantized.projection is not None:
         stored = quantized.dequantize()
         spread = with_left_out(spread, centroids, stored, quantized.projection, moment)
-    pinned = _deal_pinned(pinned_token_ids, options.num_groups)
+    pinned = _deal_pinned(pinned_token_ids, options.num_groups, weights.device)
     return IndexTensors(
         rows=_take(weights, token_ids),
         token_ids=token_ids,
@@ -191,9 +191,8 @@ def _take(weights: Tensor, ids: Tensor) -> Tensor:
     return rows.masked_fill_((ids < 0).unsqueeze(-1), 0)
 
 
-def _deal_pinned(token_ids: Sequence[int], num_groups: int) -> Tensor:
+def _deal_pinned(token_ids: Sequence[int], num_groups: int, device: torch.device) -> Tensor:
     """Deal pinned ids over groups: int32 `[G, n]`, -1 where a group has one fewer."""
-    per_group = -(-len(token_ids) // num_groups)
-    padded = torch.full((per_group * num_groups,), -1, dtype=torch.int32)
-    padded[: len(token_ids)] = torch.tensor(list(token_ids), dtype=torch.int32)
+    pads = [-1] * (-len(token_ids) % num_groups)
+    padded = torch.tensor([*token_ids, *pads], dtype=torch.int32, device=device)
     return deal(padded, num_groups)

@@ -212,6 +212,10 @@ class SimulatedCuda:
         if to_cuda:
             own_kwargs["device"] = torch.device("cpu")
         result = func(*own_args, **own_kwargs)
+        if torch.Tag.inplace_view in func.tags:
+            # The tensor itself is given its memory's new shape.
+            with torch._C._DisableTorchDispatch():
+                func(*args, **kwargs)
         if name.endswith("_") and any(each.memory.shape != each.shape for each in simulated):
             raise NotImplementedError(f"{func} {_RESHAPED_IN_PLACE}")
         if not _only_views(func) and name not in _NO_LAUNCH:
