@@ -328,6 +328,8 @@ class Devices(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.new_tensor:
+            kwargs = {"device": args[0].device} | kwargs
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": self.cuda.device_of_name(kwargs["device"])}
         if kwargs.get("pin_memory"):

@@ -74,13 +74,9 @@ def test_a_head_looks_tokens_up(cuda: SimulatedCuda, small: Small, name: str) ->
 
 
 @pytest.mark.parametrize("name", ON_GPU)
-def test_emulated_ranks_give_the_cpus_answer(
-    cuda: SimulatedCuda, small: Small, name: str
-) -> None:
+def test_emulated_ranks_give_the_cpus_answer(cuda: SimulatedCuda, small: Small, name: str) -> None:
     ours, theirs = (
-        emulate_head(
-            name, tp_size=2, model=small.model, index_dir=small.index_dir, device=device
-        )
+        emulate_head(name, tp_size=2, model=small.model, index_dir=small.index_dir, device=device)
         for device in ("cuda", "cpu")
     )
     assert_same(ours.forward(small.states[:1].cuda()), theirs.forward(small.states[:1]))

@@ -26,7 +26,8 @@ def test_tensors_report_the_device_they_were_made_on(cuda: SimulatedCuda) -> Non
     with torch.cuda.device(1):
         made = [torch.arange(3, device="cuda"), torch.zeros(1).cuda(), torch.zeros(1).to("cuda")]
         assert [each.device for each in made] == [one] * 3
-    assert torch.zeros(2, device="cuda").new_ones(3).device == torch.device("cuda:0")
+    zero = torch.zeros(2, device="cuda")
+    assert zero.new_ones(3).device == zero.new_tensor([1.0]).device == torch.device("cuda:0")
     assert torch.zeros_like(made[0]).device == one
     assert torch.zeros(2).device == made[0].cpu().device == torch.device("cpu")
     assert made[0].to("cuda:1") is made[0]
