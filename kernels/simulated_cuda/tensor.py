@@ -56,10 +56,17 @@ class SimulatedTensor(Tensor):
         allocation: Allocation,
         cuda: SimulatedCuda,
     ) -> SimulatedTensor:
-        made: SimulatedTensor = torch.Tensor._make_wrapper_subclass(
-            cls, memory.shape, strides=memory.stride(), storage_offset=memory.storage_offset(),
-            dtype=memory.dtype, layout=memory.layout, device=device,
-        )  # fmt: skip
+        # A view of a tensor from outside inference mode is none of inference mode's.
+        with torch.inference_mode(memory.is_inference()):
+            made: SimulatedTensor = torch.Tensor._make_wrapper_subclass(
+                cls,
+                memory.shape,
+                strides=memory.stride(),
+                storage_offset=memory.storage_offset(),
+                dtype=memory.dtype,
+                layout=memory.layout,
+                device=device,
+            )
         made.memory, made.allocation, made.simulation = memory, allocation, cuda
         return made
 
@@ -202,6 +209,10 @@ class SimulatedCuda:
         to_cuda = asked is not None and asked.type == "cuda"
         if not simulated and not to_cuda:
             return func(*args, **kwargs)
+        if _is_composite(func):
+            # Under inference mode torch does not decompose operations by itself.
+            with Dispatch(self):
+                return func.decompose(*args, **kwargs)
         device = self.device_of_name(asked) if asked is not None else simulated[0].device
         name = func.overloadpacket.__name__
         self._check_devices(func, name, args, tensors)
@@ -379,6 +390,14 @@ def _wait_of(name: str, args: Any, kwargs: dict[str, Any], device: torch.device)
         if masks and not (filled and len(indices) == 1):
             return "boolean index"
     return None
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Whether an operation is made of others."""
+    name = func.name()
+    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    return found
 
 
 @functools.cache

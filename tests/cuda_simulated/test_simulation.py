@@ -144,6 +144,19 @@ def test_operations_are_those_that_launch_a_kernel(cuda: SimulatedCuda) -> None:
     assert names == ["fill_", "linalg_vector_norm", "clamp_min", "div"]
 
 
+@torch.inference_mode()
+def test_inference_mode_hides_nothing(cuda: SimulatedCuda) -> None:
+    with torch.inference_mode(False):
+        weight = torch.ones(2, device="cuda")
+    weight.view(torch.int32).add_(0)
+    cuda.reset()
+    x = torch.ones(2, 3).to("cuda")
+    assert x.is_inference()
+    assert x.to("cuda", torch.int64).matmul(x.long().T).reshape(4).tolist() == [3] * 4
+    names = [operation.name.split(".")[1] for operation in cuda.operations]
+    assert names == ["_to_copy", "_to_copy", "_to_copy", "mm"]
+
+
 def test_a_graph_replays_its_operations_on_what_its_inputs_hold(cuda: SimulatedCuda) -> None:
     x, graph = torch.ones(3, device="cuda"), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
