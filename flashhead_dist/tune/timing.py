@@ -92,7 +92,7 @@ def time_points(
             clusters=(slots.masked_fill(taken, -1), 0),
         )
         builder = HeadBuilder(
-            tp=TensorParallel.single(), model=model, index_dir=folder, device=device
+            tp=TensorParallel.single(device), model=model, index_dir=folder, device=device
         )
         heads: list[Head] = [builder.build(BASELINE)]
         for record in records:
@@ -124,7 +124,7 @@ def _time(
             started_s = time.perf_counter()
             head(batches[iteration % len(batches)])
             if device != "cpu":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             return (time.perf_counter() - started_s) * 1e6, 0.0
 
         return step

@@ -156,27 +156,3 @@ def test_a_head_works_on_another_device_than_the_current_one(
         assert_same(found, expected)
         assert torch.cuda.current_device() == 0
     assert {launch.current_device for launch in cuda.launches} == {0, 1}
-
-
-@pytest.mark.parametrize("launches", [1, 2])
-def test_torchs_default_dtype_changes_no_answer(
-    cuda: SimulatedCuda, small: Small, launches: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """vLLM warms a model up under bfloat16, and serves under it or not."""
-    monkeypatch.setattr(launch_choice.table, "choose", lambda *_: launches)
-    want = Want(k=2, logsumexp=True)
-    head = small.head("flashhead")
-    dense = small.head("dense_local_max")
-    states = small.states[:1].cuda()
-    expected = [each.serve(states, want) for each in (head, dense)]
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        within = [each.serve(states, want) for each in (head, dense)]
-    finally:
-        torch.set_default_dtype(torch.float32)
-    after = [each.serve(states, want) for each in (head, dense)]
-    for one, two, three in zip(expected, within, after, strict=True):
-        assert one.logsumexp is not None
-        on_cpu = HeadOutput(one.token_ids.cpu(), one.logits.cpu(), one.logsumexp.cpu())
-        assert_same(two, on_cpu)
-        assert_same(three, on_cpu)
