@@ -35,6 +35,7 @@ OPTIONS = {"num_groups": 2, "cluster_size": 4, "num_probes": 8, "group_size": 32
 class Small:
     """A model of 113 rows of 32 columns, states of it, and an index that pins three tokens."""
 
+    folder: Path
     model: ModelSource
     index_dir: Path
     calibration: HiddenStates
@@ -76,7 +77,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Small]:
             HiddenStates(part.states, sources, ("text", "code"), part.origin)
             for part in synthetic_hidden_states(model, num_states=48)
         )
-        small = Small(model, folder / "index", calibration, test)
+        small = Small(folder, model, folder / "index", calibration, test)
         options = IndexOptions(**OPTIONS, alpha=0.02, pinned_token_ids=(110, 7, 61))
         build_index(
             model, options, calibration=calibration, test=test, out=small.index_dir,
