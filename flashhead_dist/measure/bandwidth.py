@@ -73,7 +73,7 @@ def roofline_share(num_bytes: int, compute_us: float, bytes_per_s: float) -> flo
 def _reader(device: torch.device) -> Callable[[], float]:
     """A function that reads the buffer once and returns the seconds it took."""
     if device.type == "cuda":
-        numbers = torch.ones(_CUDA_BYTES // 4, dtype=torch.float32, device=device)
+        numbers = torch.ones(_CUDA_BYTES // 4, device=device)
 
         def read_on_cuda() -> float:
             start, stop = timing_event(), timing_event()

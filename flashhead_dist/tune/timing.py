@@ -124,7 +124,7 @@ def _time(
             started_s = time.perf_counter()
             head(batches[iteration % len(batches)])
             if device != "cpu":
-                torch.cuda.synchronize(device)
+                torch.cuda.synchronize()
             return (time.perf_counter() - started_s) * 1e6, 0.0
 
         return step
