@@ -121,9 +121,9 @@ def _device_guard() -> Iterator[None]:
 @contextlib.contextmanager
 def _interpreted_launches(cuda: SimulatedCuda) -> Iterator[None]:
     """Note the interpreter's launches, and run them on the memory of their tensors."""
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime import interpreter
 
-    real = InterpretedFunction.run
+    real, patch_language = interpreter.InterpretedFunction.run, interpreter._patch_lang
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         if warmup:
@@ -134,7 +134,17 @@ def _interpreted_launches(cuda: SimulatedCuda) -> Iterator[None]:
         own_args, own_kwargs = memory_of(args), memory_of(kwargs)
 
         def execute() -> None:
-            with outside_modes():
+            patched: set[int] = set()
+
+            def patch_once(function: Any) -> Any:
+                """Patch Triton's language for a launch, and not at each call within it."""
+                names = id(function.__globals__)
+                if names in patched:
+                    return None
+                patched.add(names)
+                return patch_language(function)
+
+            with outside_modes(), mock.patch.object(interpreter, "_patch_lang", patch_once):
                 real(self, *own_args, grid=grid, warmup=False, **own_kwargs)
 
         if cuda.capturing is not None:
@@ -142,5 +152,5 @@ def _interpreted_launches(cuda: SimulatedCuda) -> Iterator[None]:
         execute()
         return None
 
-    with mock.patch.object(InterpretedFunction, "run", run):
+    with mock.patch.object(interpreter.InterpretedFunction, "run", run):
         yield
