@@ -116,7 +116,8 @@ def _forms(
         best = torch.stack([form.logits.amax(1) for form in forms]).amax(0)
         tokens = None
         if token_ids is not None:
-            own = [form.token_log_mass(token_ids[part]) for form in forms]
+            asked = token_ids[part].to(states.device)
+            own = [form.token_log_mass(asked) for form in forms]
             tokens = torch.stack(own).logsumexp(0).cpu()
         parts.append(_Forms(normalizer.cpu(), mass.T.cpu(), best.cpu(), tokens))
     joined = _Forms(

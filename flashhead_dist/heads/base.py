@@ -178,10 +178,10 @@ class Head(ABC):
 
 def empty_output(want: Want, device: torch.device) -> HeadOutput:
     """The result of an empty batch, for which no rank exchanges anything."""
-    floats = torch.empty(0, device=device)
+    floats = torch.empty(0, dtype=torch.float32, device=device)
     return HeadOutput(
         torch.empty((0, want.k), dtype=torch.int64, device=device),
-        torch.empty((0, want.k), device=device),
+        torch.empty((0, want.k), dtype=torch.float32, device=device),
         floats if want.logsumexp else None,
         floats if want.candidate_mass else None,
     )

@@ -157,7 +157,7 @@ class ClosedForm:
         columns = torch.where(ids < 0, pad, ids)
         mass = self.log_mass.flatten(1)
         if flat:
-            even = mass - (ids >= 0).sum(1).clamp(min=1).log()
+            even = mass - (ids >= 0).sum(1).clamp(min=1).float().log()
             full[:, columns.flatten()] = even.repeat_interleave(ids.shape[1], dim=1)
             return
         chunk = max(1, _OPEN_ROWS // ids.shape[1])

@@ -83,7 +83,7 @@ def _draw_past_candidates(
     """A draw from all scored tokens and the best unprobed clusters that weigh `missing [B]`."""
     assert form.shard is not None
     manifest = form.shard.manifest
-    level = form.log_mass - form.shard.num_tokens.clamp(min=1).log()
+    level = form.log_mass - form.shard.num_tokens.clamp(min=1).float().log()
     width = -(-manifest.num_groups // _num_ranks(form))
     own = torch.stack([level, form.log_mass])
     own = functional.pad(own, (0, 0, 0, width - own.shape[2]), value=float("-inf")).transpose(0, 1)

@@ -200,7 +200,7 @@ def _log_prob_steps(
 ) -> Steps[Tensor]:
     form = closed_form(head, hidden_states, temperature=temperature, softcap=softcap)
     if len(token_ids) == 0:
-        return torch.empty(0, device=hidden_states.device)
+        return torch.empty(0, dtype=torch.float32, device=hidden_states.device)
     parts = _parts(form, token_ids)
     if _shares(head):
         gathered = yield Exchange(Operation.GATHER, parts)

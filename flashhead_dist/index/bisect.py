@@ -44,7 +44,7 @@ def bisect(
         raise ValueError(f"{num_rows} rows do not fit {num_clusters} clusters of {cluster_size}")
     device = vectors.device
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(hidden_size, generator=generator).to(device)
+    start = torch.randn(hidden_size, generator=generator, dtype=torch.float32).to(device)
     order = torch.arange(num_rows, device=device)
     counts = torch.tensor([num_rows])
     clusters = torch.tensor([num_clusters])
@@ -97,7 +97,7 @@ def _facing(vectors: Tensor, order: Tensor, starts: Tensor, counts: Tensor) -> T
     """Direction `[nodes, D]` from each node's left neighbour to its right one."""
     nodes = len(counts)
     owner = torch.repeat_interleave(torch.arange(nodes), counts).to(order.device)
-    sums = torch.zeros(nodes, vectors.shape[1], device=vectors.device)
+    sums = torch.zeros(nodes, vectors.shape[1], dtype=torch.float32, device=vectors.device)
     for rows in torch.split(torch.arange(len(order), device=order.device), 1 << 16):
         sums.index_add_(0, owner[rows], vectors[order[rows]])
     means = sums / counts.clamp(min=1).to(sums.device).unsqueeze(1)

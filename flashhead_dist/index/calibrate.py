@@ -56,7 +56,7 @@ def dense_argmax(weights: Tensor, states: Tensor, advance: Advance = lambda shar
             advance(len(batch) / len(hidden))
         return torch.cat(tokens)
     hidden = hidden.float()
-    best = torch.full((len(hidden),), float("-inf"), device=weights.device)
+    best = torch.full((len(hidden),), float("-inf"), dtype=torch.float32, device=weights.device)
     token = torch.zeros(len(hidden), dtype=torch.int64, device=weights.device)
     for start in range(0, len(weights), _CHUNK_TOKENS):
         rows = weights[start : start + _CHUNK_TOKENS].float().T

@@ -47,7 +47,7 @@ def quantize_for_states(
     column_scales = scales.float().T
     for start in range(0, shape[-1], _BLOCK_COLUMNS):
         stop = min(start + _BLOCK_COLUMNS, shape[-1])
-        losses = torch.empty(stop - start, flat.shape[0], device=flat.device)
+        losses = torch.empty(stop - start, flat.shape[0], dtype=torch.float32, device=flat.device)
         for column in range(start, stop):
             scale = column_scales[int(order[column]) // group_size]
             quotient = torch.where(scale > 0, remaining[column] / scale, scale)

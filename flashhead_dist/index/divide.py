@@ -32,7 +32,7 @@ class Divisions:
         self._tables: tuple[Tensor, ...] = ()
         if size <= _EVERY_DIVISION_UP_TO:
             self._tables = tuple(table.to(device) for table in _tables(self._orders.cpu(), size))
-        self._grams = torch.empty(num_clusters, size * size, device=device)
+        self._grams = torch.empty(num_clusters, size * size, dtype=torch.float32, device=device)
         self.update(torch.arange(num_clusters, device=device))
 
     def update(self, clusters: Tensor) -> None:
@@ -121,7 +121,7 @@ def _tables(orders: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
 
     For the Gram matrix of the first cluster, of the second, and between them (counted twice).
     """
-    in_first = torch.zeros(orders.shape)
+    in_first = torch.zeros(orders.shape, dtype=torch.float32)
     in_first.scatter_(1, orders[:, :size], 1.0)
     together = in_first[:, :, None] * in_first[:, None, :]
     together += (1 - in_first[:, :, None]) * (1 - in_first[:, None, :])

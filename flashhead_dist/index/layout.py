@@ -73,7 +73,7 @@ def lay_out(
     if quantized.projection is not None:
         stored = quantized.dequantize()
         spread = with_left_out(spread, centroids, stored, quantized.projection, moment)
-    pinned = _deal_pinned(pinned_token_ids, options.num_groups)
+    pinned = _deal_pinned(pinned_token_ids, options.num_groups, weights.device)
     return IndexTensors(
         rows=_take(weights, token_ids),
         token_ids=token_ids,
@@ -116,15 +116,19 @@ def describe_clusters(
     of norm 1 and second moment `moment`, of the difference of the two logits. -inf without rows.
     """
     root = moment_root(moment, weights.shape[1]).to(weights.device)
-    centroids = torch.zeros(len(token_ids), weights.shape[1], device=weights.device)
-    spread = torch.full((len(token_ids),), float("-inf"), device=weights.device)
-    for part in torch.split(torch.arange(len(token_ids)), _CHUNK_CLUSTERS):
-        ids = token_ids[part].to(weights.device)
+    centroids = torch.zeros(
+        len(token_ids), weights.shape[1], dtype=torch.float32, device=weights.device
+    )
+    spread = torch.full(
+        (len(token_ids),), float("-inf"), dtype=torch.float32, device=weights.device
+    )
+    for start in range(0, len(token_ids), _CHUNK_CLUSTERS):
+        places = slice(start, start + _CHUNK_CLUSTERS)
+        ids = token_ids[places].to(weights.device)
         rows, real = _take(weights, ids).float(), (ids >= 0).unsqueeze(-1)
         count = real.sum(1)
         mean = rows.sum(1) / count.clamp(min=1)
         strays = score_deviations((rows - mean.unsqueeze(1)) * real, root).amax(1)
-        places = part.to(weights.device)
         spread[places] = torch.where(count.squeeze(1) > 0, strays, spread[places])
         if unit_norm:
             unit = torch.nn.functional.normalize(rows, dim=-1).sum(1)
@@ -191,9 +195,8 @@ def _take(weights: Tensor, ids: Tensor) -> Tensor:
     return rows.masked_fill_((ids < 0).unsqueeze(-1), 0)
 
 
-def _deal_pinned(token_ids: Sequence[int], num_groups: int) -> Tensor:
+def _deal_pinned(token_ids: Sequence[int], num_groups: int, device: torch.device) -> Tensor:
     """Deal pinned ids over groups: int32 `[G, n]`, -1 where a group has one fewer."""
-    per_group = -(-len(token_ids) // num_groups)
-    padded = torch.full((per_group * num_groups,), -1, dtype=torch.int32)
-    padded[: len(token_ids)] = torch.tensor(list(token_ids), dtype=torch.int32)
+    pads = [-1] * (-len(token_ids) % num_groups)
+    padded = torch.tensor([*token_ids, *pads], dtype=torch.int32, device=device)
     return deal(padded, num_groups)

@@ -45,7 +45,7 @@ def cluster_space(rows: Tensor, moment: Tensor | None, exponent: float) -> Tenso
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
     projection = (axes * largest.sign()).float()
     offset = mean.float() @ projection
-    result = torch.empty(len(rows), projection.shape[1], device=rows.device)
+    result = torch.empty(len(rows), projection.shape[1], dtype=torch.float32, device=rows.device)
     for start in range(0, len(rows), _CHUNK_ROWS):
         part = slice(start, start + _CHUNK_ROWS)
         result[part] = rows[part].float() @ projection - offset
@@ -64,7 +64,7 @@ def score_deviations(residuals: Tensor, root: Tensor) -> Tensor:
 def moment_root(moment: Tensor | None, hidden_size: int) -> Tensor:
     """Matrix float32 `[D, D]` R with R R^T = moment; states in every direction alike where None."""
     if moment is None:
-        return torch.eye(hidden_size) / math.sqrt(hidden_size)
+        return torch.eye(hidden_size, dtype=torch.float32) / math.sqrt(hidden_size)
     values, vectors = torch.linalg.eigh(moment)
     root: Tensor = (vectors * values.clamp(min=0).sqrt()).float()
     return root

@@ -46,14 +46,16 @@ def refine(
         return slots, 0
     slots = slots.clone()
     everything = torch.arange(num_clusters, device=slots.device)
-    clustered = torch.empty(num_clusters, size, vectors.shape[1], device=vectors.device)
+    clustered = torch.empty(
+        num_clusters, size, vectors.shape[1], dtype=torch.float32, device=vectors.device
+    )
     _gather(vectors, slots, everything, clustered)
     divisions = Divisions(clustered)
     distance = _distance(clustered)
     rounds = 0
     while rounds < max_rounds:
         pairs = near_pairs(clustered)
-        gains = torch.full((len(pairs),), -1.0, device=slots.device)
+        gains = torch.full((len(pairs),), -1.0, dtype=torch.float32, device=slots.device)
         stale = torch.arange(len(pairs), device=slots.device)
         before = distance
         for _ in range(min(ROUNDS_PER_GRAPH, max_rounds - rounds)):

@@ -125,7 +125,7 @@ class LogitRows:
             value of a row is the head's own greedy token.
         """
         counts = self._counts.flatten().clamp(min=1)
-        values = found.temperature * (found.log_mass - counts.log())
+        values = found.temperature * (found.log_mass - counts.float().log())
         if below_best:
             best = found.logits.amax(1, keepdim=True)
             values = torch.minimum(values, best - 1e-6 * (1 + best.abs()))

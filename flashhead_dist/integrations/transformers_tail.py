@@ -23,7 +23,7 @@ def measure_final_logits(model: Any, linear: nn.Linear) -> FinalLogits:
     """
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
-    asked = torch.linspace(-50.0, 50.0, linear.out_features)
+    asked = torch.linspace(-50.0, 50.0, linear.out_features, dtype=torch.float32)
     inputs: list[tuple[int, ...]] = []
 
     def answer(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:

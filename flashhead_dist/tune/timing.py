@@ -91,7 +91,7 @@ def time_points(
             clusters=(slots.masked_fill(taken, -1), 0),
         )
         builder = HeadBuilder(
-            tp=TensorParallel.single(), model=model, index_dir=folder, device=device
+            tp=TensorParallel.single(device), model=model, index_dir=folder, device=device
         )
         heads: list[Head] = [builder.build(BASELINE)]
         for record in records:

@@ -120,7 +120,7 @@ def cluster_log_mass(
     if final.softcap:
         slope = 1 - torch.tanh(means / final.softcap) ** 2
     x = norms * spread.clamp(min=0) / final.temperature * slope
-    estimate: Tensor = final.without_noise(means) + num_tokens.log()
+    estimate: Tensor = final.without_noise(means) + num_tokens.float().log()
     gap = (scored.unsqueeze(2) - BELOW - estimate).clamp(min=0)
     mass: Tensor = estimate + shrinkage * x / (x + HALF_WAY) * gap
     return mass.masked_fill(torch.isneginf(means) | torch.isneginf(estimate), float("-inf"))
