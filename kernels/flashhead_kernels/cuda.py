@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from flashhead_kernels import reference
+from flashhead_kernels import reference, triton_rows
 from flashhead_kernels.candidates import Candidates, check_candidate_arguments
 from flashhead_kernels.logits import PLAIN, FinalLogits, OutputBias
 from flashhead_kernels.quantize import QuantizedCentroids
@@ -19,11 +19,11 @@ from flashhead_kernels.triton_launch import HeadInputs, launch_head
 from flashhead_kernels.triton_shapes import MAX_BEST
 
 all_finite = reference.all_finite
-centroid_dots = reference.centroid_dots
-score_centroids = reference.score_centroids
+centroid_dots = triton_rows.centroid_dots
+score_centroids = triton_rows.score_centroids
 select_probes = reference.select_probes
-score_rows = reference.score_rows
-probed_candidates = reference.probed_candidates
+score_rows = triton_rows.score_rows
+probed_candidates = triton_rows.probed_candidates
 best_keys = reference.best_keys
 unpack_keys = reference.unpack_keys
 
