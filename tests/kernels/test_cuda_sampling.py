@@ -30,6 +30,11 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
 
 
+def flat_states(batch: int, size: int) -> torch.Tensor:
+    """Hidden states whose logits are so alike that unprobed clusters win now and then."""
+    return (2 / size**0.5 * random_states(batch, size)).to(DEVICE)
+
+
 def noise_of(draws: int, seed: int = 2**64 - 3) -> GumbelNoise:
     places = torch.arange(draws, device=DEVICE)
     return GumbelNoise(seed, places * 2**20, places + 2**31)
@@ -71,19 +76,21 @@ def draws_of(
     return found
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("batch", [1, 9])
-def test_scores_are_those_of_the_reference(shape: tuple[Any, ...], batch: int) -> None:
-    """Few rows are shared out over programs, many are not."""
+@pytest.mark.parametrize(
+    ("shape", "batch", "probes"),
+    [
+        *((shape, 1, (shape[1] + 1) // 2) for shape in SHAPES),
+        (SHAPES[3], 9, 2),  # so many rows that none is shared out over programs
+        (SHAPES[1], 1, 9),  # all clusters
+    ],
+)
+def test_scores_are_those_of_the_reference(shape: tuple[Any, ...], batch: int, probes: int) -> None:
     shard = on_device(make_shard(*shape))
     states = random_states(batch, shape[3]).to(DEVICE)
-    for probes in {1, (shape[1] + 1) // 2, shape[1]}:
-        found, wanted = (
-            scores_of(ops, shard, states, probes) for ops in (cuda_sampling, sampling)
-        )
-        assert torch.equal(found.token_ids, wanted.token_ids)
-        close(found.logits, wanted.logits)
-        close(found.means, wanted.means)
+    found, wanted = (scores_of(ops, shard, states, probes) for ops in (cuda_sampling, sampling))
+    assert torch.equal(found.token_ids, wanted.token_ids)
+    close(found.logits, wanted.logits)
+    close(found.means, wanted.means)
 
 
 def test_ties_and_pads_in_scores() -> None:
@@ -101,20 +108,18 @@ def test_ties_and_pads_in_scores() -> None:
 
 @pytest.mark.parametrize("final", FINALS)
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[7], SHAPES[6]])
-@pytest.mark.parametrize("batch", [1, 4])
 def test_masses_and_draws_are_those_of_the_reference(
-    shape: tuple[Any, ...], final: FinalLogits, batch: int
+    shape: tuple[Any, ...], final: FinalLogits
 ) -> None:
     shard = on_device(make_shard(*shape))
-    states = (0.3 * random_states(batch, shape[3])).to(DEVICE)
+    batch, draws = 3, 8
+    states = flat_states(batch, shape[3])
     scores = scores_of(sampling, shard, states, 1)
-    found, wanted = (
-        weigh(ops, shard, states, scores, final) for ops in (cuda_sampling, sampling)
-    )
+    found, wanted = (weigh(ops, shard, states, scores, final) for ops in (cuda_sampling, sampling))
     close(found.log_mass, wanted.log_mass)
     close(found.group_log_mass, wanted.group_log_mass)
-    rows = torch.arange(30, device=DEVICE) % batch
-    drawing = replace(final, noise=noise_of(30))
+    rows = torch.arange(draws, device=DEVICE) % batch
+    drawing = replace(final, noise=noise_of(draws))
     keys, expected = (
         draws_of(ops, shard, states, wanted, drawing, rows) for ops in (cuda_sampling, sampling)
     )
@@ -125,13 +130,13 @@ def test_masses_and_draws_are_those_of_the_reference(
         for ops in (cuda_sampling, sampling)
     )
     assert torch.equal(unpack_keys(candidates)[1], unpack_keys(best)[1])
-    # Some are of candidates and, where there are other clusters, some of these.
-    assert shape == SHAPES[6] or 0 < int((keys == candidates).sum()) < 30
+    of_candidates = int((keys == candidates).sum())
+    assert shape != SHAPES[1] or 0 < of_candidates < draws, "both kinds of winners are compared"
 
 
 def test_masses_of_extreme_states() -> None:
     shard = on_device(make_shard(*SHAPES[7]))
-    states = (random_states(2, 640).float() * 1e30).to(DEVICE)
+    states = (random_states(2, 640).float() * 1e15).to(DEVICE)
     scores = scores_of(sampling, shard, states, 3)
     for final in (FinalLogits(), FinalLogits(softcap=30.0)):
         found, wanted = (
@@ -156,13 +161,12 @@ def part_of(shard: Shard, groups: list[int]) -> Shard:
     return Shard(centroids=centroids, **others)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[8]])
-def test_draws_are_the_same_bits_however_groups_are_split(shape: tuple[Any, ...]) -> None:
-    shard = on_device(make_shard(*shape))
-    states = (0.3 * random_states(5, shape[3])).to(DEVICE)
-    final = FinalLogits(noise=noise_of(5))
+def test_draws_are_the_same_bits_however_groups_are_split() -> None:
+    shard = on_device(make_shard(*SHAPES[8]))
+    states = flat_states(2, shard.rows.shape[-1])
+    final = FinalLogits(noise=noise_of(4))
     every = torch.arange(len(shard.rows), device=DEVICE)
-    rows = torch.arange(5, device=DEVICE)
+    rows = torch.arange(4, device=DEVICE) % 2
 
     def drawn(groups: list[int]) -> torch.Tensor:
         part = part_of(shard, groups)
@@ -179,7 +183,7 @@ def test_draws_are_the_same_bits_however_groups_are_split(shape: tuple[Any, ...]
 
 def test_a_draw_does_not_depend_on_the_draws_beside_it() -> None:
     shard = on_device(make_shard(*SHAPES[1]))
-    states = (0.3 * random_states(3, 96)).to(DEVICE)
+    states = flat_states(3, 96)
     final = FinalLogits(noise=noise_of(3))
     rows = torch.arange(3, device=DEVICE)
     scores = scores_of(cuda_sampling, shard, states, 2)
@@ -255,17 +259,15 @@ def test_dense_draws_come_as_often_as_the_softmax_says() -> None:
 
 
 def test_draws_of_clusters_come_as_often_as_their_masses_say() -> None:
-    """Over many positions: which group, which of its clusters, which token there."""
+    """Which group, which of its clusters, which token there: the definition that kernels equal."""
     shard = on_device(make_shard(2, 3, 2, 8, 16, 8, 0, torch.float32))
     states = 0.2 * random_states(1, 8).float().to(DEVICE)
     final = FinalLogits()
-    weighed = weigh(
-        cuda_sampling, shard, states, scores_of(cuda_sampling, shard, states, 1), final
-    )
-    count = 600
+    weighed = weigh(sampling, shard, states, scores_of(sampling, shard, states, 1), final)
+    count = 4000
     rows = torch.zeros(count, dtype=torch.int64, device=DEVICE)
     noise = GumbelNoise(5, torch.arange(count, device=DEVICE))
-    keys = draws_of(cuda_sampling, shard, states, weighed, replace(final, noise=noise), rows)
+    keys = draws_of(sampling, shard, states, weighed, replace(final, noise=noise), rows)
     tokens = unpack_keys(keys)[1].cpu()
     masses = torch.full((12,), float("-inf"), dtype=torch.float64)
     real = weighed.token_ids[0].cpu() >= 0
