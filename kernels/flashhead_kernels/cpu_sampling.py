@@ -20,7 +20,13 @@ from flashhead_kernels.cpu_threads import share
 from flashhead_kernels.keys import pack_keys, unpack_keys
 from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise
 from flashhead_kernels.quantize import QuantizedCentroids
-from flashhead_kernels.sampling import LocalScores, Weighed, own_and_all, some_or_all
+from flashhead_kernels.sampling import (
+    LocalScores,
+    Weighed,
+    every_logit,
+    own_and_all,
+    some_or_all,
+)
 
 __all__ = [
     "cluster_log_mass",
@@ -29,6 +35,7 @@ __all__ = [
     "draw_candidates",
     "draw_dense",
     "draw_groups",
+    "every_logit",
     "final_logits",
     "group_log_mass",
     "gumbel",

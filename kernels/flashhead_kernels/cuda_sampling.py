@@ -43,6 +43,7 @@ __all__ = [
     "draw_candidates",
     "draw_dense",
     "draw_groups",
+    "every_logit",
     "final_logits",
     "group_log_mass",
     "gumbel",
@@ -113,6 +114,11 @@ def dense_scores(hidden_states: Tensor, rows: Tensor, first_token_id: int) -> Lo
     ids = torch.arange(first_token_id, last, dtype=torch.int32, device=device).unsqueeze(0)
     no_clusters = torch.empty((len(hidden_states), 0, 0), dtype=torch.float32, device=device)
     return LocalScores(score_all(hidden_states, rows), ids, no_clusters)
+
+
+def every_logit(hidden_states: Tensor, rows: Tensor) -> Tensor:
+    """See `sampling.every_logit`."""
+    return score_all(hidden_states, rows.flatten(0, 2))
 
 
 def cluster_log_mass(

@@ -25,8 +25,8 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("a CPU is played as CUDA by the interpreter", allow_module_level=True)
 
-STATES = (0.2 * torch.randn(6, 64, generator=torch.Generator().manual_seed(4))).to(torch.bfloat16)
-PLACES = (torch.arange(6) * 7, torch.arange(6) % 3)
+STATES = (0.2 * torch.randn(3, 64, generator=torch.Generator().manual_seed(4))).to(torch.bfloat16)
+PLACES = (torch.arange(3) * 7, torch.arange(3) % 2)
 KINDS = (
     SamplingParameters(temperature=1.0, seed=2**63 + 5),
     SamplingParameters(temperature=0.6, top_k=5, top_p=0.9),
@@ -65,7 +65,7 @@ def test_draws_are_those_of_the_reference_at_any_split(
 def test_log_probs_are_those_of_the_reference(
     tied_model: Path, tied_index: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    tokens = torch.tensor([0, 17, 400, 1012, 5, 900])
+    tokens = torch.tensor([0, 400, 1012])
     if name == "index_scan":
         model = open_model(str(tied_model))
         single = build_head(
@@ -94,11 +94,11 @@ def test_rows_of_logits_are_those_of_the_reference(
     rows, found = LogitRows(head), []
     for name in ("reference", "cuda"):
         use(monkeypatch, name)
-        known = head.tp.run(know(head, STATES[:2], 0.8, softcap=20.0, draws=True))
-        retrieved = rows.retrieve(STATES[:2], 0.8)
+        known = head.tp.run(know(head, STATES[:1], 0.8, softcap=20.0, draws=True))
+        retrieved = rows.retrieve(STATES[:1], 0.8)
         found.append(
             (
-                closed_form(head, STATES[:2], softcap=20.0).unnormalized(),
+                closed_form(head, STATES[:1], softcap=20.0).unnormalized(),
                 rows.closed_form(retrieved),
                 rows.estimated(retrieved, below_best=True),
                 known.logits,
