@@ -144,7 +144,7 @@ def log_sum_kernel(values_ptr, sums_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexp
     tl.store(sums_ptr + row, greatest + tl.log(total))
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "seed"])
 def noise_kernel(
     numbers_ptr, positions_ptr, sequences_ptr, noise_ptr, count, seed: tl.int64,
     SEQUENCES: tl.constexpr, DOMAIN: tl.constexpr, BLOCK: tl.constexpr,
@@ -171,7 +171,7 @@ def best_candidate(
     )
 
 
-@triton.jit(do_not_specialize=["width", "ids_stride"])
+@triton.jit(do_not_specialize=["width", "ids_stride", "seed"])
 def draw_candidates_kernel(
     logits_ptr, ids_ptr, row_of_draw_ptr, positions_ptr, sequences_ptr, keys_ptr,
     width, ids_stride, seed: tl.int64,
@@ -192,7 +192,7 @@ def draw_candidates_kernel(
     tl.store(keys_ptr + draw.to(tl.int64) * parts + part, best)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def draw_groups_kernel(
     hidden_ptr, logits_ptr, candidate_ids_ptr, log_mass_ptr, group_log_mass_ptr,
     rows_ptr, ids_ptr, group_ids_ptr, row_of_draw_ptr, positions_ptr, sequences_ptr, keys_ptr,
