@@ -103,3 +103,16 @@ def test_rows_of_logits_wait_for_nothing(cuda: SimulatedCuda, small: Small) -> N
     best, drawn = RowNeed(Rest.NOTHING, best_only=True), RowNeed(Rest.CLUSTERS, temperature=0.5)
     for needs in ([best] * 2, [drawn] * 2, [best, drawn]):
         assert second(cuda, lambda needs=needs: served.rows(states, needs))[1] == []
+
+
+def test_a_head_on_another_device_than_the_current_one_draws(
+    cuda: SimulatedCuda, small: Small
+) -> None:
+    """A kernel launched on the current device would be given another one's memory."""
+    head, states = small.head("flashhead", "cuda:1"), small.states[:2].to("cuda:1")
+    parameters = SamplingParameters(temperature=8.0, seed=7)
+    found = choose_tokens(head, states, NUMBERS, NUMBERS, parameters)
+    token_log_probs(head, states, NUMBERS)
+    assert {launch.current_device for launch in cuda.launches} == {1}
+    same = choose_tokens(small.head("flashhead"), states.cpu().cuda(), NUMBERS, NUMBERS, parameters)
+    assert torch.equal(found.cpu(), same.cpu())
