@@ -100,7 +100,8 @@ def choose_tokens(
     2^32, key the noise: a pair that comes twice draws with the same noise twice. softcap: of the
     model's final logits, 0 for none.
 
-    Temperature 0 works for every head.
+    Temperature 0 works for every head. Positions and sequences on a GPU are not checked, which the
+    host would have to wait for: their low 32 bits count.
 
     Raises:
         UserError: a head that does not sample, more top-k tokens than the head scores, positions
