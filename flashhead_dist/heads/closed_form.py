@@ -17,7 +17,7 @@ one rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -30,14 +30,17 @@ from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated
 from flashhead_dist.heads.index_scan import IndexScan
 from flashhead_dist.index import IndexShard
 from flashhead_kernels.dispatch import ops_for
-from flashhead_kernels.keys import pack_keys, unpack_keys
 from flashhead_kernels.logits import FinalLogits, GumbelNoise
+from flashhead_kernels.sampling import Weighed
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
 from flashhead_profiles.ranges import CANDIDATES, annotate
 
 SAMPLING_HEADS = (FlashHead.name, FlashHeadReplicated.name, DenseLocalMax.name)
 """Heads of the registry that sample; an `IndexScan` does too, as the dense head."""
-_OPEN_ROWS = 1 << 15
+ScanningHead = DenseLocalMax | IndexScan
+"""Heads that score every token of their rank."""
+_OPEN_LOGITS = 1 << 18
+"""Logits of opened clusters that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -69,27 +72,21 @@ class ClosedForm:
         row_of_draw: int64 `[n]`, which of the B rows each draw is from; None: one from each.
         noise: positions (and sequences) of the n draws.
         """
-        ops = sampling_ops_for(self.hidden_states.device)
+        ops, device = sampling_ops_for(self.hidden_states.device), self.logits.device
         if row_of_draw is None:
-            row_of_draw = torch.arange(len(self.logits), device=self.logits.device)
-        keys = cast(Tensor, ops.draw_candidates(self.logits, self.token_ids, row_of_draw, noise))
+            row_of_draw = torch.arange(len(self.logits), device=device)
+        noise = noise.to(device)
         if self.shard is None:
-            return keys
-        value, cluster = ops.draw_clusters(
-            self.log_mass, self.group_log_mass, self.shard.group_ids, row_of_draw, noise
-        )
-        # Only a group that may win is opened: the candidates' best noisy logit is in their key.
-        wins = (value >= unpack_keys(keys)[0]) & (value > float("-inf"))
-        draws = wins.nonzero()[:, 0]
-        if len(draws) == 0:
-            return keys
-        logits, ids = self.open(row_of_draw[draws], cluster[draws])
-        # The tokens' own noise: unused so far, and the noise that a dense head's draw has.
-        token_noise = ops.gumbel(_rows_of(noise, draws), ids)
-        noisy = (logits + token_noise).masked_fill(ids < 0, float("-inf"))
-        tokens = ids.gather(1, noisy.argmax(1, keepdim=True))[:, 0]
-        opened = pack_keys(value[draws], tokens)
-        return keys.index_copy(0, draws, torch.maximum(keys[draws], opened))
+            return cast(
+                Tensor, ops.draw_candidates(self.logits, self.token_ids, row_of_draw, noise)
+            )
+        shard = self.shard
+        weighed = Weighed(self.logits, self.token_ids, self.log_mass, self.group_log_mass)
+        keys: Tensor = ops.draw_groups(
+            self.hidden_states, weighed, shard.rows, shard.token_ids, shard.group_ids,
+            row_of_draw, replace(self.final, noise=noise),
+        )  # fmt: skip
+        return keys
 
     def open(self, rows: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor]:
         """Final logits float32 `[n, S]` and token ids int64 `[n, S]` (-1 pad) of a cluster each.
@@ -97,38 +94,46 @@ class ClosedForm:
         rows: int64 `[n]`, of the B; clusters: int64 `[n]`, counted through this rank's groups.
         """
         assert self.shard is not None
-        table = self.shard.rows.flatten(0, 1)
-        hidden = self.hidden_states[rows]
-        ops = ops_for(hidden.device)
-        logits = ops.score_rows(hidden, table, clusters.to(torch.int32).unsqueeze(1))[:, 0]
-        ids = self.shard.token_ids.flatten(0, 1)[clusters].long()
-        final = sampling_ops_for(hidden.device).final_logits(logits, self.final)
-        return final.masked_fill(ids < 0, float("-inf")), ids
+        logits = self._final_logits(self.hidden_states[rows], clusters.unsqueeze(1))[:, 0]
+        return logits, self.shard.token_ids.flatten(0, 1)[clusters].long()
+
+    def _final_logits(self, hidden_states: Tensor, clusters: Tensor) -> Tensor:
+        """Final logits float32 `[n, m, S]` of clusters int64 `[n, m]`, -inf for pads."""
+        assert self.shard is not None
+        table, token_ids = self.shard.rows.flatten(0, 1), self.shard.token_ids.flatten(0, 1)
+        device = hidden_states.device
+        logits = ops_for(device).score_rows(hidden_states, table, clusters.to(torch.int32))
+        final: Tensor = sampling_ops_for(device).final_logits(logits, self.final)
+        return final.masked_fill(token_ids[clusters] < 0, float("-inf"))
 
     def token_log_mass(self, token_ids: Tensor) -> Tensor:
         """log(P(t) Z) float64 `[B]` of a token of each row; -inf where another rank holds it."""
         if self.shard is None:
             others = self.token_ids != token_ids.unsqueeze(1)
             return self.logits.masked_fill(others, float("-inf")).amax(1).double()
-        rank, place = self.shard.token_location(token_ids)
+        ops = sampling_ops_for(token_ids.device)
+        rank, place = self.shard.token_map.places(token_ids)
         owned = rank == self.shard.tp_rank
         clusters, size = self.shard.token_ids.flatten(0, 1).shape
         pinned = place >= clusters * size
-        result = torch.full(token_ids.shape, float("-inf"), dtype=torch.float64)
-        result = result.to(token_ids.device)
-        rows = (owned & ~pinned).nonzero()[:, 0]
+        result = torch.full(
+            token_ids.shape, float("-inf"), dtype=torch.float64, device=token_ids.device
+        )
+        rows = ops.some_or_all(owned & ~pinned)
         if len(rows):
-            home = place[rows] // size
+            row = torch.where((owned & ~pinned)[rows], place[rows], 0)
+            home = row // size
             logits, _ = self.open(rows, home)
-            own = logits.gather(1, (place[rows] % size).unsqueeze(1))[:, 0].double()
+            own = logits.gather(1, (row % size).unsqueeze(1))[:, 0].double()
             mass = self.log_mass.flatten(1)[rows, home].double()
             share = mass + own - logits.double().logsumexp(1)
             result[rows] = torch.where(mass == float("-inf"), own, share)
-        if bool((owned & pinned).any()):
-            of_token = self.token_ids == token_ids.unsqueeze(1)
-            exact = self.logits.masked_fill(~of_token, float("-inf")).amax(1).double()
-            result = torch.where(owned & pinned, exact, result)
-        return result
+        rows = ops.some_or_all(owned & pinned)
+        if len(rows):
+            others = self.token_ids[rows] != token_ids[rows].unsqueeze(1)
+            exact = self.logits[rows].masked_fill(others, float("-inf")).amax(1).double()
+            result[rows] = torch.where(pinned[rows], exact, result[rows])
+        return result.masked_fill(~owned, float("-inf"))
 
     def unnormalized(self, *, flat: bool = False) -> Tensor:
         """log(P(t) Z) float32 `[B, V]` of every token this rank holds, -inf for the others.
@@ -160,13 +165,12 @@ class ClosedForm:
             even = mass - (ids >= 0).sum(1).clamp(min=1).float().log()
             full[:, columns.flatten()] = even.repeat_interleave(ids.shape[1], dim=1)
             return
-        chunk = max(1, _OPEN_ROWS // ids.shape[1])
-        for row in range(len(full)):
-            shut = (mass[row] > float("-inf")).nonzero()[:, 0]
-            for part in torch.split(shut, chunk):
-                logits, _ = self.open(torch.full_like(part, row), part)
-                share = mass[row, part].unsqueeze(1) + logits.log_softmax(1)
-                full[row, columns[part].flatten()] = share.flatten()
+        chunk = max(1, _OPEN_LOGITS // (len(full) * ids.shape[1]))
+        every = torch.arange(len(ids), device=ids.device)
+        for part in torch.split(every, chunk):
+            logits = self._final_logits(self.hidden_states, part.expand(len(full), -1))
+            share = mass[:, part].unsqueeze(2) + logits.log_softmax(2)
+            full[:, columns[part].flatten()] = share.flatten(1)
         full[:, pad] = float("-inf")
 
 
@@ -180,21 +184,31 @@ def closed_form(
     Raises:
         UserError: a head that does not sample, a temperature not above 0, states that do not fit.
     """
+    return form_of(head, hidden_states, sampled_final(head, hidden_states, temperature, softcap))
+
+
+def sampled_final(
+    head: Head, hidden_states: Tensor, temperature: float, softcap: float
+) -> FinalLogits:
+    """What becomes of logits, once it is checked that `head` can sample; see `closed_form`."""
     require_sampling_head(head)
     head.check(hidden_states, Want())
     try:
-        final = FinalLogits(softcap=softcap, temperature=temperature)
+        return FinalLogits(softcap=softcap, temperature=temperature)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def form_of(head: Head, hidden_states: Tensor, final: FinalLogits) -> ClosedForm:
+    """`closed_form`, of what has been checked."""
     ops = sampling_ops_for(hidden_states.device)
-    if isinstance(head, DenseLocalMax | IndexScan):
-        rows = head.rows if isinstance(head, IndexScan) else head.weight
-        first = 0 if isinstance(head, IndexScan) else head.shard.start
+    if isinstance(head, ScanningHead):
+        rows, first, token_ids = _table(head)
         with annotate(CANDIDATES):
             scores = ops.dense_scores(hidden_states, rows, first)
         logits, ids = ops.final_logits(scores.logits, final), scores.token_ids
-        if isinstance(head, IndexScan):
-            ids = head.token_ids.unsqueeze(0)
+        if token_ids is not None:
+            ids = token_ids.unsqueeze(0)
             logits = logits.masked_fill(ids < 0, float("-inf"))
         groups = scores.means.flatten(1)
         return ClosedForm(hidden_states, final, logits, ids, scores.means, groups, None)
@@ -224,6 +238,45 @@ def closed_form(
     )
 
 
+def draw_scanning(head: ScanningHead, hidden_states: Tensor, final: FinalLogits) -> Tensor:
+    """This rank's best key int64 `[B]` with the noise of `final`, from `hidden_states [B, D]`.
+
+    That of the closed form's draw, without keeping a logit for every token where the device has a
+    kernel that need not.
+    """
+    rows, first, token_ids = _table(head)
+    with annotate(CANDIDATES):
+        keys: Tensor = sampling_ops_for(hidden_states.device).draw_dense(
+            hidden_states, rows, first, token_ids, final
+        )
+    return keys
+
+
+def scanning_log_mass(
+    head: ScanningHead, hidden_states: Tensor, tokens: Tensor, final: FinalLogits
+) -> Tensor:
+    """This rank's part of log(P Z) of `tokens` int64 `[B]`, and of log Z: float64 `[B, 2]`."""
+    rows, first, token_ids = _table(head)
+    if isinstance(head, IndexScan):
+        rank, place = head.shard.token_map.places(tokens)
+        owned = rank == head.shard.tp_rank
+    else:
+        place = tokens - first
+        owned = (place >= 0) & (place < len(rows))
+    with annotate(CANDIDATES):
+        parts: Tensor = sampling_ops_for(hidden_states.device).dense_log_mass(
+            hidden_states, rows, token_ids, torch.where(owned, place, -1), final
+        )
+    return parts
+
+
+def _table(head: ScanningHead) -> tuple[Tensor, int, Tensor | None]:
+    """A rank's rows `[R, D]`, the first one's token, and their tokens where these do not follow."""
+    if isinstance(head, IndexScan):
+        return head.rows, 0, head.token_ids
+    return head.weight, head.shard.start, None
+
+
 def require_sampling_head(head: Head) -> None:
     """Raise UserError unless the head's distribution has a closed form."""
     if head.name not in (*SAMPLING_HEADS, IndexScan.name):
@@ -231,8 +284,3 @@ def require_sampling_head(head: Head) -> None:
             f"head {head.name} does not sample: choose one of {', '.join(SAMPLING_HEADS)}, or "
             f"temperature 0 for the best token"
         )
-
-
-def _rows_of(noise: GumbelNoise, rows: Tensor) -> GumbelNoise:
-    sequences = None if noise.sequences is None else noise.sequences[rows]
-    return GumbelNoise(noise.seed, noise.positions[rows], sequences)

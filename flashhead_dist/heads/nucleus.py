@@ -36,14 +36,17 @@ def draw_from_nucleus(form: ClosedForm, noise: GumbelNoise, top_p: float) -> Ste
     keys = pack_keys(form.logits, form.token_ids.expand(form.logits.shape))
     logits, tokens = yield from _best(keys, _FIRST_GATHER)
     best = logits[:, :1]
-    scored = keys.new_tensor([keys.shape[1]])
+    scored = torch.full((1,), keys.shape[1], device=keys.device)
     summed = yield Exchange(Operation.SUM, torch.cat([_weigh(form, best), scored]))
-    target, scored_in_all = summed[:-1].double() * top_p, int(summed[-1])
-    count = _FIRST_GATHER
+    target, count = summed[:-1].double() * top_p, _FIRST_GATHER
     while True:
         weights = _weights(logits, best).cumsum(1).double()
         covered = weights[:, -1] >= target
-        if bool(covered.all()) or count >= scored_in_all:
+        enough = bool(covered.all())
+        if enough:
+            break
+        scored_in_all = int(summed[-1])
+        if count >= scored_in_all:
             break
         count = min(count * _WIDER, scored_in_all)
         logits, tokens = yield from _best(keys, count)
@@ -52,7 +55,7 @@ def draw_from_nucleus(form: ClosedForm, noise: GumbelNoise, top_p: float) -> Ste
     noisy = logits + sampling_ops_for(logits.device).gumbel(noise, tokens)
     place = noisy.masked_fill(~kept, float("-inf")).argmax(1, keepdim=True)
     chosen: Tensor = tokens.gather(1, place)[:, 0]
-    if bool(covered.all()):
+    if enough:
         return chosen
     drawn = yield from _draw_past_candidates(form, noise, target - weights[:, -1], best)
     return torch.where(covered, chosen, drawn)

@@ -15,7 +15,7 @@ What goes over the wire, a row:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -25,9 +25,12 @@ from flashhead_dist.collectives import Exchange, Operation, Steps, TensorParalle
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, Want
 from flashhead_dist.heads.closed_form import (
-    ClosedForm,
-    closed_form,
+    ScanningHead,
+    draw_scanning,
+    form_of,
     require_sampling_head,
+    sampled_final,
+    scanning_log_mass,
 )
 from flashhead_dist.heads.emulated import EmulatedHead, run_in_lock_step
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated
@@ -35,6 +38,7 @@ from flashhead_dist.heads.nucleus import draw_from_nucleus, within_mass
 from flashhead_kernels.keys import unpack_keys
 from flashhead_kernels.logits import FinalLogits, GumbelNoise
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
+from flashhead_kernels.transfer import to_device
 from flashhead_profiles.ranges import HEAD, annotate
 
 T = TypeVar("T")
@@ -96,7 +100,8 @@ def choose_tokens(
     2^32, key the noise: a pair that comes twice draws with the same noise twice. softcap: of the
     model's final logits, 0 for none.
 
-    Temperature 0 works for every head.
+    Temperature 0 works for every head. Positions and sequences on a GPU are not checked, which the
+    host would have to wait for: their low 32 bits count.
 
     Raises:
         UserError: a head that does not sample, more top-k tokens than the head scores, positions
@@ -134,7 +139,7 @@ def token_log_probs(
             f"token ids of shape {tuple(token_ids.shape)} do not fit {len(hidden_states)} hidden "
             f"states: give one for each"
         )
-    if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size:
+    if bool(((token_ids < 0) | (token_ids >= vocab_size)).any()):
         raise UserError(f"token ids must lie between 0 and {vocab_size - 1}: give others")
     return _run(
         head,
@@ -161,15 +166,18 @@ def sampling_steps(
     if parameters.is_greedy:
         output = yield from head.steps(hidden_states, Want())
         return output.token_ids[:, 0]
-    # Reads positions, for which a GPU has to be waited for: greedy steps need none.
     noise = _noise(parameters.seed, positions, sequences, hidden_states)
     if parameters.top_k:
         return (yield from _top_k_steps(head, hidden_states, noise, parameters, softcap))
-    form = closed_form(head, hidden_states, temperature=parameters.temperature, softcap=softcap)
+    final = FinalLogits(softcap=softcap, temperature=parameters.temperature)
     if parameters.top_p < 1:
+        form = form_of(head, hidden_states, final)
         steps = draw_from_nucleus(form, noise, parameters.top_p)
         return (yield from steps) if _shares(head) else TensorParallel.single().run(steps)
-    keys = form.draw(noise)
+    if isinstance(head, ScanningHead):
+        keys = draw_scanning(head, hidden_states, replace(final, noise=noise))
+    else:
+        keys = form_of(head, hidden_states, final).draw(noise)
     if _shares(head):
         keys = (yield Exchange(Operation.MAX, keys.unsqueeze(1)))[:, 0]
     return unpack_keys(keys)[1]
@@ -198,19 +206,19 @@ def _top_k_steps(
 def _log_prob_steps(
     head: Head, hidden_states: Tensor, token_ids: Tensor, temperature: float, softcap: float
 ) -> Steps[Tensor]:
-    form = closed_form(head, hidden_states, temperature=temperature, softcap=softcap)
+    final = sampled_final(head, hidden_states, temperature, softcap)
     if len(token_ids) == 0:
         return torch.empty(0, dtype=torch.float32, device=hidden_states.device)
-    parts = _parts(form, token_ids)
+    token_ids = to_device(token_ids, hidden_states.device)
+    if isinstance(head, ScanningHead):
+        parts = scanning_log_mass(head, hidden_states, token_ids, final)
+    else:
+        form = form_of(head, hidden_states, final)
+        parts = torch.stack([form.token_log_mass(token_ids), form.log_normalizer()], dim=1)
     if _shares(head):
         gathered = yield Exchange(Operation.GATHER, parts)
         parts = gathered.logsumexp(0)
     return (parts[:, 0] - parts[:, 1]).float()
-
-
-def _parts(form: ClosedForm, token_ids: Tensor) -> Tensor:
-    """float64 `[B, 2]`: this rank's part of log(P Z) of the tokens, and of log Z."""
-    return torch.stack([form.token_log_mass(token_ids), form.log_normalizer()], dim=1)
 
 
 def _noise(seed: int, positions: Tensor, sequences: Tensor, hidden_states: Tensor) -> GumbelNoise:
@@ -220,10 +228,10 @@ def _noise(seed: int, positions: Tensor, sequences: Tensor, hidden_states: Tenso
                 f"{name} of shape {tuple(numbers.shape)} do not fit {len(hidden_states)} hidden "
                 f"states: give one for each"
             )
-        if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < _WORDS:
+        # Of numbers on a GPU, which would have to be waited for, the low 32 bits count.
+        if not numbers.is_cuda and bool(((numbers < 0) | (numbers >= _WORDS)).any()):
             raise UserError(f"{name} must lie between 0 and 2^32 - 1: number them anew")
-    device = hidden_states.device
-    return GumbelNoise(seed, positions.to(device), sequences.to(device))
+    return GumbelNoise(seed, positions, sequences).to(hidden_states.device)
 
 
 def _check_top_k(head: Head, top_k: int) -> None:

@@ -43,9 +43,11 @@ class TokenMap:
 
     def locate(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """`(rank, row)`, int64, of `token_ids`; IndexError for an id outside the vocabulary."""
-        if token_ids.numel() and not (
-            int(token_ids.min()) >= 0 and int(token_ids.max()) < len(self.packed)
-        ):
+        if bool(((token_ids < 0) | (token_ids >= len(self.packed))).any()):
             raise IndexError(f"token ids must lie between 0 and {len(self.packed) - 1}")
+        return self.places(token_ids)
+
+    def places(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`locate`, of ids known to lie in the vocabulary; on CUDA the host does not wait."""
         codes = self.packed[token_ids.long()].long()
         return codes % self.tp_size, codes // self.tp_size

@@ -25,9 +25,6 @@ from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.logits import PLAIN, FinalLogits
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
 
-_GROUPS_AT_ONCE = 8
-"""Probing groups whose rows are held in float32 while every token is scored."""
-
 
 @dataclass(frozen=True)
 class Retrieved:
@@ -173,12 +170,8 @@ class LogitRows:
 
     def _every_logit(self, hidden_states: Tensor) -> Tensor:
         """Final logits float32 `[n, K, S]`, -inf for pads."""
-        rows = self.head.shard.rows  # [N, M, S, D]
-        hidden = hidden_states.float()
-        parts = [
-            hidden @ rows[first : first + _GROUPS_AT_ONCE].flatten(0, 2).float().T
-            for first in range(0, len(rows), _GROUPS_AT_ONCE)
-        ]
-        logits = torch.cat(parts, dim=1).view(len(hidden), *self._token_ids.shape)
+        ops = sampling_ops_for(hidden_states.device)
+        logits = ops.every_logit(hidden_states, self.head.shard.rows)
+        logits = logits.view(len(hidden_states), *self._token_ids.shape)
         logits = self.final.without_noise(logits)
         return logits.masked_fill_(self._token_ids == self.vocab_size, float("-inf"))

@@ -17,9 +17,31 @@ from flashhead_kernels import cpu_sampling_loops as loops
 from flashhead_kernels.cpu import score_rows
 from flashhead_kernels.cpu_states import flat, float_states, make_query
 from flashhead_kernels.cpu_threads import share
+from flashhead_kernels.keys import pack_keys, unpack_keys
 from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise
 from flashhead_kernels.quantize import QuantizedCentroids
-from flashhead_kernels.sampling import LocalScores
+from flashhead_kernels.sampling import (
+    LocalScores,
+    Weighed,
+    every_logit,
+    own_and_all,
+    some_or_all,
+)
+
+__all__ = [
+    "cluster_log_mass",
+    "dense_log_mass",
+    "dense_scores",
+    "draw_candidates",
+    "draw_dense",
+    "draw_groups",
+    "every_logit",
+    "final_logits",
+    "group_log_mass",
+    "gumbel",
+    "local_scores",
+    "some_or_all",
+]
 
 _HALF = 2**63
 _BLOCK = 64
@@ -153,14 +175,54 @@ def draw_candidates(
     return torch.from_numpy(keys.reshape(draws, chunks)).amax(1)
 
 
-def draw_clusters(
+def draw_groups(
+    hidden_states: Tensor,
+    weighed: Weighed,
+    rows: Tensor,
+    token_ids: Tensor,
+    group_ids: Tensor,
+    row_of_draw: Tensor,
+    final: FinalLogits,
+) -> Tensor:
+    """See `sampling.draw_groups`; of the groups of a draw only the best opens a cluster."""
+    noise = final.noise
+    assert noise is not None
+    keys = draw_candidates(weighed.logits, weighed.token_ids, row_of_draw, noise)
+    value, cluster = _draw_clusters(
+        weighed.log_mass, weighed.group_log_mass, group_ids, row_of_draw, noise
+    )
+    # Only a group that may win is opened: the candidates' best noisy logit is in their key.
+    wins = (value >= unpack_keys(keys)[0]) & (value > float("-inf"))
+    draws = wins.nonzero()[:, 0]
+    if len(draws) == 0:
+        return keys
+    hidden, opened = hidden_states[row_of_draw[draws]], cluster[draws]
+    logits = score_rows(hidden, rows.flatten(0, 1), opened.to(torch.int32).unsqueeze(1))[:, 0]
+    ids = token_ids.flatten(0, 1)[opened].long()
+    # The tokens' own noise: unused so far, and the noise that a dense head's draw has.
+    noisy = final_logits(logits, final) + gumbel(_rows_of(noise, draws), ids)
+    place = noisy.masked_fill(ids < 0, float("-inf")).argmax(1, keepdim=True)
+    found = pack_keys(value[draws], ids.gather(1, place)[:, 0])
+    return keys.index_copy(0, draws, torch.maximum(keys[draws], found))
+
+
+def _rows_of(noise: GumbelNoise, rows: Tensor) -> GumbelNoise:
+    sequences = None if noise.sequences is None else noise.sequences[rows]
+    return GumbelNoise(noise.seed, noise.positions[rows], sequences)
+
+
+def _draw_clusters(
     log_mass: Tensor,
     group_log_mass: Tensor,
     group_ids: Tensor,
     row_of_draw: Tensor,
     noise: GumbelNoise,
 ) -> tuple[Tensor, Tensor]:
-    """See `sampling.draw_clusters`."""
+    """`(value, cluster)`: the greatest noisy group mass float32 `[n]`, and a cluster drawn from it.
+
+    cluster: int64 `[n]`, counted through this rank's groups. The value is -inf where no group has
+    mass.
+    """
     draws, clusters = len(row_of_draw), log_mass.shape[2]
     values, chosen = np.full(draws, -np.inf, np.float32), np.zeros(draws, np.int64)
     if log_mass.shape[1]:
@@ -175,6 +237,34 @@ def draw_clusters(
             ),
         )  # fmt: skip
     return torch.from_numpy(values), torch.from_numpy(chosen)
+
+
+def draw_dense(
+    hidden_states: Tensor,
+    rows: Tensor,
+    first_token_id: int,
+    token_ids: Tensor | None,
+    final: FinalLogits,
+) -> Tensor:
+    """See `sampling.draw_dense`."""
+    assert final.noise is not None
+    scores = dense_scores(hidden_states, rows, first_token_id)
+    logits, ids = final_logits(scores.logits, final), scores.token_ids
+    if token_ids is not None:
+        ids = token_ids.unsqueeze(0)
+    return draw_candidates(logits, ids, torch.arange(len(logits)), final.noise)
+
+
+def dense_log_mass(
+    hidden_states: Tensor,
+    rows: Tensor,
+    token_ids: Tensor | None,
+    own_rows: Tensor,
+    final: FinalLogits,
+) -> Tensor:
+    """See `sampling.dense_log_mass`."""
+    logits = final_logits(dense_scores(hidden_states, rows, 0).logits, final)
+    return own_and_all(logits, token_ids, own_rows)
 
 
 def gumbel(noise: GumbelNoise, token_ids: Tensor, domain: Domain = Domain.TOKEN) -> Tensor:

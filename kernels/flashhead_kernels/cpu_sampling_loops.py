@@ -194,7 +194,7 @@ def best_groups(
     first: int, last: int, mass: Any, group_mass: Any, group_ids: Any, clusters: int, row_of: Any,
     seed: int, positions: Any, sequences: Any, values: Any, chosen: Any,
 ) -> None:  # fmt: skip
-    """`sampling.draw_clusters` of draws `first..last`; group_ids: int32 `[N]`."""
+    """The best groups of draws `first..last`, and a cluster of each; group_ids: int32 `[N]`."""
     groups = group_ids.shape[0]
     noisy, within = np.empty(groups, np.float32), np.empty(clusters, np.float32)
     numbers = np.empty(clusters, np.int32)

@@ -11,38 +11,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flashhead_kernels import reference
+from flashhead_kernels import reference, triton_rows
 from flashhead_kernels.candidates import Candidates, check_candidate_arguments
 from flashhead_kernels.logits import PLAIN, FinalLogits, GumbelNoise
 from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.triton_dense_launch import launch_dense
 from flashhead_kernels.triton_device import on_device
 from flashhead_kernels.triton_exchange import unpack_kernel
-from flashhead_kernels.triton_launch import HeadInputs, launch_dots, launch_head
+from flashhead_kernels.triton_launch import HeadInputs, launch_head
 from flashhead_kernels.triton_shapes import MAX_BEST, MAX_ROWS
 
 all_finite = reference.all_finite
+centroid_dots = triton_rows.centroid_dots
+score_centroids = triton_rows.score_centroids
 select_probes = reference.select_probes
-score_rows = reference.score_rows
-probed_candidates = reference.probed_candidates
+score_rows = triton_rows.score_rows
+probed_candidates = triton_rows.probed_candidates
 best_keys = reference.best_keys
 _UNPACKED_AT_ONCE = 256
-
-
-def centroid_dots(hidden_states: Tensor, centroids: QuantizedCentroids) -> Tensor:
-    """See `reference.centroid_dots`."""
-    if len(hidden_states) == 0 or centroids.values.shape[0] == 0:
-        return reference.centroid_dots(hidden_states, centroids)
-    states = torch.split(hidden_states.contiguous(), MAX_ROWS)
-    return torch.cat([launch_dots(part, centroids) for part in states])
-
-
-def score_centroids(
-    hidden_states: Tensor, centroids: QuantizedCentroids, spread: Tensor, alpha: float
-) -> Tensor:
-    """See `reference.score_centroids`."""
-    dots = centroid_dots(hidden_states, centroids)
-    return dots + reference.probing_bias(hidden_states, spread, alpha)
 
 
 def flashhead_candidates(

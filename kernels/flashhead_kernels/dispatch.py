@@ -19,11 +19,12 @@ def ops_for(device: torch.device | str) -> ModuleType:
     Raises:
         ImportError: Triton is missing where CUDA needs it.
     """
-    return _module(_MODULES.get(torch.device(device).type, "reference"))
+    return load_module(_MODULES.get(torch.device(device).type, "reference"))
 
 
 @functools.cache
-def _module(name: str) -> ModuleType:
+def load_module(name: str) -> ModuleType:
+    """`flashhead_kernels.<name>`, with a remedy where Triton is missing."""
     try:
         return importlib.import_module(f"flashhead_kernels.{name}")
     except ModuleNotFoundError as error:

@@ -16,6 +16,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from flashhead_kernels.transfer import to_device
+
 _PHILOX_ROUNDS = 10
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -42,6 +44,11 @@ class GumbelNoise:
     seed: int
     positions: Tensor
     sequences: Tensor | None = None
+
+    def to(self, device: torch.device) -> GumbelNoise:
+        """The same noise, to be made on `device`."""
+        sequences = None if self.sequences is None else to_device(self.sequences, device)
+        return GumbelNoise(self.seed, to_device(self.positions, device), sequences)
 
 
 @dataclass(frozen=True)

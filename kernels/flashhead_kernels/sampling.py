@@ -23,24 +23,33 @@ import torch
 from torch import Tensor
 
 from flashhead_kernels import reference
+from flashhead_kernels.keys import pack_keys
 from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise, gumbel
 from flashhead_kernels.quantize import QuantizedCentroids
 
 BELOW = 2.0
 HALF_WAY = 4.0
+_GROUPS_AT_ONCE = 8
+"""Probing groups whose rows are held in float32 while every token is scored."""
 
 __all__ = [
     "BELOW",
     "HALF_WAY",
     "LocalScores",
+    "Weighed",
     "cluster_log_mass",
+    "dense_log_mass",
     "dense_scores",
     "draw_candidates",
-    "draw_clusters",
+    "draw_dense",
+    "draw_groups",
+    "every_logit",
     "final_logits",
     "group_log_mass",
     "gumbel",
     "local_scores",
+    "own_and_all",
+    "some_or_all",
 ]
 
 
@@ -56,6 +65,20 @@ class LocalScores:
     logits: Tensor
     token_ids: Tensor
     means: Tensor
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What one rank draws from.
+
+    logits: final logits float32 `[B, R]`, token_ids: int32, both as in LocalScores; log_mass:
+    float32 `[B, N, M]` of clusters, -inf where scored; group_log_mass: float32 `[B, N]`.
+    """
+
+    logits: Tensor
+    token_ids: Tensor
+    log_mass: Tensor
+    group_log_mass: Tensor
 
 
 def local_scores(
@@ -94,6 +117,16 @@ def dense_scores(hidden_states: Tensor, rows: Tensor, first_token_id: int) -> Lo
     ids = torch.arange(len(rows), dtype=torch.int32, device=rows.device) + first_token_id
     no_clusters = hidden_states.new_empty((len(hidden_states), 0, 0), dtype=torch.float32)
     return LocalScores(hidden_states.float() @ rows.float().T, ids.unsqueeze(0), no_clusters)
+
+
+def every_logit(hidden_states: Tensor, rows: Tensor) -> Tensor:
+    """Logits float32 `[B, N * M * S]` of `rows [N, M, S, D]`, each rounded as it may be.
+
+    The fastest way, where nothing need be the same bits at another tp_size or batch size.
+    """
+    hidden = hidden_states.float()
+    parts = torch.split(rows, _GROUPS_AT_ONCE)
+    return torch.cat([hidden @ part.flatten(0, 2).float().T for part in parts], dim=1)
 
 
 def final_logits(logits: Tensor, final: FinalLogits) -> Tensor:
@@ -146,21 +179,87 @@ def draw_candidates(
     return keys[:, 0]
 
 
-def draw_clusters(
-    log_mass: Tensor,
-    group_log_mass: Tensor,
+def draw_groups(
+    hidden_states: Tensor,
+    weighed: Weighed,
+    rows: Tensor,
+    token_ids: Tensor,
     group_ids: Tensor,
     row_of_draw: Tensor,
-    noise: GumbelNoise,
-) -> tuple[Tensor, Tensor]:
-    """`(value, cluster)`: the greatest noisy group mass float32 `[n]`, and a cluster drawn from it.
+    final: FinalLogits,
+) -> Tensor:
+    """Greatest key int64 `[n]` of draws from candidates and unprobed clusters; `[B, D]` states.
 
-    group_ids: int64 `[N]`, the same numbers whoever holds the groups; cluster: int64 `[n]`,
-    counted through this rank's groups. The value is -inf where no group has mass.
+    rows: `[N, M, S, D]`; token_ids: int32 `[N, M, S]`; group_ids: int64 `[N]`, the same numbers
+    whoever holds the groups; row_of_draw: int64 `[n]`; final: with the noise of n rows.
+
+    Candidates compete with noise of their own. A group competes by its summed mass and noise; it
+    draws one of its clusters, and of the cluster's tokens one, whose key holds the group's value.
     """
-    draws, clusters = len(row_of_draw), log_mass.shape[2]
-    values = group_log_mass[row_of_draw] + gumbel(noise, group_ids.expand(draws, -1), Domain.GROUP)
-    value, group = values.max(1)
-    numbers = group_ids[group].unsqueeze(1) * clusters + torch.arange(clusters, device=group.device)
-    within = log_mass[row_of_draw, group] + gumbel(noise, numbers, Domain.CLUSTER)
-    return value, group * clusters + within.argmax(1)
+    noise = final.noise
+    assert noise is not None
+    keys = draw_candidates(weighed.logits, weighed.token_ids, row_of_draw, noise)
+    draws, (groups, clusters) = len(row_of_draw), token_ids.shape[:2]
+    values = weighed.group_log_mass[row_of_draw]
+    values = values + gumbel(noise, group_ids.expand(draws, -1), Domain.GROUP)
+    numbers = group_ids.unsqueeze(1) * clusters + torch.arange(clusters, device=rows.device)
+    of_clusters = gumbel(noise, numbers.flatten().expand(draws, -1), Domain.CLUSTER)
+    within = weighed.log_mass[row_of_draw] + of_clusters.view(draws, groups, clusters)
+    chosen = within.argmax(2) + torch.arange(groups, device=rows.device) * clusters
+    logits = reference.score_rows(hidden_states[row_of_draw], rows.flatten(0, 1), chosen)
+    ids = token_ids.flatten(0, 1)[chosen]
+    # The tokens' own noise: unused so far, and the noise that a dense head's draw has.
+    of_tokens = gumbel(noise, ids.flatten(1), Domain.TOKEN).view(ids.shape)
+    noisy = (final.without_noise(logits) + of_tokens).masked_fill(ids < 0, float("-inf"))
+    drawn = ids.gather(2, noisy.argmax(2, keepdim=True))[..., 0]
+    opened = pack_keys(values, drawn.masked_fill(torch.isneginf(values), -1))
+    return torch.maximum(keys, opened.amax(1))
+
+
+def draw_dense(
+    hidden_states: Tensor,
+    rows: Tensor,
+    first_token_id: int,
+    token_ids: Tensor | None,
+    final: FinalLogits,
+) -> Tensor:
+    """Greatest key int64 `[B]` of all `rows [R, D]`, by final logits with noise.
+
+    The rows hold tokens `first_token_id ...`, or token_ids int32 `[R]` (-1 for a pad).
+    """
+    keys: Tensor = reference.dense_candidates(
+        hidden_states, rows, first_token_id, token_ids=token_ids, final=final
+    ).keys
+    return keys[:, 0]
+
+
+def dense_log_mass(
+    hidden_states: Tensor,
+    rows: Tensor,
+    token_ids: Tensor | None,
+    own_rows: Tensor,
+    final: FinalLogits,
+) -> Tensor:
+    """float64 `[B, 2]`: final logit of one of `rows [R, D]` each, and log-sum-exp of all.
+
+    own_rows: int64 `[B]`, -1 for none, whose logit is -inf; token_ids: as in `draw_dense`.
+    """
+    logits = final_logits(dense_scores(hidden_states, rows, 0).logits, final)
+    return own_and_all(logits, token_ids, own_rows)
+
+
+def own_and_all(logits: Tensor, token_ids: Tensor | None, own_rows: Tensor) -> Tensor:
+    """What `dense_log_mass` gives, from all final logits `[B, R]`."""
+    if token_ids is not None:
+        logits = logits.masked_fill(token_ids < 0, float("-inf"))
+    own = logits.gather(1, own_rows.clamp(min=0).unsqueeze(1))[:, 0].double()
+    own = own.masked_fill(own_rows < 0, float("-inf"))
+    return torch.stack([own, logits.double().logsumexp(1)], dim=1)
+
+
+def some_or_all(chosen: Tensor) -> Tensor:
+    """Places int64 of a bool `[n]` to work on: at least those where it is true.
+
+    All of them on CUDA, where the host would wait to learn how many are.
+    """
+    return chosen.nonzero()[:, 0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.logits import FinalLogits
 from flashhead_kernels.triton_dense import dense_kernel
-from flashhead_kernels.triton_device import counters, num_processors, on_device
+from flashhead_kernels.triton_device import counters, num_processors, on_device, signed_seed
 from flashhead_kernels.triton_shapes import is_interpreted, part_block, power_of_two
 
 _MAX_BATCH_OF_PRODUCTS = 4
@@ -21,7 +21,6 @@ _MAX_BATCH_OF_MATMUL = 64
 _MAX_BATCH_OF_FLOAT32 = 32
 """Float32 matrices are multiplied in three parts each, which take registers."""
 _PROGRAMS_A_PROCESSOR = 4
-_SIGNED = 1 << 63
 
 
 def launch_dense(
@@ -58,7 +57,7 @@ def launch_dense(
             counter if sequences is None else sequences,
             part_keys, part_sums, counter, keys, ids, logits, logsumexp,
             count, first_token_id, batch, 1 / final.temperature, final.softcap,
-            0 if noise is None else (noise.seed + _SIGNED) % (2 * _SIGNED) - _SIGNED,
+            0 if noise is None else signed_seed(noise.seed),
             **blocks,
             TABLE=token_ids is not None, SOFTCAP=final.softcap > 0, SAMPLE=noise is not None,
             SEQUENCES=sequences is not None, LOGSUMEXP=need_logsumexp,

@@ -17,6 +17,7 @@ from flashhead_kernels.triton_shapes import MAX_ROWS
 
 _INTERPRETED_PROCESSORS = 4
 """SMs of the GPU that the interpreter stands in for; few, so that small shapes fill it."""
+_HALF = 1 << 63
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -49,6 +50,11 @@ def counters(device: torch.device) -> Tensor:
         found = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
         _counters[device, stream] = found
     return found
+
+
+def signed_seed(seed: int) -> int:
+    """The same 64 bits as a signed number: a kernel's argument has one type."""
+    return (seed + _HALF) % (2 * _HALF) - _HALF
 
 
 def counter_bytes(device: torch.device) -> int:

@@ -115,11 +115,13 @@ def transform(logits, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def gumbel(seed, position, sequence, token_ids):
-    """`logits.gumbel` of int32 `token_ids`; position, sequence: int32 that broadcast with them."""
+def gumbel(seed, position, sequence, token_ids, DOMAIN: tl.constexpr = 0):
+    """`logits.gumbel` of int32 `token_ids`; position, sequence: int32 that broadcast with them.
+
+    DOMAIN: a `logits.Domain`, that of tokens unless another is given.
+    """
     zero = tl.zeros_like(token_ids)
-    # The last counter word is logits.Domain.TOKEN.
-    word, _, _, _ = tl.philox(seed, token_ids, zero + position, zero + sequence, zero)
+    word, _, _, _ = tl.philox(seed, token_ids, zero + position, zero + sequence, zero + DOMAIN)
     v = tl.minimum(((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * (1.0 / 4294967296.0), _NEVER_ONE)
     # log(1 - v) however small v is (Kahan): what 1 - v was rounded by is divided out.
     rest = 1.0 - v

@@ -11,6 +11,7 @@ import torch
 from flashhead_kernels import cpu, cpu_noise, cpu_sampling, sampling
 from flashhead_kernels.keys import unpack_keys
 from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise, gumbel
+from flashhead_kernels.sampling import Weighed
 from tests.kernels.shards import ALPHA, Shard, make_shard, random_states
 
 FINALS = (FinalLogits(), FinalLogits(temperature=0.6), FinalLogits(softcap=20.0, temperature=1.5))
@@ -39,12 +40,14 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("final", FINALS)
 def test_twins_agree(shard: Shard, final: FinalLogits) -> None:
-    states = random_states(5, shard.rows.shape[-1])
+    # So flat that unprobed clusters win some of the draws.
+    states = 0.2 * random_states(5, shard.rows.shape[-1])
     found, wanted = (scores_of(ops, shard, states) for ops in (cpu_sampling, sampling))
     assert torch.equal(found.token_ids, wanted.token_ids)
     close(found.logits, wanted.logits)
     close(found.means, wanted.means)
-    rows = torch.arange(5)
+    rows = torch.arange(40) % 5
+    noise = GumbelNoise(2**64 - 3, torch.arange(40) * 2**20, torch.arange(40) + 2**31)
     group_ids = torch.arange(len(shard.rows)) * 3 + 1
     masses, draws, groups = [], [], []
     for ops in (cpu_sampling, sampling):
@@ -54,13 +57,38 @@ def test_twins_agree(shard: Shard, final: FinalLogits) -> None:
             states, wanted.means, (shard.token_ids >= 0).sum(2), shard.spread, known, 0.5, final
         )
         masses.append(mass)
-        of_groups = ops.group_log_mass(mass)
-        draws.append(ops.draw_candidates(logits, wanted.token_ids, rows, NOISE))
-        groups.append(ops.draw_clusters(mass, of_groups, group_ids, rows, NOISE))
+        weighed = Weighed(logits, wanted.token_ids, mass, ops.group_log_mass(mass))
+        draws.append(ops.draw_candidates(logits, wanted.token_ids, rows, noise))
+        groups.append(
+            ops.draw_groups(
+                states, weighed, shard.rows, shard.token_ids, group_ids, rows,
+                replace(final, noise=noise),
+            )
+        )  # fmt: skip
     close(*masses)
-    assert torch.equal(*(unpack_keys(keys)[1] for keys in draws))
-    close(groups[0][0], groups[1][0])
-    assert torch.equal(groups[0][1], groups[1][1])
+    for pair in (draws, groups):
+        values, tokens = zip(*(unpack_keys(keys) for keys in pair), strict=True)
+        close(*values)
+        assert torch.equal(*tokens)
+    assert not torch.equal(*(unpack_keys(found[0])[1] for found in (draws, groups)))
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_twins_agree_on_the_dense_head(table: bool) -> None:
+    rows, states = random_states(300, 64), random_states(5, 64)
+    ids = (torch.arange(300).int() * 7 % 300).masked_fill(torch.arange(300) == 4, -1)
+    own = torch.tensor([0, -1, 299, 17, 150])
+    for final in FINALS:
+        given = (states, rows, 0 if table else 1000, ids if table else None)
+        keys = [
+            ops.draw_dense(*given, replace(final, noise=NOISE)) for ops in (cpu_sampling, sampling)
+        ]
+        assert torch.equal(*(unpack_keys(found)[1] for found in keys))
+        parts = [
+            ops.dense_log_mass(states, rows, given[3], own, final)
+            for ops in (cpu_sampling, sampling)
+        ]
+        torch.testing.assert_close(*parts, rtol=1e-5, atol=1e-4)
 
 
 def test_candidates_are_those_of_the_head(shard: Shard) -> None:

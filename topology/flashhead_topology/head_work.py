@@ -217,8 +217,8 @@ def _flashhead_global(shape: HeadShape, tp_size: int, batch: int) -> HeadWork:
     parts, held = _index_work(shape, groups, local_probes, batch)
     scores = groups * (shape.num_clusters // shape.num_groups) * batch * _SCORE_BYTES
     parts["head/result"] = Part(0.0, 0.0, scratch_bytes=2.0 * scores * tp_size)
-    # Plain torch, on CUDA some of it row by row.
-    launches = _launches(128 + 14 * batch, 50 + (batch > 1), unpacks=True)
+    # Centroids and rows are scored by kernels; the choice among all ranks' scores is plain torch.
+    launches = _launches(96, 50 + (batch > 1), unpacks=True)
     sent = Sent("all_gather", scores, _SCORE_BYTES)
     return HeadWork(parts, (sent, _keys(batch)), launches, held)
 

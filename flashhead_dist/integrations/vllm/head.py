@@ -16,6 +16,7 @@ from flashhead_dist.heads.base import Want
 from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
 from flashhead_dist.integrations.vllm.needs import Rest, RowNeed
 from flashhead_dist.integrations.vllm.rows import VocabularyMap, know, make_rows
+from flashhead_kernels.transfer import to_device
 from flashhead_profiles.ranges import HEAD, annotate
 
 _BEST = 4
@@ -78,7 +79,7 @@ class RowsHead:
         out = hidden_states.new_empty((len(needs), self.vocab_size), dtype=torch.float32)
         for kind in kinds:
             places = [i for i, need in enumerate(needs) if need == kind]
-            chosen = torch.tensor(places, device=hidden_states.device)
+            chosen = to_device(torch.tensor(places), hidden_states.device)
             out[chosen] = self._of_kind(hidden_states[chosen], kind)
         return out
 
