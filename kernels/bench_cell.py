@@ -1,9 +1,13 @@
-"""One cell of `bench.py`: every way, checked and then timed, interleaved, over rotated weights."""
+"""One cell of `bench.py`: every way, checked and then timed, interleaved, over rotated weights.
+
+A way that fails, or gives a wrong token, is left out of its cell and told in `Bench.failures`.
+"""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -14,7 +18,16 @@ from torch import Tensor
 
 from bench_shapes import Shape, make_shard, rotation_count
 from bench_timing import Clock, Run, copy_gb_per_s, gb_per_s, keep_results
-from bench_ways import FLASHHEAD, Copy, Published, Way, make_ways, read_bytes
+from bench_ways import (
+    FLASHHEAD,
+    Checked,
+    Copy,
+    Published,
+    Way,
+    WrongResultError,
+    make_ways,
+    read_bytes,
+)
 
 _LEAST_STEPS = 8
 """A run holds this many steps or more, so that what starts a graph is a small part of each."""
@@ -27,7 +40,8 @@ class Measurement:
 
     timing: what timed it, and whether its launches are part. num_copies: of the weights, taken in
     turn. read_bytes: that a step must read, each once. share_of_copy: of the copy bandwidth.
-    times_flashhead: its median over that of `flashhead` in the same cell.
+    times_flashhead: its median over that of `flashhead` in the same cell, None where that failed.
+    num_checked, num_ties: tokens compared with the definition's, and those that tie with another.
     """
 
     device: str
@@ -49,7 +63,9 @@ class Measurement:
     gb_per_s: float
     copy_gb_per_s: float
     share_of_copy: float
-    times_flashhead: float
+    times_flashhead: float | None
+    num_checked: int
+    num_ties: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,7 +73,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all cells share. notes: filled with what could not be measured, and why."""
+    """What all cells share. notes: filled with what could not be measured, and why.
+
+    failures: filled with the ways that failed or gave a wrong token, and where.
+    """
 
     device_name: str
     clock: Clock
@@ -65,6 +84,7 @@ class Bench:
     iterations: int
     seed: int
     notes: list[str]
+    failures: list[str]
 
 
 @dataclass(frozen=True)
@@ -73,6 +93,7 @@ class _Prepared:
     run: Run
     results: list[Tensor]
     timing: str
+    checked: Checked = Checked(0, 0)
 
 
 def measure_shard(
@@ -82,24 +103,20 @@ def measure_shard(
     batch_sizes: Sequence[int],
     on_cell: Callable[[], None],
 ) -> Iterator[Measurement]:
-    """Measure one rank of `tp_size` at each batch size.
-
-    Raises:
-        WrongResultError: a way gave a wrong token.
-    """
+    """Measure one rank of `tp_size` at each batch size."""
     copy_bandwidth = copy_gb_per_s(bench.clock)
     copies = _make_copies(bench, shape, tp_size)
     for batch_size in batch_sizes:
         states = _make_states(bench, shape, len(copies), batch_size)
-        prepared = [
-            ready
-            for way in make_ways(bench.ops, graphs=bench.clock.graphs)
-            if (ready := _prepare(bench, way, copies, states)) is not None
-        ]
-        _check(prepared, copies, states)
+        prepared = []
+        for way in make_ways(bench.ops, graphs=bench.clock.graphs):
+            where = f"{way.name} at {shape.name}, tp {tp_size}, batch {batch_size}"
+            ready = _checked(bench, way, copies, states, where)
+            if ready is not None:
+                prepared.append(ready)
         num_steps = _num_steps(len(copies))
         times = _time(bench, prepared, num_steps)
-        flashhead_us = float(np.median(times[FLASHHEAD]))
+        flashhead_us = float(np.median(times[FLASHHEAD])) if FLASHHEAD in times else None
         for ready in prepared:
             p10, median, p90 = (
                 float(q) for q in np.percentile(times[ready.way.name], (10, 50, 90))
@@ -126,7 +143,9 @@ def measure_shard(
                 gb_per_s=rate,
                 copy_gb_per_s=copy_bandwidth,
                 share_of_copy=rate / copy_bandwidth,
-                times_flashhead=median / flashhead_us,
+                times_flashhead=median / flashhead_us if flashhead_us else None,
+                num_checked=ready.checked.tokens,
+                num_ties=ready.checked.ties,
             )
         on_cell()
 
@@ -169,28 +188,52 @@ def _prepare(bench: Bench, way: Way, copies: Sequence[Copy], states: Tensor) -> 
     except RuntimeError as error:
         if way.required:
             raise
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        note = f"{way.name} is left out where a CUDA graph cannot hold it: {first_line}"
+        note = f"{way.name} is left out where a CUDA graph cannot hold it: {_first_line(error)}"
         if note not in bench.notes:
             bench.notes.append(note)
         return None
 
 
-def _check(prepared: Sequence[_Prepared], copies: Sequence[Copy], states: Tensor) -> None:
-    """Run each way as it is timed, and check the steps on the first and on the last copy."""
-    for ready in prepared:
+def _checked(
+    bench: Bench, way: Way, copies: Sequence[Copy], states: Tensor, where: str
+) -> _Prepared | None:
+    """The way, run once as it will be timed, right on the first and on the last copy.
+
+    None where it cannot be captured, or failed: other ways are measured all the same.
+    """
+    try:
+        ready = _prepare(bench, way, copies, states)
+        if ready is None:
+            return None
         ready.run()
         if states.device.type == "cuda":
             torch.cuda.synchronize(states.device)
-        for place in (0, len(copies) - 1):
-            ready.way.check(copies[place], states[place], ready.results[place])
+        both = [
+            way.check(copies[place], states[place], ready.results[place])
+            for place in (0, len(copies) - 1)
+        ]
+    except torch.OutOfMemoryError:
+        raise
+    except WrongResultError as error:
+        bench.failures.append(f"{where}: {error}")
+        return None
+    except Exception as error:
+        traceback.print_exc()
+        bench.failures.append(f"{where}: {_first_line(error)}")
+        return None
+    total = Checked(sum(one.tokens for one in both), sum(one.ties for one in both))
+    return replace(ready, checked=total)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _time(bench: Bench, prepared: Sequence[_Prepared], num_steps: int) -> dict[str, list[float]]:
     """Microseconds a step by way; in every round each way runs once, in an order that rotates."""
     times: dict[str, list[float]] = {ready.way.name: [] for ready in prepared}
     for iteration in range(-_WARM_UP_ROUNDS, bench.iterations):
-        first = iteration % len(prepared)
+        first = iteration % max(1, len(prepared))
         for ready in (*prepared[first:], *prepared[:first]):
             elapsed = bench.clock.time_us(ready.run, launches=not ready.way.graph)
             if iteration >= 0:

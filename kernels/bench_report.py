@@ -60,6 +60,8 @@ def verdicts(frame: pd.DataFrame) -> list[Verdict]:
     single = frame[(frame["tp_size"] == 1) & (frame["batch_size"] == 1)]
     for model, rows in single.groupby("model", sort=False):
         by_way = rows.set_index("way")
+        if FLASHHEAD not in by_way.index:
+            continue
         own = by_way.loc[FLASHHEAD]
         on = f"{model}, tp 1, batch 1, on {own['device']}"
         floor_us = own["read_bytes"] / own["copy_gb_per_s"] / 1e3
@@ -90,10 +92,12 @@ def _judged(text: str, device: str, *, met: bool) -> Verdict:
 
 
 def _cells(frame: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """One line a cell, as text by column."""
+    """One line a cell in which flashhead was measured, as text by column."""
     keys = ["model", "tp_size", "batch_size"]
     for (model, tp_size, batch_size), rows in frame.groupby(keys, sort=False):
         by_way = rows.set_index("way")
+        if FLASHHEAD not in by_way.index:
+            continue
         own = by_way.loc[FLASHHEAD]
         line = {
             "model": f"{model!s} ({own['vocab_size']:,} x {own['hidden_size']:,})",
@@ -119,6 +123,8 @@ def make_tables(frame: pd.DataFrame) -> list[Table]:
     tables = []
     for _, rows in frame.groupby("model", sort=False):
         lines = list(_cells(rows))
+        if not lines:
+            continue
         table = Table(
             title=f"{lines[0]['model']} on {rows['device'].iloc[0]}",
             caption=f"{WHAT_IS_MEASURED} {WHAT_COLUMNS_MEAN}",
@@ -159,8 +165,9 @@ def markdown(frame: pd.DataFrame, environment: Mapping[str, Any], notes: Sequenc
     ]
     lines = list(_cells(frame))
     columns = list(lines[0]) if lines else []
-    parts.append(f"| {' | '.join(columns)} |")
-    parts.append(f"|---|{'---:|' * (len(columns) - 1)}")
+    if lines:
+        parts.append(f"| {' | '.join(columns)} |")
+        parts.append(f"|---|{'---:|' * (len(columns) - 1)}")
     parts += [f"| {' | '.join(line[column] for column in columns)} |" for line in lines]
     parts += _launches(environment["launches"])
     return "\n".join(parts) + "\n"

@@ -62,6 +62,8 @@ def a_frame(device: str = "MADE UP H200", **changes: float) -> pd.DataFrame:
                     copy_gb_per_s=4000.0,
                     share_of_copy=40e6 / us / 1e3 / 4000,
                     times_flashhead=us / times[ways.FLASHHEAD],
+                    num_checked=4,
+                    num_ties=1,
                 )
                 rows.append(row.as_dict())
     return pd.DataFrame(rows)
