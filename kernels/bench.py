@@ -5,10 +5,10 @@
     python kernels/bench.py --device cpu --synthetic 4096,64 --iters 5     the same code on a CPU
 
 Six ways to the greedy token of one rank's shard, interleaved, on made-up weights that are rotated
-past the cache. Each way is checked against its definition before it is timed: where it gives a wrong
-token or fails it is left out, the others are measured, and the run ends with code 1. A token whose
-logit ties with the best within the rounding of the sum is counted and right. docs/kernels.md says
-what the columns mean.
+past the cache. Each way is checked against its definition before it is timed: where it gives a
+wrong token or fails it is left out, the others are measured, and the run ends with code 1. A token
+whose logit ties with the best within the rounding of the sum is counted and right. docs/kernels.md
+says what the columns mean.
 
     flashhead               the project's kernel, one launch or two as it chooses
     flashhead_two_launches  centroid scores first, then candidates (where the device has both)

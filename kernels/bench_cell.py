@@ -32,6 +32,7 @@ from bench_ways import (
 _LEAST_STEPS = 8
 """A run holds this many steps or more, so that what starts a graph is a small part of each."""
 _WARM_UP_ROUNDS = 3
+_UNCHECKED = Checked(0, 0)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class _Prepared:
     run: Run
     results: list[Tensor]
     timing: str
-    checked: Checked = Checked(0, 0)
+    checked: Checked
 
 
 def measure_shard(
@@ -180,9 +181,9 @@ def _prepare(bench: Bench, way: Way, copies: Sequence[Copy], states: Tensor) -> 
     ]
     if not (way.graph and clock.graphs):
         timing = f"{clock.label}, launches included" if clock.graphs else clock.label
-        return _Prepared(way, *keep_results(steps), timing)
+        return _Prepared(way, *keep_results(steps), timing, _UNCHECKED)
     try:
-        return _Prepared(way, *clock.capture(steps), f"{clock.label}, graph replay")
+        return _Prepared(way, *clock.capture(steps), f"{clock.label}, graph replay", _UNCHECKED)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

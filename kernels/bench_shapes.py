@@ -148,6 +148,10 @@ class Shard:
                 return rows.reshape(-1, self.hidden_size)[int(places[0])]
         return None
 
+    def dense_row_of(self, token_id: int) -> Tensor | None:
+        """The row `[D]` of a token of a dense head's rank; None for any other."""
+        return self.dense_rows[token_id] if 0 <= token_id < self.num_dense_rows else None
+
     def count_clusters_read(self, states: Tensor) -> float:
         """Distinct clusters that a batch probes, the mean over batches `states [K, B, D]`."""
         scores = reference.score_centroids(states.flatten(0, 1), self.centroids, self.spread, ALPHA)
@@ -195,19 +199,27 @@ def make_shard(shape: Shape, tp_size: int, device: torch.device, seed: int) -> S
     )
 
 
-def empty_shard(shape: Shape, tp_size: int, share_of_columns: float = 1.0) -> Shard:
-    """Rank 0's tensors on the CPU without values: memory that is not touched is not taken.
+def empty_shard(
+    shape: Shape, tp_size: int, device: torch.device, share_of_columns: float = 1.0
+) -> Shard:
+    """Rank 0's tensors without values: on a CPU, memory that is not touched is not taken.
 
     share_of_columns: of D, in which centroids are kept behind a projection; 1 for all, without one.
     """
     groups, clusters = -(-GROUPS // tp_size), shape.clusters_per_group
     size, rows = shape.hidden_size, -(-shape.vocab_size // tp_size)
     columns = round(size * share_of_columns) // SCALE_GROUP * SCALE_GROUP
-    projection = Projection(torch.empty(columns, size), torch.empty(size))
-    token_ids = torch.empty(groups, clusters, CLUSTER_SIZE, dtype=torch.int32)
+
+    def empty(*dimensions: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(dimensions, dtype=dtype, device=device)
+
+    token_ids = empty(groups, clusters, CLUSTER_SIZE, dtype=torch.int32)
+    projection = Projection(
+        empty(columns, size, dtype=torch.float32), empty(size, dtype=torch.float32)
+    )
     centroids = QuantizedCentroids(
-        values=torch.empty(groups, clusters, columns * CENTROID_BITS // 8, dtype=torch.uint8),
-        scales=torch.empty(groups, clusters, columns // SCALE_GROUP, dtype=torch.bfloat16),
+        values=empty(groups, clusters, columns * CENTROID_BITS // 8, dtype=torch.uint8),
+        scales=empty(groups, clusters, columns // SCALE_GROUP),
         bits=CENTROID_BITS,
         group_size=SCALE_GROUP,
         hidden_size=columns,
@@ -215,12 +227,12 @@ def empty_shard(shape: Shape, tp_size: int, share_of_columns: float = 1.0) -> Sh
         projection=None if columns == size else projection,
     )
     return Shard(
-        storage=torch.empty(max(token_ids.numel(), rows), size, dtype=torch.bfloat16),
+        storage=empty(max(token_ids.numel(), rows), size),
         token_ids=token_ids,
         centroids=centroids,
-        spread=torch.empty(groups, clusters),
-        pinned_rows=torch.empty(groups, 1, size, dtype=torch.bfloat16),
-        pinned_token_ids=torch.empty(groups, 1, dtype=torch.int32),
+        spread=empty(groups, clusters, dtype=torch.float32),
+        pinned_rows=empty(groups, 1, size),
+        pinned_token_ids=empty(groups, 1, dtype=torch.int32),
         probes_per_group=shape.probes_per_group,
         num_dense_rows=rows,
     )

@@ -99,6 +99,10 @@ class Checked:
     ties: int
 
 
+FinalLogit = Callable[[int, int, float, float], tuple[float, float]]
+"""`(row, token, logit, rounding)` to the final logit and its rounding."""
+
+
 @dataclass(frozen=True)
 class Way:
     """step: `(copy, states [B, D])` to what `check` reads: keys `[B, 1]` or token ids `[B]`.
@@ -173,13 +177,10 @@ def _check_flashhead(copy: Copy, states: Tensor, keys: Tensor) -> Checked:
 
 
 def _check_dense_fused(copy: Copy, states: Tensor, keys: Tensor) -> Checked:
-    some, rows = states[:_STATES_CHECKED], copy.shard.dense_rows
-    expected = reference.dense_candidates(some, rows, 0)
-
-    def row_of(token: int) -> Tensor | None:
-        return rows[token] if 0 <= token < len(rows) else None
-
-    return same_tokens(DENSE_FUSED, keys[: len(some)], expected.keys, some, row_of)
+    some = states[:_STATES_CHECKED]
+    expected = reference.dense_candidates(some, copy.shard.dense_rows, 0)
+    keys = keys[: len(some)]
+    return same_tokens(DENSE_FUSED, keys, expected.keys, some, copy.shard.dense_row_of)
 
 
 def same_tokens(
@@ -188,10 +189,12 @@ def same_tokens(
     expected: Tensor,
     states: Tensor,
     row_of: Callable[[int], Tensor | None],
+    final: FinalLogit | None = None,
 ) -> Checked:
-    """Compare greedy keys `[B, 1]` with those expected, by the logits of their tokens.
+    """Compare keys, one of each of B rows, with those expected, by the logits of their tokens.
 
-    row_of: the row `[D]` of a token, None where there is none. Logits are scored in float64. The
+    row_of: the row `[D]` of a token, None where there is none. final: what becomes of a logit
+    before tokens are compared; None for nothing. Logits are scored in float64. The
     rounding of a float32 sum of D products is taken as `6 sqrt(D) 2^-24 sum |h_d row_d|`: a bound
     that random rounding errors exceed with probability 3e-8, in whatever order they are added
     (Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019).
@@ -202,12 +205,17 @@ def same_tokens(
     """
     logits, ids = (one.flatten() for one in reference.unpack_keys(keys))
     best_ids = reference.unpack_keys(expected)[1].flatten()
-    ties = 0
-    for row, (token, best) in enumerate(zip(ids.tolist(), best_ids.tolist(), strict=True)):
+
+    def score(row: int, token: int) -> tuple[float, float]:
         found = row_of(token)
         if found is None:
             raise WrongResultError(f"{name} gave token {token} for row {row}, which is no token")
-        truth, rounding = _exact_logit(states[row], found)
+        logit, rounding = _exact_logit(states[row], found)
+        return final(row, token, logit, rounding) if final else (logit, rounding)
+
+    ties = 0
+    for row, (token, best) in enumerate(zip(ids.tolist(), best_ids.tolist(), strict=True)):
+        truth, rounding = score(row, token)
         given = float(logits[row])
         if not abs(given - truth) <= rounding:
             raise WrongResultError(
@@ -215,10 +223,8 @@ def same_tokens(
                 f"give or take {rounding:.1e}"
             )
         if token != best:
-            expected_row = row_of(best)
-            assert expected_row is not None
-            greatest, other = _exact_logit(states[row], expected_row)
-            if greatest - truth > rounding + other:
+            greatest, other = score(row, best)
+            if abs(greatest - truth) > rounding + other:
                 raise WrongResultError(
                     f"{name} gave token {token} of logit {truth:.6f} for row {row}, its reference "
                     f"{best} of {greatest:.6f}: no tie, which ends at {rounding + other:.1e}"

@@ -1,8 +1,9 @@
 """Compile kernels as a launch on a GPU would, where no GPU is needed, and read their machine code.
 
-The operations are called with empty tensors of real shapes. A stand-in for Triton's driver names
-the target, and Triton's own JIT derives signature, constants and alignment from the call: whatever
-a launcher launches is what is compiled, and no list has to follow the kernels. Nothing is launched.
+The operations are called with empty tensors of real shapes on simulated CUDA. A stand-in for
+Triton's driver names the target, and Triton's own JIT derives signature, constants and alignment
+from the call: whatever a launcher launches is what is compiled, and no list has to follow the
+kernels. Nothing is launched.
 
 Import this before Triton: it turns the interpreter off.
 """
@@ -15,10 +16,12 @@ import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # Set before Triton is imported: what is interpreted cannot be compiled.
 os.environ["TRITON_INTERPRET"] = "0"
@@ -29,17 +32,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from bench_shapes import ALPHA, Shape, Shard, empty_shard
-from flashhead_kernels import triton_dense_launch, triton_exchange
+from bench_shapes import Shape, Shard, empty_shard
+from flashhead_kernels import triton_exchange
 from flashhead_kernels.dispatch import ops_for
-from flashhead_kernels.logits import FinalLogits, GumbelNoise
-from flashhead_kernels.triton_shapes import CentroidShape, HeadShape, fits_one_launch
+from head_calls import Call, table_calls
+from simulated_cuda import simulated_cuda
 
 PROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148, 120: 188}
-"""SMs of the A100, L40S, H100 and H200, B200, and RTX PRO 6000: a launcher sizes its grid by them."""
+"""SMs of A100, L40S, H100 and H200, B200, RTX PRO 6000: a launcher sizes its grid by them."""
 SHARED_LIMIT_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Shared memory that one program may have (CUDA programming guide, technical specifications)."""
+DEVICE = torch.device("cuda", 0)
 EXCHANGE_RANKS = (2, 4, 8)
+_SHARE_OF_COLUMNS = 0.6
 _EXCHANGE_KEYS = 256
 _WORD_BYTES = 4
 _LOADS_OF_16 = re.compile(
@@ -103,10 +108,10 @@ class Resources:
 
 @dataclass(frozen=True)
 class Case:
-    """A call of an operation at a shape; `call` takes the CPU tensors' device."""
+    """Something that launches kernels, at a shape."""
 
     name: str
-    call: Callable[[], object]
+    launch: Callable[[], object]
 
 
 class _Driver:
@@ -125,12 +130,15 @@ class _Driver:
         return GPUTarget("cuda", self._capability, 32)
 
     def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+        return DEVICE
 
 
 @contextlib.contextmanager
-def recorded(capability: int) -> Iterator[list[Launch]]:
-    """Launches within are compiled for `sm_<capability>` and recorded, none is carried out."""
+def recorded(capability: int, processors: int | None = None) -> Iterator[list[Launch]]:
+    """Launches within are compiled for `sm_<capability>` and recorded; none is carried out.
+
+    Tensors on `DEVICE` are simulated. processors: of the GPU; None for the usual number.
+    """
     launches: list[Launch] = []
     launch = JITFunction.run
 
@@ -139,65 +147,73 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
         launches.append(Launch(function.__name__, tuple(grid), options["num_warps"], compiled))
         return compiled
 
-    programs = triton_dense_launch._programs
-    triton_dense_launch._programs = lambda device: 4 * PROCESSORS[capability]
-    JITFunction.run = record
-    triton.runtime.driver.set_active(_Driver(capability))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="triton.*")
-            yield launches
-    finally:
-        JITFunction.run = launch
-        triton_dense_launch._programs = programs
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", module="triton.*")
+        stack.enter_context(simulated_cuda(1, interpret=False))
+        properties = torch.cuda.get_device_properties(DEVICE)
+        properties.multi_processor_count = processors or PROCESSORS[capability]
+        for owner, name, value in (
+            (torch.cuda, "get_device_properties", lambda device=None: properties),
+            (torch.cuda, "get_device_capability", lambda device=None: divmod(capability, 10)),
+            (JITFunction, "run", record),
+            (triton.runtime.driver, "_active", _Driver(capability)),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield launches
 
 
-def model_cases(shape: Shape, tp_size: int) -> list[Case]:
-    """What decoding with such a model launches on one of `tp_size` ranks."""
-    shard = empty_shard(shape, tp_size)
+def table_cases(shape: Shape, tp_size: int) -> list[Case]:
+    """What decoding with such a model launches on one of `tp_size` ranks; see `table_calls`."""
     name = f"{shape.name}, tp {tp_size}"
-    cases = []
-    for batch in (1, 8, 64):
-        for launches in (1, 2):
-            head = _head(shard, batch, launches=launches)
-            if head is not None:
-                cases.append(Case(f"{name}, batch {batch}", head))
-        cases.append(Case(f"{name}, batch {batch}", _dense(shard, batch)))
-        wide = _dense(shard, batch, dtype=torch.float32)
-        cases.append(Case(f"{name}, batch {batch}, float32 states", wide))
-    whole = {"k": 4, "need_logsumexp": True, "need_unprobed": True}
-    for launches in (1, 2):
-        unprobed = _head(shard, 1, launches=launches, need_unprobed=True)
-        every = _head(shard, 1, launches=launches, **whole)
-        if unprobed is not None and every is not None:
-            cases.append(Case(f"{name}, batch 1, unprobed", unprobed))
-            cases.append(Case(f"{name}, batch 1, 4 best of all", every))
-    noise = FinalLogits(0.0, 0.7, GumbelNoise(5, torch.zeros(1, dtype=torch.int64)))
-    cases.append(Case(f"{name}, batch 1, sampled", _dense(shard, 1, final=noise)))
-    narrow = empty_shard(shape, tp_size, share_of_columns=0.6)
-    for batch in (1, 8):
-        head = _head(narrow, batch, launches=2)
-        assert head is not None
-        cases.append(Case(f"{name}, batch {batch}, fewer columns", head))
-    return cases
+    with simulated_cuda(1, interpret=False):
+        shard = empty_shard(shape, tp_size, DEVICE)
+        cases = call_cases(name, shard, table_calls())
+        narrow = empty_shard(shape, tp_size, DEVICE, share_of_columns=_SHARE_OF_COLUMNS)
+        calls = [Call(batch, launches=2) for batch in (1, 8)]
+        return cases + call_cases(f"{name}, fewer columns", narrow, calls)
+
+
+def call_cases(name: str, shard: Shard, calls: Sequence[Call]) -> list[Case]:
+    """A case for each call that the shard can serve."""
+
+    def case(call: Call) -> Case:
+        return Case(
+            f"{name}, {call.name}",
+            lambda: call.run(ops_for("cuda"), shard, call.states(shard)),
+        )
+
+    return [case(call) for call in calls if call.serves(shard)]
 
 
 def exchange_cases() -> list[Case]:
     """The exchange of keys, which knows no model."""
 
     def exchange(ranks: int) -> None:
-        keys = torch.zeros(_EXCHANGE_KEYS, dtype=torch.int64)
-        addresses = torch.zeros(ranks, dtype=torch.int64)
+        keys = torch.zeros(_EXCHANGE_KEYS, dtype=torch.int64, device=DEVICE)
+        addresses = torch.zeros(ranks, dtype=torch.int64, device=DEVICE)
         triton_exchange.exchange_keys(keys, keys, addresses, addresses[:1], 0, _EXCHANGE_KEYS)
 
-    return [Case(f"{ranks} ranks", lambda r=ranks: exchange(r)) for ranks in EXCHANGE_RANKS]
+    return [Case(f"{ranks} ranks", partial(exchange, ranks)) for ranks in EXCHANGE_RANKS]
 
 
-def compile_case(case: Case, capability: int) -> list[Resources]:
+def compile_case(case: Case, capability: int, processors: int | None = None) -> list[Resources]:
     """Compile what the case launches, and read what each kernel takes."""
-    with recorded(capability) as launches:
-        case.call()
+    launches = launches_of(case, capability, processors)
     return [_resources(launch, case.name, capability) for launch in launches]
+
+
+def launches_of(case: Case, capability: int, processors: int | None = None) -> list[Launch]:
+    """Compile what the case launches."""
+    with recorded(capability, processors) as launches:
+        case.launch()
+    return launches
+
+
+def usage_of(launch: Launch) -> dict[str, int]:
+    """Registers (REG) and stack (STACK) of a thread, and the rest that cuobjdump prints of it."""
+    printed = _tool("--dump-resource-usage", launch.compiled.asm["cubin"])
+    return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", printed)}
 
 
 def main_loop(sass: str) -> Loop:
@@ -236,36 +252,9 @@ def _loaded_bytes(name: str) -> int:
     return sizes[width[0].strip(".")] if width else _WORD_BYTES
 
 
-def _head(shard: Shard, batch: int, **options: Any) -> Callable[[], object] | None:
-    """A call of `flashhead_candidates`; None where one launch cannot serve the shape."""
-    ops = ops_for("cuda")
-    _, clusters, tokens, size = shard.rows.shape
-    head = HeadShape.of(clusters, tokens, size, shard.probes_per_group, 1, options.get("k", 1))
-    one = fits_one_launch(head, CentroidShape.of(shard.centroids), batch)
-    if options["launches"] == 1 and not one:
-        return None
-    states = torch.empty(batch, shard.hidden_size, dtype=torch.bfloat16)
-
-    def call() -> object:
-        return ops.flashhead_candidates(
-            states, shard.rows, shard.token_ids, shard.centroids, shard.spread, ALPHA,
-            shard.probes_per_group, shard.pinned_rows, shard.pinned_token_ids, **options,
-        )  # fmt: skip
-
-    return call
-
-
-def _dense(
-    shard: Shard, batch: int, *, dtype: torch.dtype = torch.bfloat16, **options: Any
-) -> Callable[[], object]:
-    states = torch.empty(batch, shard.hidden_size, dtype=dtype)
-    return lambda: ops_for("cuda").dense_candidates(states, shard.dense_rows, 0, **options)
-
-
 def _resources(launch: Launch, case: str, capability: int) -> Resources:
     ptx, cubin = launch.compiled.asm["ptx"], launch.compiled.asm["cubin"]
-    usage = _tool("--dump-resource-usage", cubin)
-    counts = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", usage)}
+    counts = usage_of(launch)
     sass = _tool("-sass", cubin)
     loop = main_loop(sass)
     return Resources(

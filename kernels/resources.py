@@ -5,16 +5,21 @@
     python kernels/resources.py --json > resources.json
 
 Every launch of a decoding step at the shapes of the default index is compiled exactly as the
-launchers ask for it (`compile_ahead.py`). Columns: registers and stack of a thread (a stack above 0:
-registers were spilled); shared memory of a program in bytes; BAR instructions in the whole machine
-code; of the main loop, its BARs and the bytes that a thread loads from global memory, both an
-iteration (the main loop is the innermost one with most integer dot products, else with most bytes
-loaded; what was unrolled is one iteration; 0 and 0 where no loop is left); in the PTX, 16-byte loads,
-integer dot products (dp4a) and fused multiply-adds (fma: none where centroids are scored, so that
-every kernel scores them alike).
+launchers ask for it (`compile_ahead.py`). The columns:
 
-Exit codes: 0; 1 where a kernel spills more than --allow-spill-bytes or takes more shared memory than
-its GPU has (99 KB on sm_89); 2 for a mistake in what was given.
+    registers, stack bytes   of a thread; a stack above 0: registers were spilled
+    shared bytes             shared memory of a program
+    barriers                 BAR instructions in the whole machine code
+    loop barriers, bytes     of the main loop, an iteration: its BARs, and the bytes that a thread
+                             loads from global memory. The main loop is the innermost one with most
+                             integer dot products, else with most bytes loaded; what was unrolled is
+                             one iteration; 0 and 0 where no loop is left
+    loads of 16 bytes, dp4a  in the PTX; dp4a: integer dot products
+    fma                      in the PTX: none where centroids are scored, so that every kernel
+                             scores them alike
+
+Exit codes: 0; 1 where a kernel spills more than --allow-spill-bytes or takes more shared memory
+than its GPU has (99 KB on sm_89); 2 for a mistake in what was given.
 """
 
 from __future__ import annotations
@@ -29,12 +34,12 @@ from dataclasses import dataclass, fields
 from multiprocessing import get_context
 
 from bench_shapes import MODELS
-from compile_ahead import PROCESSORS, Resources, compile_case, exchange_cases, model_cases
+from compile_ahead import PROCESSORS, Resources, compile_case, exchange_cases, table_cases
 
 
 @dataclass(frozen=True)
 class Task:
-    """The `number`-th case of a model on one of `tp_size` ranks; of the exchange without a model."""
+    """The `number`-th case of a model on one of `tp_size` ranks; with no model, of the exchange."""
 
     model: str | None
     tp_size: int
@@ -50,7 +55,7 @@ def every_task(
     for capability in capabilities:
         for model in models:
             for tp_size in tp_sizes:
-                count = len(model_cases(MODELS[model], tp_size))
+                count = len(table_cases(MODELS[model], tp_size))
                 tasks += [Task(model, tp_size, number, capability) for number in range(count)]
         tasks += [Task(None, 1, number, capability) for number in range(len(exchange_cases()))]
     return tasks
@@ -61,7 +66,7 @@ def compile_task(task: Task) -> list[Resources]:
     if task.model is None:
         cases = exchange_cases()
     else:
-        cases = model_cases(MODELS[task.model], task.tp_size)
+        cases = table_cases(MODELS[task.model], task.tp_size)
     return compile_case(cases[task.number], task.capability)
 
 

@@ -326,7 +326,7 @@ def test_every_way_runs_once_a_round_and_none_always_first() -> None:
 
     def prepared(name: str) -> bench_cell._Prepared:
         way = ways.Way(name, lambda *_: torch.zeros(1), lambda *_: None)
-        return bench_cell._Prepared(way, lambda: order.append(name), [], "")
+        return bench_cell._Prepared(way, lambda: order.append(name), [], "", ways.Checked(0, 0))
 
     times = bench_cell._time(a_bench(), [prepared(name) for name in "abc"], 4)
     rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
