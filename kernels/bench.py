@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     clock = make_clock(torch.device(arguments.device))
-    bench = Bench(name, clock, ops, arguments.iters, seed=0, notes=[], failures=[])
+    bench = Bench(name, clock, ops, arguments.iters, seed=0)
     found: list[Measurement] = []
     ended, code, complete = "", 0, False
     try:

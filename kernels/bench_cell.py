@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -29,9 +29,6 @@ from bench_ways import (
     read_bytes,
 )
 
-_LEAST_STEPS = 8
-"""A run holds this many steps or more, so that what starts a graph is a small part of each."""
-_WARM_UP_ROUNDS = 3
 _UNCHECKED = Checked(0, 0)
 
 
@@ -76,7 +73,8 @@ class Measurement:
 class Bench:
     """What all cells share. notes: filled with what could not be measured, and why.
 
-    failures: filled with the ways that failed or gave a wrong token, and where.
+    failures: filled with the ways that failed or gave a wrong token, and where. least_steps: a run
+    holds this many steps or more, so that what starts a graph is a small part of each.
     """
 
     device_name: str
@@ -84,8 +82,10 @@ class Bench:
     ops: ModuleType
     iterations: int
     seed: int
-    notes: list[str]
-    failures: list[str]
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    least_steps: int = 8
+    warm_up_rounds: int = 3
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def measure_shard(
             ready = _checked(bench, way, copies, states, where)
             if ready is not None:
                 prepared.append(ready)
-        num_steps = _num_steps(len(copies))
+        num_steps = _num_steps(bench, len(copies))
         times = _time(bench, prepared, num_steps)
         flashhead_us = float(np.median(times[FLASHHEAD])) if FLASHHEAD in times else None
         for ready in prepared:
@@ -169,15 +169,16 @@ def _make_states(bench: Bench, shape: Shape, count: int, batch_size: int) -> Ten
     return torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16)
 
 
-def _num_steps(num_copies: int) -> int:
-    return num_copies * -(-_LEAST_STEPS // num_copies)
+def _num_steps(bench: Bench, num_copies: int) -> int:
+    return num_copies * -(-bench.least_steps // num_copies)
 
 
 def _prepare(bench: Bench, way: Way, copies: Sequence[Copy], states: Tensor) -> _Prepared | None:
     """The way's steps over all copies in turn; None where torch cannot capture one not required."""
     clock, count = bench.clock, len(copies)
     steps = [
-        partial(way.step, copies[i % count], states[i % count]) for i in range(_num_steps(count))
+        partial(way.step, copies[i % count], states[i % count])
+        for i in range(_num_steps(bench, count))
     ]
     if not (way.graph and clock.graphs):
         timing = f"{clock.label}, launches included" if clock.graphs else clock.label
@@ -233,7 +234,7 @@ def _first_line(error: Exception) -> str:
 def _time(bench: Bench, prepared: Sequence[_Prepared], num_steps: int) -> dict[str, list[float]]:
     """Microseconds a step by way; in every round each way runs once, in an order that rotates."""
     times: dict[str, list[float]] = {ready.way.name: [] for ready in prepared}
-    for iteration in range(-_WARM_UP_ROUNDS, bench.iterations):
+    for iteration in range(-bench.warm_up_rounds, bench.iterations):
         first = iteration % max(1, len(prepared))
         for ready in (*prepared[first:], *prepared[:first]):
             elapsed = bench.clock.time_us(ready.run, launches=not ready.way.graph)

@@ -5,6 +5,7 @@ A call names what is asked for; `run` asks `flashhead_kernels.cuda` or `.referen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -162,10 +163,10 @@ def table_calls() -> list[Call]:
     return [*calls, Call(1, dense=True, sampled=True)]
 
 
-def checked_calls() -> list[Call]:
-    """What `check_gpu.py` compares with the reference: every kernel, batch 1 and 8."""
+def checked_calls(batches: Sequence[int]) -> list[Call]:
+    """What `check_gpu.py` compares with the reference: every kernel, at each batch."""
     calls = []
-    for batch in (1, 8):
+    for batch in batches:
         calls += [Call(batch, launches=launches) for launches in (1, 2)]
         for launches in (1, 2):
             every = Call(batch, launches=launches, k=4, logsumexp=True, unprobed=True)
@@ -175,4 +176,4 @@ def checked_calls() -> list[Call]:
             Call(batch, dense=True, k=4, logsumexp=True),
             Call(batch, dense=True, sampled=True),
         ]
-    return [*calls, Call(8, dense=True, wide=True)]
+    return [*calls, Call(batches[-1], dense=True, wide=True)]
