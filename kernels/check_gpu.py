@@ -257,10 +257,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     outcomes: list[Outcome] = []
     interrupted = False
+    # A stage is in a group of its own, which a signal to this process does not reach.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run_stages(options, outcomes)
     except KeyboardInterrupt:
         interrupted = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
     summary = summarise(options, outcomes, interrupted=interrupted)
     text = json.dumps(summary, indent=1)
     (options.out / "summary.json").write_text(text, encoding="utf-8")

@@ -134,12 +134,10 @@ def compile_stage(context: Context) -> dict[str, Any]:
             try:
                 kernels |= {kernel["hash"]: kernel for kernel in future.result()}
             except Exception as error:
-                call = checked_calls()[number].name
-                failures.append(f"{shape.name}, tp {tp_size}, {call}: {first_line(error)}")
+                failures.append(f"{shape.name}, tp {tp_size}, {call.name}: {first_line(error)}")
     except TimeoutError:
-        left_out = [
-            f"{f[0].name}, tp {f[1]}, call {f[2]}" for g, f in futures.items() if not g.done()
-        ]
+        late = (task for future, task in futures.items() if not future.done())
+        left_out = [f"{shape.name}, tp {tp_size}, {call.name}" for shape, tp_size, call, *_ in late]
     finally:
         # Workers that compile still are killed with this process's group.
         pool.shutdown(wait=not left_out, cancel_futures=True)
@@ -473,4 +471,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    # sys.exit would wait for processes that compile still, for which no time was left.
+    os._exit(code)

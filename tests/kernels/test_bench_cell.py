@@ -22,9 +22,10 @@ CPU = torch.device("cpu")
 SHAPE = Shape("small", 4096, 64)
 
 
-def a_bench(clock: object = None, ops: object = flashhead_kernels.cpu) -> bench_cell.Bench:
-    clock = clock or bench_timing.WallClock()
-    return bench_cell.Bench("A", clock, ops, 3, seed=0, notes=[], failures=[])
+def a_bench(
+    clock: object = None, ops: object = flashhead_kernels.cpu, **options: int
+) -> bench_cell.Bench:
+    return bench_cell.Bench("A", clock or bench_timing.WallClock(), ops, 3, seed=0, **options)
 
 
 def a_copy(tp_size: int = 8) -> ways.Copy:
@@ -56,14 +57,13 @@ def test_a_cell_holds_every_way_with_figures_that_fit(tp_size: int) -> None:
         assert one.synthetic
 
 
-def test_the_triton_kernels_are_measured_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_triton_kernels_are_measured_as_they_are() -> None:
     """On a GPU, or in Triton's interpreter: both launches, and their checks."""
     cuda = pytest.importorskip("flashhead_kernels.cuda")
-    monkeypatch.setattr(bench_cell, "_LEAST_STEPS", 1)
-    monkeypatch.setattr(bench_cell, "_WARM_UP_ROUNDS", 0)
     # Compiled kernels read no CPU tensors: the clock's device is where the weights are made.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bench = a_bench(bench_timing.make_clock(device), cuda)
+    clock = bench_timing.make_clock(device)
+    bench = a_bench(clock, cuda, least_steps=1, warm_up_rounds=0)
     tiny = Shape("tiny", 2048, 64)
     found = list(bench_cell.measure_shard(bench, tiny, 64, [2], lambda: None))
     assert {ways.FLASHHEAD, ways.TWO_LAUNCHES} < {one.way for one in found}
@@ -80,7 +80,7 @@ def test_no_cpu_tensor_reaches_compiled_kernels(monkeypatch: pytest.MonkeyPatch)
         "make_clock",
         lambda device: (made.append(device), bench_timing.WallClock())[1],
     )
-    test_the_triton_kernels_are_measured_as_they_are(monkeypatch)
+    test_the_triton_kernels_are_measured_as_they_are()
     assert made == [torch.device("cuda")]
 
 
