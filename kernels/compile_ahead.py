@@ -47,6 +47,7 @@ EXCHANGE_RANKS = (2, 4, 8)
 _SHARE_OF_COLUMNS = 0.6
 _EXCHANGE_KEYS = 256
 _WORD_BYTES = 4
+_LEAST_ROUND_BYTES = 16
 _LOADS_OF_16 = re.compile(
     r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)|cp\.async\.cg\.shared\.global [^;]*0x10"
 )
@@ -68,11 +69,12 @@ class Loop:
     """The main loop of a kernel, in its machine code: see `main_loop`. All zero where none is.
 
     barriers: BAR instructions an iteration; loaded_bytes: bytes that a thread loads from global
-    memory an iteration.
+    memory an iteration; rounds: see `load_rounds`.
     """
 
     barriers: int = 0
     loaded_bytes: int = 0
+    rounds: int = 0
 
 
 @dataclass(frozen=True)
@@ -239,8 +241,39 @@ def main_loop(sass: str) -> Loop:
         loaded = sum(_loaded_bytes(name) for name in body)
         if (dots, loaded) > best:
             barriers = sum(name.startswith("BAR") for name in body)
-            best, found = (dots, loaded), Loop(barriers, loaded)
+            best, found = (dots, loaded), Loop(barriers, loaded, load_rounds(body))
     return found
+
+
+def load_rounds(names: Sequence[str]) -> int:
+    """Runs of instructions without a barrier in which a thread loads 16 bytes or more.
+
+    Each costs the latency of memory: no load crosses a barrier. Smaller ones are of hidden states
+    and scales, which caches hold.
+    """
+    rounds = loaded = 0
+    for name in (*names, "BAR"):
+        if name.startswith("BAR"):
+            rounds += loaded >= _LEAST_ROUND_BYTES
+            loaded = 0
+        else:
+            loaded += _loaded_bytes(name)
+    return rounds
+
+
+def instructions(sass: str) -> list[str]:
+    """Names of all instructions, in the order of the code."""
+    return [name for _, name, _ in _SASS_LINE.findall(sass)]
+
+
+def has_atomics(sass: str) -> bool:
+    """Whether programs meet by an atomic in global memory."""
+    return any(name.startswith(("ATOMG", "ATOM.")) for name in instructions(sass))
+
+
+def sass_of(launch: Launch) -> str:
+    """The machine code that Triton compiled."""
+    return _tool("-sass", launch.compiled.asm["cubin"])
 
 
 def _loaded_bytes(name: str) -> int:
@@ -253,9 +286,9 @@ def _loaded_bytes(name: str) -> int:
 
 
 def _resources(launch: Launch, case: str, capability: int) -> Resources:
-    ptx, cubin = launch.compiled.asm["ptx"], launch.compiled.asm["cubin"]
+    ptx = launch.compiled.asm["ptx"]
     counts = usage_of(launch)
-    sass = _tool("-sass", cubin)
+    sass = sass_of(launch)
     loop = main_loop(sass)
     return Resources(
         kernel=launch.kernel,
@@ -266,7 +299,7 @@ def _resources(launch: Launch, case: str, capability: int) -> Resources:
         registers=counts["REG"],
         stack_bytes=counts["STACK"],
         shared_bytes=int(launch.compiled.metadata.shared),
-        barriers=sum(name.startswith("BAR") for _, name, _ in _SASS_LINE.findall(sass)),
+        barriers=sum(name.startswith("BAR") for name in instructions(sass)),
         loop_barriers=loop.barriers,
         loop_bytes=loop.loaded_bytes,
         loads_of_16_bytes=len(_LOADS_OF_16.findall(ptx)),

@@ -83,6 +83,11 @@ def table(found: Sequence[Resources], *, markdown: bool) -> str:
     if markdown:
         lines.insert(1, ["---", "---", *["---:"] * (len(names) - 2)])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Columns of one width, the first two flush left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
