@@ -32,11 +32,12 @@ from torch import Tensor
 
 import stress_exchange
 from bench_cell import Bench, measure_shard
-from bench_shapes import MODELS, Shape, Shard, make_shard, rotation_count
+from bench_shapes import MODELS, Shape, Shard, empty_shard, make_shard, rotation_count
 from bench_timing import CudaClock
 from bench_ways import Checked
 from flashhead_kernels.dispatch import ops_for
 from head_calls import Call, checked_calls
+from simulated_cuda import simulated_cuda
 
 PASSED, FAILED = "passed", "failed"
 _DEVICE = torch.device("cuda", 0)
@@ -161,8 +162,8 @@ def _compile(
     """In a process of its own: compile a call into Triton's cache."""
     import compile_ahead
 
-    with compile_ahead.simulated_cuda(1, interpret=False):
-        shard = compile_ahead.empty_shard(shape, tp_size, _DEVICE)
+    with simulated_cuda(1, interpret=False):
+        shard = empty_shard(shape, tp_size, _DEVICE)
         cases = compile_ahead.call_cases(f"{shape.name}, tp {tp_size}", shard, [call])
     return [
         {
@@ -186,7 +187,7 @@ def correct_stage(context: Context) -> dict[str, Any]:
     checked = Checked(0, 0)
     for shape, tp_size in context.within(cells(context), left_out):
         shard = make_shard(shape, tp_size, _DEVICE, seed=0)
-        failures = []
+        failures: list[str] = []
         for call in checked_calls(context.batches):
             where = f"{shape.name}, tp {tp_size}, {call.name}"
             if not call.serves(shard):
@@ -343,26 +344,24 @@ def exchange_stage(context: Context) -> dict[str, Any]:
 
 def graph_stage(context: Context) -> dict[str, Any]:
     """Steps captured and replayed with other hidden states, and compute-sanitizer where it is."""
-    clock, ops = CudaClock(_DEVICE, simulated=context.simulate), ops_for("cuda")
+    clock = CudaClock(_DEVICE, simulated=context.simulate)
     found: dict[str, Any] = {"replayed": [], "failures": [], "left_out": []}
     shape, tp_size = cells(context)[0]
     shard = make_shard(shape, tp_size, _DEVICE, seed=0)
-    calls = [Call(batch, launches=n) for batch in (1, 8) for n in (1, 2)]
-    for call in context.within(
-        [*calls, Call(1, dense=True), Call(8, dense=True)], found["left_out"]
-    ):
+    calls = [Call(batch, launches=n) for batch in context.batches for n in (1, 2)]
+    calls += [Call(batch, dense=True) for batch in context.batches]
+    for call in context.within(calls, found["left_out"]):
         if not call.serves(shard):
             continue
         with _told(call.name, found["failures"]):
             states = call.states(shard, seed=4)
-            replay, (keys,) = clock.capture([lambda c=call, s=states: c.run(ops, shard, s).keys])
+            replay, (keys,) = clock.capture([partial(_keys, call, shard, states)])
             for seed in (5, 6):
                 states.copy_(call.states(shard, seed=seed))
                 torch.cuda.synchronize(_DEVICE)
                 replay()
                 torch.cuda.synchronize(_DEVICE)
-                expected = call.run(ops, shard, states).keys
-                if not torch.equal(keys, expected):
+                if not torch.equal(keys, _keys(call, shard, states)):
                     raise ValueError("a replay gave other keys than the same step in eager mode")
             found["replayed"].append(call.name)
     context.say(f"{len(found['replayed'])} steps captured and replayed")
@@ -370,6 +369,10 @@ def graph_stage(context: Context) -> dict[str, Any]:
     found["sanitizer"] = _sanitize(context, found)
     context.say(f"compute-sanitizer: {found['sanitizer']}")
     return found
+
+
+def _keys(call: Call, shard: Shard, states: Tensor) -> Tensor:
+    return call.run(ops_for("cuda"), shard, states).keys
 
 
 def _sanitize(context: Context, found: dict[str, Any]) -> str:
@@ -439,8 +442,6 @@ def run(name: str, out: Path, limit_s: float, *, simulate: bool) -> dict[str, An
     with contextlib.ExitStack() as stack:
         # The compiling processes simulate for themselves, and exchanging ranks need no tensors.
         if simulate and name not in ("compile", "exchange"):
-            from simulated_cuda import simulated_cuda
-
             stack.enter_context(simulated_cuda(1))
         with _told(name, found["failures"]):
             found = stage()

@@ -32,22 +32,11 @@ from dataclasses import asdict, dataclass
 from math import prod
 from multiprocessing import get_context
 
+import compile_ahead as ahead
 from bench_shapes import MODELS, empty_shard
-from compile_ahead import (
-    DEVICE,
-    Launch,
-    call_cases,
-    has_atomics,
-    instructions,
-    launches_of,
-    load_rounds,
-    main_loop,
-    sass_of,
-    simulated_cuda,
-    usage_of,
-)
 from head_calls import Call
 from resources import aligned
+from simulated_cuda import simulated_cuda
 
 _LABEL = "MODEL, not a measurement"
 
@@ -66,30 +55,20 @@ class Gpu:
     max_programs: int
 
 
-# NVIDIA H100 whitepaper (SXM5), H200 and L40 data sheets; limits: CUDA programming guide, table of
-# technical specifications by compute capability.
+# NVIDIA's data sheets; limits: CUDA programming guide, specifications by compute capability.
 GPUS = {
     "h100": Gpu("H100 SXM", 90, 132, 1.98, 3350, 2048, 228 << 10, 32),
     "h200": Gpu("H200 SXM", 90, 132, 1.98, 4800, 2048, 228 << 10, 32),
     "l40": Gpu("L40", 89, 142, 2.49, 864, 1536, 100 << 10, 24),
 }
-_REGISTERS = 65536
-"""Of an SM, 32 bits each."""
-_BANDWIDTH_SHARE = 0.92
-"""Of the data sheet's, that a kernel which only reads has been seen to reach: assumed."""
-_LATENCY_NS = 600
-"""A read from HBM under load. Pointer chases on an idle Hopper take about half (microbenchmarks:
-arXiv 2402.13499, 2501.12084); doubled for queues: assumed."""
-_SM_BYTES_A_CYCLE = 64
-"""What L2 can give one SM (NVIDIA A100 whitepaper: 64 bytes a clock and SM)."""
-_BARRIER_CYCLES, _BARRIER_CYCLES_A_WARP = 40, 4
-"""A barrier with the round trip through shared memory (some 30 cycles: arXiv 2402.13499) that it
-is there for; more warps arrive later: assumed."""
-_ARRIVAL_US = 1.2
-"""Fence and atomic at L2, a read of all parts from L2, a reduction, a store: four trips of some
-0.25 us, and barriers: assumed."""
-_START_US = 1.0
-"""Between dependent kernels of a CUDA graph, without programmatic launch: assumed."""
+_REGISTERS = 65536  # 32 bits each, of an SM; from here on ASSUMED, none read from a run or a paper.
+# Papers with measured latencies to compare with: arXiv 2402.13499 and 2501.12084 (Hopper).
+_BANDWIDTH_SHARE = 0.92  # of the data sheet's, for a kernel that only reads
+_LATENCY_NS = 600  # of a read from memory under load, some twice that of an idle GPU
+_SM_BYTES_A_CYCLE = 64  # that one SM can take in from L2
+_BARRIER_CYCLES, _BARRIER_CYCLES_A_WARP = 40, 4  # with the round trip through shared memory
+_ARRIVAL_US = 1.2  # fence, atomic at L2, reading of all parts, their reduction, a store
+_START_US = 1.0  # between dependent kernels of a CUDA graph, without programmatic launch
 
 
 @dataclass(frozen=True)
@@ -132,44 +111,35 @@ class Step:
         """Microseconds of a way, None where it does not serve the shape."""
         return sum(one.total_us for one in self.kernels[way]) if self.kernels.get(way) else None
 
-    @property
-    def head_us(self) -> float:
-        """The faster of one launch and two: the launcher times both and takes it."""
-        ways = (self.us("one_launch"), self.us("two_launches"))
-        return min(us for us in ways if us is not None)
-
     def row(self) -> dict[str, object]:
         """A line of the table; None for what there is not."""
-        two, dense = self.kernels["two_launches"], self.us("dense")
-        assert dense is not None
+        one, two, dense = (self.us(way) for way in ("one_launch", "two_launches", "dense"))
+        assert two is not None and dense is not None  # noqa: PT018
+        head = two if one is None else min(one, two)  # the launcher times both
+        *before, candidates = self.kernels["two_launches"]
         return {
             "model": self.model,
             "tp": self.tp_size,
-            "MB": sum(one.read_bytes for one in two) / 1e6,
-            "dots us": sum(one.total_us for one in two[:-1]),
-            "candidates us": two[-1].total_us,
-            "two launches us": self.us("two_launches"),
-            "one launch us": self.us("one_launch"),
-            "total us": self.head_us,
+            "MB": sum(kernel.read_bytes for kernel in (*before, candidates)) / 1e6,
+            "dots us": sum(kernel.total_us for kernel in before),
+            "candidates us": candidates.total_us,
+            "two launches us": two,
+            "one launch us": one,
+            "total us": head,
             "dense us": dense,
-            "dense / total": dense / self.head_us,
+            "dense / total": dense / head,
         }
 
 
 def predict(gpu: Gpu, model: str, tp_size: int) -> Step:
     """Compile the launches of a rank's step at batch 1, and model each."""
     with simulated_cuda(1, interpret=False):
-        shard = empty_shard(MODELS[model], tp_size, DEVICE)
-        calls = {
-            "one_launch": Call(1, launches=1),
-            "two_launches": Call(1, launches=2),
-            "dense": Call(1, dense=True),
-        }
-        cases = {way: call_cases(model, shard, [call]) for way, call in calls.items()}
-        probed = shard.spread.shape[0] * shard.probes_per_group
-        centroids = shard.centroids.nbytes
-        every = shard.flashhead_bytes(probed, 1)
-        scores = 4 * shard.spread.numel()
+        shard = empty_shard(MODELS[model], tp_size, ahead.DEVICE)
+        calls = {"one_launch": Call(1, launches=1), "two_launches": Call(1, launches=2),
+                 "dense": Call(1, dense=True)}  # fmt: skip
+        cases = {way: ahead.call_cases(model, shard, [call]) for way, call in calls.items()}
+        every = shard.flashhead_bytes(shard.spread.shape[0] * shard.probes_per_group, 1)
+        centroids, scores = shard.centroids.nbytes, 4 * shard.spread.numel()
         read = {
             "prepare_kernel": shard.storage[0].nbytes,
             "dots_kernel": centroids,
@@ -177,28 +147,26 @@ def predict(gpu: Gpu, model: str, tp_size: int) -> Step:
             "one_launch_kernel": every,
             "dense_kernel": shard.dense_bytes(1),
         }
-    found: dict[str, list[Kernel]] = {}
-    for way, served in cases.items():
-        launches = [
-            launch
+    found = {
+        way: [
+            _kernel(gpu, launch, read[launch.kernel])
             for case in served
-            for launch in launches_of(case, gpu.capability, gpu.processors)
+            for launch in ahead.launches_of(case, gpu.capability, gpu.processors)
         ]
-        found[way] = [_kernel(gpu, launch, read[launch.kernel]) for launch in launches]
+        for way, served in cases.items()
+    }
     return Step(model, tp_size, found)
 
 
-def _kernel(gpu: Gpu, launch: Launch, read_bytes: float) -> Kernel:
-    sass, registers = sass_of(launch), usage_of(launch)["REG"]
-    names, loop = instructions(sass), main_loop(sass)
+def _kernel(gpu: Gpu, launch: ahead.Launch, read_bytes: float) -> Kernel:
+    sass, registers = ahead.sass_of(launch), ahead.usage_of(launch)["REG"]
+    names, loop = ahead.instructions(sass), ahead.main_loop(sass)
     threads, programs = 32 * launch.warps, prod(launch.grid)
     # Registers are given in eights a thread; a program's shared memory takes 1 KB for the system.
     resident = min(
-        gpu.max_programs,
-        gpu.threads // threads,
-        _REGISTERS // (-(-registers // 8) * 8 * threads),
+        gpu.max_programs, gpu.threads // threads, _REGISTERS // (-(-registers // 8) * 8 * threads),
         gpu.shared_bytes // (int(launch.compiled.metadata.shared) + 1024),
-    )
+    )  # fmt: skip
     waves = -(-programs // (gpu.processors * resident))
     here = min(resident, -(-programs // gpu.processors))
     into_sms = min(programs, gpu.processors) * _SM_BYTES_A_CYCLE * gpu.clock_ghz
@@ -206,34 +174,24 @@ def _kernel(gpu: Gpu, launch: Launch, read_bytes: float) -> Kernel:
     of_program = read_bytes / programs
     # A loop without a round is another than that over the weights, which was unrolled.
     turns = max(1.0, of_program / (threads * loop.loaded_bytes)) if loop.rounds else 1.0
-    rounds = load_rounds(names) + (turns - 1) * loop.rounds
+    rounds = ahead.load_rounds(names) + (turns - 1) * loop.rounds
     loop_barriers = turns * loop.barriers
     barriers = sum(name.startswith("BAR") for name in names) - loop.barriers
     cycles = _BARRIER_CYCLES + _BARRIER_CYCLES_A_WARP * launch.warps
     barrier_us, latency_us = cycles / gpu.clock_ghz / 1e3, _LATENCY_NS / 1e3
-    chain_us = waves * rounds * latency_us
-    bytes_us = read_bytes / rate / 1e3
-    if here > 1:  # the others stream while one stands at a barrier
-        stream_us = max(bytes_us, chain_us + waves * loop_barriers * barrier_us)
-    else:
-        stream_us = max(bytes_us, chain_us) + waves * loop_barriers * barrier_us
+    bytes_us, chain_us = read_bytes / rate / 1e3, waves * rounds * latency_us
+    halts_us = waves * loop_barriers * barrier_us
+    # Where an SM has several programs, the others stream while one stands at a barrier.
+    alone = max(bytes_us, chain_us) + halts_us
+    stream_us = alone if here == 1 else max(bytes_us, chain_us + halts_us)
     return Kernel(
-        kernel=launch.kernel,
-        grid=launch.grid,
-        warps=launch.warps,
-        registers=registers,
-        resident_programs=resident,
-        waves=waves,
-        read_bytes=read_bytes,
-        rate_gb_per_s=rate,
-        rounds=rounds,
-        in_flight_bytes_an_sm=here * of_program / max(rounds, 1.0),
-        barriers=barriers + loop_barriers,
+        launch.kernel, launch.grid, launch.warps, registers, resident, waves, read_bytes, rate,
+        rounds, here * of_program / max(rounds, 1.0), barriers + loop_barriers,
         stream_us=stream_us + latency_us,
         barriers_us=waves * barriers * barrier_us,
-        arrival_us=_ARRIVAL_US if has_atomics(sass) else 0.0,
+        arrival_us=_ARRIVAL_US if ahead.has_atomics(sass) else 0.0,
         start_us=_START_US,
-    )
+    )  # fmt: skip
 
 
 def _table(rows: Sequence[dict[str, object]]) -> str:
@@ -261,21 +219,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     gpu = GPUS[options.device]
     pairs = [(model, tp_size) for model in options.models for tp_size in options.tp_sizes]
-    with ProcessPoolExecutor(
-        min(len(pairs), os.cpu_count() or 1), mp_context=get_context("spawn")
-    ) as pool:
-        models, tp_sizes = zip(*pairs, strict=True)
-        steps = list(pool.map(predict, [gpu] * len(pairs), models, tp_sizes))
+    jobs = min(len(pairs), os.cpu_count() or 1)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        steps = list(pool.map(predict, [gpu] * len(pairs), *zip(*pairs, strict=True)))
     if options.json:
-        document = [
-            step.row()
-            | {
-                "kernels": {
-                    way: [asdict(one) for one in all_] for way, all_ in step.kernels.items()
-                }
-            }
-            for step in steps
-        ]
+        document = [step.row() | {"kernels": asdict(step)["kernels"]} for step in steps]
         print(json.dumps({"label": _LABEL, "gpu": asdict(gpu), "steps": document}))
         return 0
     print(f"{_LABEL}: {gpu.name}, batch 1, one rank of tp, no exchange\n")

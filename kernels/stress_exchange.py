@@ -124,7 +124,7 @@ def _run(tp_size: int, options: argparse.Namespace) -> int:
     if options.simulate:
         os.environ["TRITON_INTERPRET"] = "1"
         words = torch.zeros(tp_size, num_words(tp_size, options.capacity), dtype=torch.int64)
-        words.share_memory_()
+        words.share_memory_()  # type: ignore[no-untyped-call]
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
