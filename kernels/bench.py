@@ -37,9 +37,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench_cell import Bench, Measurement, measure_shard
-from bench_environment import device_name, device_slug, make_environment
-from bench_picture import PNG_NAME, draw
-from bench_report import WHAT_IS_MEASURED, make_tables, verdicts, write_files
+from bench_report import (
+    PNG_NAME,
+    WHAT_IS_MEASURED,
+    device_name,
+    device_slug,
+    draw,
+    make_environment,
+    make_tables,
+    verdicts,
+    write_files,
+)
 from bench_shapes import GROUPS, MODELS, SCALE_GROUP, SMALLEST_VOCABULARY, Shape
 from bench_timing import make_clock
 from flashhead_kernels.dispatch import ops_for

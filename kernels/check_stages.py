@@ -46,7 +46,7 @@ _TINY_TP_SIZES = (128,)
 """One group a rank: the interpreter runs one program after another."""
 _TP_SIZES = (1, 8)
 _TIMED_MODELS = ("gemma-3-270m", "llama-3.1-8b")
-_BATCHES, _TINY_BATCHES = (1, 8), (1, 2)
+_BATCHES, _TINY_BATCHES = (1, 8), (2,)
 _REPEATS, _TINY_REPEATS = 1000, 2
 _ROUNDS, _TINY_ROUNDS = 30, 1
 _TINY_CALLS = 3
@@ -404,8 +404,7 @@ def _small_steps() -> None:
 
 def _timed_cells(context: Context) -> list[tuple[Shape, int, int]]:
     """Model, tp size and batch."""
-    batches = context.batches[:1] if context.simulate else context.batches
-    return list(itertools.product(context.timed_models, context.tp_sizes, batches))
+    return list(itertools.product(context.timed_models, context.tp_sizes, context.batches))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from rich.console import Console
 import bench_report as report
 import bench_ways as ways
 from bench_cell import Measurement
-from bench_picture import draw
 
 ENVIRONMENT: dict[str, Any] = {
     "device": "MADE UP H200",
@@ -166,7 +165,7 @@ def test_the_picture_is_drawn_with_its_marks(tmp_path: Path) -> None:
         patch.setattr(
             Figure, "savefig", lambda self, *a, **k: (kept.append(self), saved(self, *a, **k))
         )
-        draw(a_frame(), "a note", tmp_path / "picture.png")
+        report.draw(a_frame(), "a note", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     (figure,) = kept
     assert "MADE UP H200" in figure.get_suptitle()
