@@ -4,7 +4,6 @@ BIN := .venv/bin
 RANKS ?= 8
 WORKERS ?= 2
 PY ?= $(BIN)/python
-GPU_ENV := PYTHONPATH=.:kernels:topology:profiles
 # One thread a rank: torchrun would set it anyway, and say so at length.
 export OMP_NUM_THREADS ?= 1
 
@@ -90,16 +89,8 @@ bench-ranges: setup ## What the ranges of a step cost where no profiler listens
 bench-gpu: setup ## Time the head kernels on a CUDA GPU, into docs/kernels/<GPU> (ARGS=...)
 	$(BIN)/python kernels/bench.py $(ARGS)
 
-check-gpu: ## All that only a GPU can show (ARGS=...); PY=python3 where no .venv can be made
-	$(GPU_ENV) $(PY) -m pytest -m "not real" tests/kernels tests/dist/test_measure_graph.py
-	if command -v compute-sanitizer; then \
-		$(GPU_ENV) compute-sanitizer --error-exitcode 3 $(PY) -m pytest -q \
-			tests/kernels/test_triton_head.py tests/kernels/test_triton_dense.py -k "twin or order"; \
-	else echo "compute-sanitizer is not here: SKIPPED"; fi
-	$(GPU_ENV) $(PY) kernels/stress_exchange.py
-	$(GPU_ENV) $(PY) launch/scale.py --synthetic 32000,1024 --device cuda --tp-sizes 1 --remeasure \
-		--heads dense_local_max,flashhead,flashhead_auto --batch-sizes 1,8,64 --skip-plots
-	$(GPU_ENV) $(PY) kernels/bench.py $(ARGS)
+check-gpu: ## All that only a GPU can show, in five minutes (ARGS=...); PY=python3 where no .venv can be made
+	$(PY) kernels/check_gpu.py $(ARGS)
 
 lint: setup ## Format and check
 	$(BIN)/ruff format .

@@ -5,8 +5,10 @@
     python kernels/bench.py --device cpu --synthetic 4096,64 --iters 5     the same code on a CPU
 
 Six ways to the greedy token of one rank's shard, interleaved, on made-up weights that are rotated
-past the cache. Each way is checked against its definition before it is timed; a wrong token ends
-the run with code 1. docs/kernels.md says what the columns mean.
+past the cache. Each way is checked against its definition before it is timed: where it gives a
+wrong token or fails it is left out, the others are measured, and the run ends with code 1. A token
+whose logit ties with the best within the rounding of the sum is counted and right. docs/kernels.md
+says what the columns mean.
 
     flashhead               the project's kernel, one launch or two as it chooses
     flashhead_two_launches  centroid scores first, then candidates (where the device has both)
@@ -35,12 +37,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench_cell import Bench, Measurement, measure_shard
-from bench_environment import device_name, device_slug, make_environment
-from bench_picture import PNG_NAME, draw
-from bench_report import WHAT_IS_MEASURED, make_tables, verdicts, write_files
+from bench_report import (
+    PNG_NAME,
+    WHAT_IS_MEASURED,
+    device_name,
+    device_slug,
+    draw,
+    make_environment,
+    make_tables,
+    verdicts,
+    write_files,
+)
 from bench_shapes import GROUPS, MODELS, SCALE_GROUP, SMALLEST_VOCABULARY, Shape
 from bench_timing import make_clock
-from bench_ways import WrongResultError
 from flashhead_kernels.dispatch import ops_for
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -170,9 +179,10 @@ def report(
     for table in make_tables(frame):
         console.print(table)
     judged = verdicts(frame)
-    for line in (*bench.notes, *(verdict.text for verdict in judged)):
+    notes = _all_notes(bench, found)
+    for line in (*notes, *(verdict.text for verdict in judged)):
         console.print(line, highlight=False, markup=False)
-    paths = write_files(frame, environment, bench.notes, folder)
+    paths = write_files(frame, environment, notes, folder)
     try:
         draw(frame, f"{WHAT_IS_MEASURED} {environment['summary']}", folder / PNG_NAME)
         paths.append(folder / PNG_NAME)
@@ -181,10 +191,18 @@ def report(
     console.print(f"written: {', '.join(str(path) for path in paths)}", highlight=False)
     return {
         "environment": environment,
-        "notes": bench.notes,
+        "notes": notes,
+        "failures": bench.failures,
         "verdicts": [{"text": verdict.text, "met": verdict.met} for verdict in judged],
         "results": frame.to_dict("records"),
     }
+
+
+def _all_notes(bench: Bench, found: Sequence[Measurement]) -> list[str]:
+    """What could not be measured, what failed, and how many tokens were ties."""
+    checked, ties = sum(one.num_checked for one in found), sum(one.num_ties for one in found)
+    counted = f"{checked:,} tokens were checked, {ties:,} of them ties within rounding"
+    return [*bench.notes, *(f"FAILED: {failure}" for failure in bench.failures), counted]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -200,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     clock = make_clock(torch.device(arguments.device))
-    bench = Bench(name, clock, ops, arguments.iters, seed=0, notes=[])
+    bench = Bench(name, clock, ops, arguments.iters, seed=0)
     found: list[Measurement] = []
     ended, code, complete = "", 0, False
     try:
@@ -208,8 +226,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         complete = True
     except KeyboardInterrupt:
         ended, code = "interrupted", _INTERRUPTED
-    except WrongResultError as error:
-        ended, code = f"{error}: its time would mean nothing, so nothing more is timed", 1
     except torch.OutOfMemoryError:
         code = 2
         ended = "the device is out of memory: give fewer --batch-sizes or larger --tp-sizes"
@@ -225,9 +241,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 if arguments.json:
                     print(json.dumps(document))
+    for failure in bench.failures:
+        print(f"error: {failure}", file=sys.stderr)
     if ended:
         print(f"error: {ended}", file=sys.stderr)
-    return code
+    return code or (1 if bench.failures else 0)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""One cell of `bench.py`: every way, checked and then timed, interleaved, over rotated weights."""
+"""One cell of `bench.py`: every way, checked and then timed, interleaved, over rotated weights.
+
+A way that fails, or gives a wrong token, is left out of its cell and told in `Bench.failures`.
+"""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -14,11 +18,18 @@ from torch import Tensor
 
 from bench_shapes import Shape, make_shard, rotation_count
 from bench_timing import Clock, Run, copy_gb_per_s, gb_per_s, keep_results
-from bench_ways import FLASHHEAD, Copy, Published, Way, make_ways, read_bytes
+from bench_ways import (
+    FLASHHEAD,
+    Checked,
+    Copy,
+    Published,
+    Way,
+    WrongResultError,
+    make_ways,
+    read_bytes,
+)
 
-_LEAST_STEPS = 8
-"""A run holds this many steps or more, so that what starts a graph is a small part of each."""
-_WARM_UP_ROUNDS = 3
+_UNCHECKED = Checked(0, 0)
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,8 @@ class Measurement:
 
     timing: what timed it, and whether its launches are part. num_copies: of the weights, taken in
     turn. read_bytes: that a step must read, each once. share_of_copy: of the copy bandwidth.
-    times_flashhead: its median over that of `flashhead` in the same cell.
+    times_flashhead: its median over that of `flashhead` in the same cell, None where that failed.
+    num_checked, num_ties: tokens compared with the definition's, and those that tie with another.
     """
 
     device: str
@@ -49,7 +61,9 @@ class Measurement:
     gb_per_s: float
     copy_gb_per_s: float
     share_of_copy: float
-    times_flashhead: float
+    times_flashhead: float | None
+    num_checked: int
+    num_ties: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,14 +71,21 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all cells share. notes: filled with what could not be measured, and why."""
+    """What all cells share. notes: filled with what could not be measured, and why.
+
+    failures: filled with the ways that failed or gave a wrong token, and where. least_steps: a run
+    holds this many steps or more, so that what starts a graph is a small part of each.
+    """
 
     device_name: str
     clock: Clock
     ops: ModuleType
     iterations: int
     seed: int
-    notes: list[str]
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    least_steps: int = 8
+    warm_up_rounds: int = 3
 
 
 @dataclass(frozen=True)
@@ -73,6 +94,7 @@ class _Prepared:
     run: Run
     results: list[Tensor]
     timing: str
+    checked: Checked
 
 
 def measure_shard(
@@ -82,24 +104,20 @@ def measure_shard(
     batch_sizes: Sequence[int],
     on_cell: Callable[[], None],
 ) -> Iterator[Measurement]:
-    """Measure one rank of `tp_size` at each batch size.
-
-    Raises:
-        WrongResultError: a way gave a wrong token.
-    """
+    """Measure one rank of `tp_size` at each batch size."""
     copy_bandwidth = copy_gb_per_s(bench.clock)
     copies = _make_copies(bench, shape, tp_size)
     for batch_size in batch_sizes:
         states = _make_states(bench, shape, len(copies), batch_size)
-        prepared = [
-            ready
-            for way in make_ways(bench.ops, graphs=bench.clock.graphs)
-            if (ready := _prepare(bench, way, copies, states)) is not None
-        ]
-        _check(prepared, copies, states)
-        num_steps = _num_steps(len(copies))
+        prepared = []
+        for way in make_ways(bench.ops, graphs=bench.clock.graphs):
+            where = f"{way.name} at {shape.name}, tp {tp_size}, batch {batch_size}"
+            ready = _checked(bench, way, copies, states, where)
+            if ready is not None:
+                prepared.append(ready)
+        num_steps = _num_steps(bench, len(copies))
         times = _time(bench, prepared, num_steps)
-        flashhead_us = float(np.median(times[FLASHHEAD]))
+        flashhead_us = float(np.median(times[FLASHHEAD])) if FLASHHEAD in times else None
         for ready in prepared:
             p10, median, p90 = (
                 float(q) for q in np.percentile(times[ready.way.name], (10, 50, 90))
@@ -126,7 +144,9 @@ def measure_shard(
                 gb_per_s=rate,
                 copy_gb_per_s=copy_bandwidth,
                 share_of_copy=rate / copy_bandwidth,
-                times_flashhead=median / flashhead_us,
+                times_flashhead=median / flashhead_us if flashhead_us else None,
+                num_checked=ready.checked.tokens,
+                num_ties=ready.checked.ties,
             )
         on_cell()
 
@@ -149,48 +169,73 @@ def _make_states(bench: Bench, shape: Shape, count: int, batch_size: int) -> Ten
     return torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16)
 
 
-def _num_steps(num_copies: int) -> int:
-    return num_copies * -(-_LEAST_STEPS // num_copies)
+def _num_steps(bench: Bench, num_copies: int) -> int:
+    return num_copies * -(-bench.least_steps // num_copies)
 
 
 def _prepare(bench: Bench, way: Way, copies: Sequence[Copy], states: Tensor) -> _Prepared | None:
     """The way's steps over all copies in turn; None where torch cannot capture one not required."""
     clock, count = bench.clock, len(copies)
     steps = [
-        partial(way.step, copies[i % count], states[i % count]) for i in range(_num_steps(count))
+        partial(way.step, copies[i % count], states[i % count])
+        for i in range(_num_steps(bench, count))
     ]
     if not (way.graph and clock.graphs):
         timing = f"{clock.label}, launches included" if clock.graphs else clock.label
-        return _Prepared(way, *keep_results(steps), timing)
+        return _Prepared(way, *keep_results(steps), timing, _UNCHECKED)
     try:
-        return _Prepared(way, *clock.capture(steps), f"{clock.label}, graph replay")
+        return _Prepared(way, *clock.capture(steps), f"{clock.label}, graph replay", _UNCHECKED)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         if way.required:
             raise
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        note = f"{way.name} is left out where a CUDA graph cannot hold it: {first_line}"
+        note = f"{way.name} is left out where a CUDA graph cannot hold it: {_first_line(error)}"
         if note not in bench.notes:
             bench.notes.append(note)
         return None
 
 
-def _check(prepared: Sequence[_Prepared], copies: Sequence[Copy], states: Tensor) -> None:
-    """Run each way as it is timed, and check the steps on the first and on the last copy."""
-    for ready in prepared:
+def _checked(
+    bench: Bench, way: Way, copies: Sequence[Copy], states: Tensor, where: str
+) -> _Prepared | None:
+    """The way, run once as it will be timed, right on the first and on the last copy.
+
+    None where it cannot be captured, or failed: other ways are measured all the same.
+    """
+    try:
+        ready = _prepare(bench, way, copies, states)
+        if ready is None:
+            return None
         ready.run()
         if states.device.type == "cuda":
             torch.cuda.synchronize(states.device)
-        for place in (0, len(copies) - 1):
-            ready.way.check(copies[place], states[place], ready.results[place])
+        both = [
+            way.check(copies[place], states[place], ready.results[place])
+            for place in (0, len(copies) - 1)
+        ]
+    except torch.OutOfMemoryError:
+        raise
+    except WrongResultError as error:
+        bench.failures.append(f"{where}: {error}")
+        return None
+    except Exception as error:
+        traceback.print_exc()
+        bench.failures.append(f"{where}: {_first_line(error)}")
+        return None
+    total = Checked(sum(one.tokens for one in both), sum(one.ties for one in both))
+    return replace(ready, checked=total)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _time(bench: Bench, prepared: Sequence[_Prepared], num_steps: int) -> dict[str, list[float]]:
     """Microseconds a step by way; in every round each way runs once, in an order that rotates."""
     times: dict[str, list[float]] = {ready.way.name: [] for ready in prepared}
-    for iteration in range(-_WARM_UP_ROUNDS, bench.iterations):
-        first = iteration % len(prepared)
+    for iteration in range(-bench.warm_up_rounds, bench.iterations):
+        first = iteration % max(1, len(prepared))
         for ready in (*prepared[first:], *prepared[:first]):
             elapsed = bench.clock.time_us(ready.run, launches=not ready.way.graph)
             if iteration >= 0:

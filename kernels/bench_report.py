@@ -1,16 +1,25 @@
-"""Tables, verdicts and files of what `bench.py` measured. A frame holds one row a `Measurement`."""
+"""Tables, verdicts, picture and files of what `bench.py` measured, and what the run stood on.
+
+A frame holds one row a `Measurement`.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 from rich.table import Table
 
+from bench_cell import Bench
 from bench_ways import (
     DENSE_FUSED,
     DENSE_TORCH,
@@ -19,6 +28,12 @@ from bench_ways import (
     PUBLISHED_GRAPH,
     TWO_LAUNCHES,
 )
+from flashhead_dist.measure.environment import software_versions, source_commit
+from flashhead_kernels import launch_choice
+from flashhead_topology.probe import probe_machine
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TARGET_DEVICE = "H200"
 _FLOOR_FACTOR, _FLOOR_US = 1.5, 4.0
@@ -34,6 +49,20 @@ _OTHER_WAYS = {
     TWO_LAUNCHES: "two launches",
 }
 CSV_NAME, MARKDOWN_NAME, ENVIRONMENT_NAME = "kernels.csv", "kernels.md", "environment.json"
+PNG_NAME = "kernels.png"
+# Okabe and Ito's palette, told apart by colour-blind readers; markers differ as well.
+_STYLES = {
+    DENSE_TORCH: ("dense torch: matmul + max", "#E69F00", "s", "-"),
+    DENSE_FUSED: ("dense fused", "#000000", "o", "-"),
+    PUBLISHED_EAGER: ("published FlashHead, eager", "#D55E00", "D", "-"),
+    PUBLISHED_GRAPH: ("published FlashHead, graph", "#CC79A7", "X", "-"),
+    TWO_LAUNCHES: ("flashhead, two launches", "#56B4E9", "v", "--"),
+    FLASHHEAD: ("flashhead", "#0072B2", "*", "-"),
+}
+_FLOOR = "flashhead's bytes over\nthe copy bandwidth"
+_PANEL_INCHES = (3.0, 2.5)
+_LEGEND_INCHES = 2.5
+_CHARACTERS_AN_INCH = 16
 WHAT_IS_MEASURED = (
     "Weights and hidden states are SYNTHETIC: random values. At batch 1 the time does not depend "
     "on them; above, it depends on how many probes the rows share, and random rows share few. "
@@ -60,6 +89,8 @@ def verdicts(frame: pd.DataFrame) -> list[Verdict]:
     single = frame[(frame["tp_size"] == 1) & (frame["batch_size"] == 1)]
     for model, rows in single.groupby("model", sort=False):
         by_way = rows.set_index("way")
+        if FLASHHEAD not in by_way.index:
+            continue
         own = by_way.loc[FLASHHEAD]
         on = f"{model}, tp 1, batch 1, on {own['device']}"
         floor_us = own["read_bytes"] / own["copy_gb_per_s"] / 1e3
@@ -90,10 +121,12 @@ def _judged(text: str, device: str, *, met: bool) -> Verdict:
 
 
 def _cells(frame: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """One line a cell, as text by column."""
+    """One line a cell in which flashhead was measured, as text by column."""
     keys = ["model", "tp_size", "batch_size"]
     for (model, tp_size, batch_size), rows in frame.groupby(keys, sort=False):
         by_way = rows.set_index("way")
+        if FLASHHEAD not in by_way.index:
+            continue
         own = by_way.loc[FLASHHEAD]
         line = {
             "model": f"{model!s} ({own['vocab_size']:,} x {own['hidden_size']:,})",
@@ -119,6 +152,8 @@ def make_tables(frame: pd.DataFrame) -> list[Table]:
     tables = []
     for _, rows in frame.groupby("model", sort=False):
         lines = list(_cells(rows))
+        if not lines:
+            continue
         table = Table(
             title=f"{lines[0]['model']} on {rows['device'].iloc[0]}",
             caption=f"{WHAT_IS_MEASURED} {WHAT_COLUMNS_MEAN}",
@@ -159,8 +194,9 @@ def markdown(frame: pd.DataFrame, environment: Mapping[str, Any], notes: Sequenc
     ]
     lines = list(_cells(frame))
     columns = list(lines[0]) if lines else []
-    parts.append(f"| {' | '.join(columns)} |")
-    parts.append(f"|---|{'---:|' * (len(columns) - 1)}")
+    if lines:
+        parts.append(f"| {' | '.join(columns)} |")
+        parts.append(f"|---|{'---:|' * (len(columns) - 1)}")
     parts += [f"| {' | '.join(line[column] for column in columns)} |" for line in lines]
     parts += _launches(environment["launches"])
     return "\n".join(parts) + "\n"
@@ -200,3 +236,131 @@ def write_files(
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in texts]
+
+
+def draw(frame: pd.DataFrame, note: str, path: Path) -> None:
+    """Draw the frame's cells into `path`; `note` stands below them.
+
+    Raises ImportError without matplotlib, OSError where the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    models = list(frame["model"].unique())
+    tp_sizes = sorted(frame["tp_size"].unique())
+    width, height = _PANEL_INCHES
+    size = (max(width * len(tp_sizes), 4.5) + _LEGEND_INCHES, height * len(models) + 1.6)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(models), len(tp_sizes), sharey="row", squeeze=False)
+    for axes_row, model in zip(grid, models, strict=True):
+        for axes, tp_size in zip(axes_row, tp_sizes, strict=True):
+            cell = frame[(frame["model"] == model) & (frame["tp_size"] == tp_size)]
+            _panel(axes, cell, f"{model}, one rank of tp {tp_size}")
+        axes_row[0].set_ylabel("microseconds a step")
+    for axes in grid[-1]:
+        axes.set_xlabel("batch size")
+    handles = [
+        Line2D([], [], **_style(way), label=words)
+        for way, (words, *_) in _STYLES.items()
+        if (frame["way"] == way).any()
+    ]
+    handles.append(Line2D([], [], color="#777777", linestyle=":", label=_FLOOR))
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
+    device = frame["device"].iloc[0]
+    figure.suptitle(f"Head kernels on {device} (SYNTHETIC weights)", x=0.01, ha="left", fontsize=11)
+    text = textwrap.fill(note, round(size[0] * _CHARACTERS_AN_INCH))
+    figure.supxlabel(text, fontsize=8, x=0.01, ha="left")
+    figure.savefig(path, dpi=150)
+
+
+def _panel(axes: Axes, cell: pd.DataFrame, title: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for way in _STYLES:
+        rows = cell[cell["way"] == way].sort_values("batch_size")
+        if rows.empty:
+            continue
+        axes.plot(rows["batch_size"], rows["median_us"], **_style(way))
+        axes.vlines(
+            rows["batch_size"], rows["p10_us"], rows["p90_us"], color=_style(way)["color"], lw=1.0
+        )
+    own = cell[cell["way"] == FLASHHEAD].sort_values("batch_size")
+    floor = own["read_bytes"] / own["copy_gb_per_s"] / 1e3
+    axes.plot(own["batch_size"], floor, color="#777777", linestyle=":", linewidth=1.2)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted(cell["batch_size"].unique()))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(LogLocator(base=2, subs=()))
+    axes.set_title(title, fontsize=9)
+    axes.grid(visible=True, which="major", axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _style(way: str) -> dict[str, Any]:
+    _, color, marker, line = _STYLES[way]
+    return {
+        "color": color,
+        "marker": marker,
+        "linestyle": line,
+        "linewidth": 1.5,
+        "markersize": 9.0 if marker == "*" else 5.0,
+    }
+
+
+def device_name(device: str) -> str:
+    """Name of the GPU, or of the CPU and its threads, by which every figure is labelled."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{probe_machine().cpu_model} (CPU, {torch.get_num_threads()} threads)"
+
+
+def device_slug(name: str) -> str:
+    """A name for a folder: `NVIDIA H200` -> `nvidia-h200`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def make_environment(
+    bench: Bench, arguments: Mapping[str, Any], *, complete: bool
+) -> dict[str, Any]:
+    """JSON form of what the figures depend on; `complete`: all cells asked for were measured."""
+    on_gpu = bench.clock.device.type == "cuda"
+    cache = f"{bench.clock.cache_bytes / 1e6:.0f} MB of last-level cache"
+    timing = (
+        f"CUDA events around graph replays; weights rotated past {cache}; ways interleaved."
+        if on_gpu
+        else "CPU: wall clock, no graphs, caches not emptied; this shows that the code runs, "
+        "not how fast a GPU is."
+    )
+    versions, commit, driver = software_versions(), source_commit(), _driver() if on_gpu else "none"
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {
+        "device": bench.device_name,
+        "driver": driver,
+        "cache_bytes": bench.clock.cache_bytes,
+        "operations": bench.ops.__name__,
+        "launches": launch_choice.table.choices(),
+        "timing": timing,
+        "versions": versions,
+        "commit": commit,
+        "time_utc": now,
+        "complete": complete,
+        "arguments": {key: str(value) for key, value in arguments.items()},
+        "summary": f"{timing} {bench.device_name}, driver {driver}, torch "
+        f"{versions.get('torch')}, triton {versions.get('triton', 'none')}, "
+        f"{bench.ops.__name__}; commit {commit}, {now[:10]}.",
+    }
+
+
+def _driver() -> str:
+    """The driver's version, as nvidia-smi says it."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return (done.stdout.splitlines() or ["unknown"])[0].strip()

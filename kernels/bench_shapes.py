@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from flashhead_kernels import reference
-from flashhead_kernels.quantize import QuantizedCentroids, quantize_centroids, tile_centroids
+from flashhead_kernels.projection import Projection
+from flashhead_kernels.quantize import (
+    TILE,
+    QuantizedCentroids,
+    quantize_centroids,
+    tile_centroids,
+)
 
 GROUPS = 128
 CLUSTER_SIZE = 4
@@ -85,6 +91,11 @@ class Shard:
         return self.storage[: self.num_dense_rows]
 
     @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.storage.shape[1]
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of all tensors."""
         tensors = (self.storage, self.token_ids, self.spread)
@@ -123,6 +134,23 @@ class Shard:
     def dense_bytes(self, batch_size: int) -> float:
         """Bytes that a dense step must read, each once: rows and hidden states."""
         return float(self.dense_rows.nbytes + self._state_bytes(batch_size))
+
+    def row_of(self, token_id: int) -> Tensor | None:
+        """The row `[D]` of a token that this rank holds; None for any other and for a pad."""
+        if token_id < 0:
+            return None
+        for rows, ids in (
+            (self.rows, self.token_ids),
+            (self.pinned_rows, self.pinned_token_ids),
+        ):
+            places = (ids.flatten() == token_id).nonzero()
+            if len(places):
+                return rows.reshape(-1, self.hidden_size)[int(places[0])]
+        return None
+
+    def dense_row_of(self, token_id: int) -> Tensor | None:
+        """The row `[D]` of a token of a dense head's rank; None for any other."""
+        return self.dense_rows[token_id] if 0 <= token_id < self.num_dense_rows else None
 
     def count_clusters_read(self, states: Tensor) -> float:
         """Distinct clusters that a batch probes, the mean over batches `states [K, B, D]`."""
@@ -168,6 +196,45 @@ def make_shard(shape: Shape, tp_size: int, device: torch.device, seed: int) -> S
         pinned_token_ids=(clustered + group_ids)[:, None],
         probes_per_group=shape.probes_per_group,
         num_dense_rows=num_dense_rows,
+    )
+
+
+def empty_shard(
+    shape: Shape, tp_size: int, device: torch.device, share_of_columns: float = 1.0
+) -> Shard:
+    """Rank 0's tensors without values: on a CPU, memory that is not touched is not taken.
+
+    share_of_columns: of D, in which centroids are kept behind a projection; 1 for all, without one.
+    """
+    groups, clusters = -(-GROUPS // tp_size), shape.clusters_per_group
+    size, rows = shape.hidden_size, -(-shape.vocab_size // tp_size)
+    columns = round(size * share_of_columns) // SCALE_GROUP * SCALE_GROUP
+
+    def empty(*dimensions: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(dimensions, dtype=dtype, device=device)
+
+    token_ids = empty(groups, clusters, CLUSTER_SIZE, dtype=torch.int32)
+    projection = Projection(
+        empty(columns, size, dtype=torch.float32), empty(size, dtype=torch.float32)
+    )
+    centroids = QuantizedCentroids(
+        values=empty(groups, clusters, columns * CENTROID_BITS // 8, dtype=torch.uint8),
+        scales=empty(groups, clusters, columns // SCALE_GROUP),
+        bits=CENTROID_BITS,
+        group_size=SCALE_GROUP,
+        hidden_size=columns,
+        tile=TILE if clusters % TILE == 0 else 1,
+        projection=None if columns == size else projection,
+    )
+    return Shard(
+        storage=empty(max(token_ids.numel(), rows), size),
+        token_ids=token_ids,
+        centroids=centroids,
+        spread=empty(groups, clusters, dtype=torch.float32),
+        pinned_rows=empty(groups, 1, size),
+        pinned_token_ids=empty(groups, 1, dtype=torch.int32),
+        probes_per_group=shape.probes_per_group,
+        num_dense_rows=rows,
     )
 
 

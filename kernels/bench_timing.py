@@ -20,15 +20,20 @@ _SMALLEST_SCRATCH_BYTES = 256 << 20
 """Reading this much keeps a GPU busy while the host queues what is timed: some 50 us."""
 _CUDA_COPY_BYTES = 1 << 30
 _CPU_COPY_BYTES = 64 << 20
+_SIMULATED_BYTES = 1 << 16
 _COPIES_TIMED = 20
 
 
 class Clock(Protocol):
-    """device; cache_bytes: of the last-level cache that weights rotate past, 0 for none."""
+    """device; cache_bytes: of the last-level cache that weights rotate past, 0 for none.
+
+    copy_bytes: that a copy moves, of which the bandwidth is taken.
+    """
 
     device: torch.device
     graphs: bool
     cache_bytes: int
+    copy_bytes: int
     label: str
 
     def capture(self, steps: Sequence[Step]) -> tuple[Run, list[Tensor]]:
@@ -43,6 +48,7 @@ class WallClock:
 
     graphs = False
     cache_bytes = 0
+    copy_bytes = _CPU_COPY_BYTES
     label = "wall clock"
 
     def __init__(self) -> None:
@@ -58,17 +64,24 @@ class WallClock:
 
 
 class CudaClock:
-    """Events on one stream, on which all is warmed up, captured and replayed."""
+    """Events on one stream, on which all is warmed up, captured and replayed.
+
+    simulated: the device is a stand-in, and buffers need no size.
+    """
 
     graphs = True
     label = "CUDA events"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, simulated: bool = False) -> None:
         self.device = device
-        self.cache_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
+        l2_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
+        self.cache_bytes = 0 if simulated else l2_bytes
         # Kernels keep a workspace a stream: one filled while capturing would never be filled.
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.copy_bytes = _SIMULATED_BYTES if simulated else _CUDA_COPY_BYTES
         scratch_bytes = max(4 * self.cache_bytes, _SMALLEST_SCRATCH_BYTES)
+        if simulated:
+            scratch_bytes = _SIMULATED_BYTES
         self._scratch = torch.zeros(scratch_bytes // 4, device=device)
         self._sink = torch.empty((), device=device)
 
@@ -122,15 +135,14 @@ def keep_results(steps: Sequence[Step]) -> tuple[Run, list[Tensor]]:
 
 def copy_gb_per_s(clock: Clock) -> float:
     """Bandwidth of a copy from the device's memory to itself, bytes read plus bytes written."""
-    num_bytes = _CUDA_COPY_BYTES if clock.device.type == "cuda" else _CPU_COPY_BYTES
-    source = torch.empty(num_bytes, dtype=torch.uint8, device=clock.device).random_()
+    source = torch.empty(clock.copy_bytes, dtype=torch.uint8, device=clock.device).random_()
     target = torch.empty_like(source)
 
     def copy() -> None:
         target.copy_(source)
 
     times = [clock.time_us(copy, launches=False) for _ in range(3 + _COPIES_TIMED)][3:]
-    return gb_per_s(2 * num_bytes, statistics.median(times))
+    return gb_per_s(2 * clock.copy_bytes, statistics.median(times))
 
 
 def gb_per_s(num_bytes: float, microseconds: float) -> float:

@@ -3,6 +3,7 @@
     python kernels/stress_exchange.py                           2, 4 and 8 ranks on one GPU
     python kernels/stress_exchange.py --ranks 2 --rounds 500    a quick look
     python kernels/stress_exchange.py --spread                  rank r on GPU r
+    python kernels/stress_exchange.py --simulate --rounds 20    interpreted on the CPU, no graph
 
 Each rank is a process. First every round is a launch, with ranks stalled at random; then rounds are
 replayed from a CUDA graph. Batches vary from 1 to the capacity. Keys are random with ties, empty
@@ -23,19 +24,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from flashhead_kernels.exchange_choice import (
     ExchangeFailedError,
@@ -43,12 +46,15 @@ from flashhead_kernels.exchange_choice import (
     ExchangeUnavailableError,
     choose_exchange,
 )
-from flashhead_kernels.exchange_layout import DEFAULT_CAPACITY
-from flashhead_kernels.symmetric import SHARED_DEVICE_VARIABLE
-from stress_rounds import Tally, run_graph, run_launches, whole_replays
+from flashhead_kernels.exchange_layout import DEFAULT_CAPACITY, merged_keys, num_words
+from flashhead_kernels.keys import EMPTY_KEY
+from flashhead_kernels.symmetric import SHARED_DEVICE_VARIABLE, SymmetricExchange
 
 INTERRUPTED = 130
 _UNAVAILABLE = 3
+ROUNDS_A_CHECK = 100
+_LONGEST_STALL_S = 2e-3
+_LONGEST_STALL_CYCLES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class Job:
     capacity: int
     seed: int
     spread: bool
+    simulate: bool
     folder: str
     timeout_s: float
 
@@ -71,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if mistake is not None:
         print(f"stress_exchange: {mistake}", file=sys.stderr)
         return 2
-    print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}")
+    where = "SIMULATED on the CPU" if options.simulate else torch.cuda.get_device_name(0)
+    print(f"{where}, torch {torch.__version__}")
     try:
         for tp_size in options.ranks:
             code = _run(tp_size, options)
@@ -112,14 +120,19 @@ def _run(tp_size: int, options: argparse.Namespace) -> int:
     context: Any = mp.get_context("spawn")
     progress = context.Array("q", tp_size)
     answers = context.SimpleQueue()
+    words = None
+    if options.simulate:
+        os.environ["TRITON_INTERPRET"] = "1"
+        words = torch.zeros(tp_size, num_words(tp_size, options.capacity), dtype=torch.int64)
+        words.share_memory_()  # type: ignore[no-untyped-call]
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         job = Job(
-            tp_size, options.rounds, options.capacity, options.seed, options.spread, folder,
-            options.timeout,
+            tp_size, options.rounds, options.capacity, options.seed, options.spread,
+            options.simulate, folder, options.timeout,
         )  # fmt: skip
         processes = [
-            context.Process(target=_rank, args=(rank, job, progress, answers))
+            context.Process(target=_rank, args=(rank, job, words, progress, answers))
             for rank in range(tp_size)
         ]
         try:
@@ -137,7 +150,8 @@ def _run(tp_size: int, options: argparse.Namespace) -> int:
         if not unavailable:
             print(f"stress_exchange: {tp_size} ranks: {trouble}", file=sys.stderr)
         return 2 if unavailable else 1
-    tallies: list[tuple[int, str, Tally]] = [answers.get() for _ in range(2 * tp_size)]
+    kinds = 1 if options.simulate else 2
+    tallies: list[tuple[int, str, Tally]] = [answers.get() for _ in range(kinds * tp_size)]
     return _report(tp_size, options.rounds, tallies, time.monotonic() - start_s)
 
 
@@ -154,16 +168,31 @@ def _report(
                 f"{tally.first_wrong_round}"
             )
     verdict = f"{wrong:,} WRONG" if wrong else "all right"
+    graphs = {kind for _, kind, _ in tallies} == {"launches", "graph"}
+    replayed = f" and {whole_replays(rounds):,} rounds in a CUDA graph" if graphs else ""
     print(
-        f"{tp_size} ranks: {rounds:,} launches and {whole_replays(rounds):,} rounds in a CUDA "
-        f"graph, {keys:,} keys compared, {verdict} ({seconds:.0f} s)"
+        f"{tp_size} ranks: {rounds:,} launches{replayed}, {keys:,} keys compared, {verdict} "
+        f"({seconds:.0f} s)"
     )
     return 1 if wrong else 0
 
 
-def _rank(rank: int, job: Job, progress: Any, answers: Any) -> None:
-    """One process."""
+def _rank(rank: int, job: Job, words: Tensor | None, progress: Any, answers: Any) -> None:
+    """One process. words: of all ranks, in shared memory, where the kernel is interpreted."""
     torch.set_num_threads(1)
+    if words is not None:
+        addresses = torch.tensor([own.data_ptr() for own in words])
+        exchange = SymmetricExchange(words[rank], addresses, rank, job.capacity)
+
+        def advance_simulated(rounds: int) -> None:
+            progress[rank] = rounds
+
+        cpu = torch.device("cpu")
+        tally = run_launches(
+            exchange, rank, job.tp_size, job.capacity, job.rounds, job.seed, cpu, advance_simulated
+        )
+        answers.put((rank, "launches", tally))
+        return
     if not job.spread:
         os.environ[SHARED_DEVICE_VARIABLE] = "1"
     device = torch.device("cuda", rank if job.spread else 0)
@@ -212,6 +241,8 @@ def _mistake(options: argparse.Namespace) -> str | None:
         return f"--ranks {min(options.ranks)}: an exchange takes 2 ranks or more"
     if options.capacity < 1 or options.capacity & (options.capacity - 1):
         return f"--capacity {options.capacity} is not a power of two"
+    if options.simulate:
+        return "--simulate has no GPU to --spread over" if options.spread else None
     if not torch.cuda.is_available():
         return "torch sees no CUDA device here, and this stresses one: run it where a GPU is"
     count = torch.cuda.device_count()
@@ -247,7 +278,140 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--spread", action="store_true", help="rank r on GPU r, not all on the first"
     )
+    parser.add_argument(
+        "--simulate", action="store_true", help="no GPU: the kernel interpreted, memory shared"
+    )
     return parser.parse_args(arguments)
+
+
+class Exchange(Protocol):
+    """One rank's end of an exchange."""
+
+    def all_reduce_max(self, keys: Tensor) -> Tensor:
+        """Elementwise maximum over the ranks, in place."""
+
+
+@dataclass
+class Tally:
+    """Keys compared and keys that were wrong, and the first round in which one was."""
+
+    keys: int = 0
+    wrong: int = 0
+    first_wrong_round: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rounds: the keys of all ranks, and how many of them each round exchanges.
+
+    rank_keys: int64 `[rounds, P, capacity]`. counts: keys of a round, 1 to capacity.
+    """
+
+    rank_keys: Tensor
+    counts: list[int]
+
+    def expected(self, rank: int) -> Tensor:
+        """`rank`'s keys `[rounds, capacity]` afterwards: those past the count are untouched."""
+        merged = merged_keys(self.rank_keys.transpose(0, 1))
+        own = self.rank_keys[:, rank].clone()
+        lanes = torch.arange(own.shape[1])
+        return torch.where(lanes < torch.tensor(self.counts).unsqueeze(1), merged, own)
+
+
+def make_part(first_round: int, rounds: int, tp_size: int, capacity: int, seed: int) -> Part:
+    """The same part on every rank: random keys with ties, no candidate and both ends of int64."""
+    draw = torch.Generator().manual_seed(seed * 1_000_003 + first_round)
+    shape = (rounds, tp_size, capacity)
+    keys = torch.randint(-(2**63), 2**63 - 1, shape, generator=draw)
+    awkward = torch.tensor([EMPTY_KEY, EMPTY_KEY + 1, -1, 0, 1, 2**63 - 1])
+    picks = torch.randint(0, len(awkward), shape, generator=draw)
+    keys = torch.where(torch.rand(shape, generator=draw) < 0.2, awkward[picks], keys)
+    return Part(keys, _counts(rounds, capacity))
+
+
+def run_launches(
+    exchange: Exchange,
+    rank: int,
+    tp_size: int,
+    capacity: int,
+    rounds: int,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[int], None],
+) -> Tally:
+    """Launch each round by itself, with stalls of this rank's own on the host and on the device.
+
+    progress: told the rounds done, after each check.
+    """
+    tally = Tally()
+    stalls = random.Random(seed * 1009 + rank)
+    for first in range(0, rounds, ROUNDS_A_CHECK):
+        part = make_part(first, min(ROUNDS_A_CHECK, rounds - first), tp_size, capacity, seed)
+        keys = part.rank_keys[:, rank].to(device, copy=True).contiguous()
+        for row, count in zip(keys, part.counts, strict=True):
+            _stall(stalls, tp_size, device)
+            exchange.all_reduce_max(row[:count])
+        _compare(tally, keys, part, rank, first)
+        progress(first + len(part.counts))
+    return tally
+
+
+def run_graph(
+    exchange: Exchange,
+    rank: int,
+    tp_size: int,
+    capacity: int,
+    rounds: int,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[int], None],
+) -> Tally:
+    """Capture ROUNDS_A_CHECK rounds in one CUDA graph; replay it until `rounds` are done."""
+    tally = Tally()
+    keys = torch.zeros(ROUNDS_A_CHECK, capacity, dtype=torch.int64, device=device)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize(device)
+    with torch.cuda.graph(graph):
+        for row, count in zip(keys, _counts(ROUNDS_A_CHECK, capacity), strict=True):
+            exchange.all_reduce_max(row[:count])
+    stalls = random.Random(seed * 2003 + rank)
+    for first in range(0, rounds, ROUNDS_A_CHECK):
+        # Round numbers of their own, so that no answer of the launches fits.
+        part = make_part(rounds + first, ROUNDS_A_CHECK, tp_size, capacity, seed)
+        keys.copy_(part.rank_keys[:, rank])
+        _stall(stalls, tp_size, device)
+        graph.replay()
+        _compare(tally, keys, part, rank, first)
+        progress(first + ROUNDS_A_CHECK)
+    return tally
+
+
+def whole_replays(rounds: int) -> int:
+    """Rounds that `run_graph` runs: `rounds`, made up to whole replays."""
+    return -(-rounds // ROUNDS_A_CHECK) * ROUNDS_A_CHECK
+
+
+def _counts(rounds: int, capacity: int) -> list[int]:
+    """Batches of 1, of the capacity and between, in an order that does not repeat with two."""
+    sizes = sorted({1, 2, 3, 8, 32, capacity // 2 + 1, capacity - 1, capacity} - {0})
+    fitting = [size for size in sizes if size <= capacity]
+    return [random.Random(i).choice(fitting) for i in range(rounds)]
+
+
+def _stall(draw: random.Random, tp_size: int, device: torch.device) -> None:
+    chance = draw.random()
+    if chance < 0.1 / tp_size:
+        time.sleep(draw.random() * _LONGEST_STALL_S)
+    elif chance < 0.2 / tp_size and device.type == "cuda":
+        torch.cuda._sleep(draw.randrange(_LONGEST_STALL_CYCLES))  # type: ignore[no-untyped-call]
+
+
+def _compare(tally: Tally, keys: Tensor, part: Part, rank: int, first_round: int) -> None:
+    wrong = keys.cpu() != part.expected(rank)
+    tally.keys += sum(part.counts)
+    tally.wrong += int(wrong.sum())
+    if tally.first_wrong_round is None and bool(wrong.any()):
+        tally.first_wrong_round = first_round + int(wrong.any(dim=1).nonzero()[0])
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashhead_dist import __version__
 from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index.choose import choose, measure_fidelity
 from flashhead_dist.index.cluster import cluster_tokens
@@ -28,7 +29,7 @@ from flashhead_dist.model_source import ModelSource
 from flashhead_kernels.cpu_threads import compute_threads
 
 _READ_ROWS = 1 << 14
-_VERSIONED = ("flashhead-dist", "torch", "numpy", "safetensors")
+_VERSIONED = ("torch", "numpy", "safetensors")
 
 
 def build_index(
@@ -163,4 +164,5 @@ def _without(slots: Tensor, token_ids: Sequence[int]) -> Tensor:
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in _VERSIONED}}
+    own = {"python": platform.python_version(), "flashhead-dist": __version__}
+    return own | {name: version(name) for name in _VERSIONED}

@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 
+from flashhead_dist import __version__
 from flashhead_dist.measure.records import SCHEMA_VERSION, Provenance
 from flashhead_dist.measure.setup import Setup
 from flashhead_dist.model_source import ModelSource
 
-_PACKAGES = ("flashhead-dist", "torch", "numpy", "numba", "triton", "transformers", "faiss-cpu")
+_PACKAGES = ("torch", "numpy", "numba", "triton", "transformers", "faiss-cpu")
 
 
 def software_versions() -> dict[str, str]:
     """Versions by name of what can change a figure; what is not installed is left out."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "flashhead-dist": __version__}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)

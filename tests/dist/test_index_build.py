@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+import flashhead_dist
 from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index import (
+    build,
     load_manifest,
     load_shard,
 )
@@ -56,6 +59,20 @@ def test_the_same_bytes_come_out_whatever_the_threads_and_the_global_seed(
     assert load_manifest(one).index_hash == load_manifest(two).index_hash
     other = build_one("other", method=method, seed=1)
     assert load_manifest(other).index_hash != load_manifest(one).index_hash
+
+
+def test_an_index_is_built_where_the_project_is_not_installed(
+    build_one: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def installed(name: str) -> str:
+        if name == "flashhead-dist":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(build, "version", installed)
+    versions = load_manifest(build_one()).versions
+    assert versions["flashhead-dist"] == flashhead_dist.__version__
+    assert versions["torch"] == "1.0"
 
 
 def test_the_manifest_says_what_was_built_and_from_what(

@@ -22,8 +22,10 @@ CPU = torch.device("cpu")
 SHAPE = Shape("small", 4096, 64)
 
 
-def a_bench(clock: object = None, ops: object = flashhead_kernels.cpu) -> bench_cell.Bench:
-    return bench_cell.Bench("A", clock or bench_timing.WallClock(), ops, 3, seed=0, notes=[])
+def a_bench(
+    clock: object = None, ops: object = flashhead_kernels.cpu, **options: int
+) -> bench_cell.Bench:
+    return bench_cell.Bench("A", clock or bench_timing.WallClock(), ops, 3, seed=0, **options)
 
 
 def a_copy(tp_size: int = 8) -> ways.Copy:
@@ -55,15 +57,31 @@ def test_a_cell_holds_every_way_with_figures_that_fit(tp_size: int) -> None:
         assert one.synthetic
 
 
-def test_the_triton_kernels_are_measured_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In Triton's interpreter: what the ways call on a GPU, both launches, and their checks."""
+def test_the_triton_kernels_are_measured_as_they_are() -> None:
+    """On a GPU, or in Triton's interpreter: both launches, and their checks."""
     cuda = pytest.importorskip("flashhead_kernels.cuda")
-    monkeypatch.setattr(bench_cell, "_LEAST_STEPS", 1)
-    monkeypatch.setattr(bench_cell, "_WARM_UP_ROUNDS", 0)
-    bench = bench_cell.Bench("A", bench_timing.WallClock(), cuda, 1, seed=0, notes=[])
+    # Compiled kernels read no CPU tensors: the clock's device is where the weights are made.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock = bench_timing.make_clock(device)
+    bench = a_bench(clock, cuda, least_steps=1, warm_up_rounds=0)
     tiny = Shape("tiny", 2048, 64)
     found = list(bench_cell.measure_shard(bench, tiny, 64, [2], lambda: None))
     assert {ways.FLASHHEAD, ways.TWO_LAUNCHES} < {one.way for one in found}
+    assert bench.failures == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plays a GPU where there is none")
+def test_no_cpu_tensor_reaches_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU the test above gives its kernels the GPU's clock, on whose device weights are."""
+    made: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        bench_timing,
+        "make_clock",
+        lambda device: (made.append(device), bench_timing.WallClock())[1],
+    )
+    test_the_triton_kernels_are_measured_as_they_are()
+    assert made == [torch.device("cuda")]
 
 
 def wrong_by(change: str) -> SimpleNamespace:
@@ -85,14 +103,67 @@ def wrong_by(change: str) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("change", ["token", "logit"])
-def test_a_wrong_kernel_is_not_timed(change: str) -> None:
-    wrong = wrong_by(change)
-    with pytest.raises(ways.WrongResultError, match="flashhead gave"):
-        list(bench_cell.measure_shard(a_bench(ops=wrong), SHAPE, 8, [2], lambda: None))
+def test_a_wrong_kernel_is_not_timed_and_the_other_ways_are(change: str) -> None:
+    wrong, bench = wrong_by(change), a_bench(ops=wrong_by(change))
+    found = list(bench_cell.measure_shard(bench, SHAPE, 8, [2], lambda: None))
+    assert [one.way for one in found] == [ways.DENSE_TORCH, ways.PUBLISHED_EAGER]
+    assert [one.times_flashhead for one in found] == [None, None]
+    assert [failure.split(":")[0] for failure in bench.failures] == [
+        "flashhead at small, tp 8, batch 2", "dense_fused at small, tp 8, batch 2"
+    ]  # fmt: skip
     copy, states = a_copy(), some_states(2)
     for way in ways.make_ways(wrong, graphs=False)[:2]:
         with pytest.raises(ways.WrongResultError, match=way.name):
             way.check(copy, states, way.step(copy, states))
+
+
+def test_a_kernel_that_raises_is_told_and_the_other_ways_are_measured() -> None:
+    def fails(*given: object) -> Candidates:
+        raise RuntimeError("no kernel image is available")
+
+    ops = SimpleNamespace(
+        flashhead_candidates=flashhead_kernels.reference.flashhead_candidates,
+        dense_candidates=fails,
+    )
+    bench = a_bench(ops=ops)
+    found = list(bench_cell.measure_shard(bench, SHAPE, 8, [1], lambda: None))
+    assert [one.way for one in found] == [ways.FLASHHEAD, ways.DENSE_TORCH, ways.PUBLISHED_EAGER]
+    (failure,) = bench.failures
+    assert "dense_fused at small, tp 8, batch 1" in failure
+    assert "no kernel image" in failure
+
+
+def keys_of(logit: float, token: int) -> torch.Tensor:
+    return pack_keys(torch.tensor([[logit]]), torch.tensor([[token]]))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_token_that_ties_within_rounding_is_right_and_counted(place: int) -> None:
+    """Two rows that differ by less than float32 sums can show; a third that is plainly lower."""
+    copy, states = a_copy(1), some_states(1)
+    way = ways.make_ways(flashhead_kernels.reference, graphs=False)[place]
+    best = int(flashhead_kernels.reference.unpack_keys(way.step(copy, states))[1])
+    ids, rows = copy.shard.token_ids.flatten(), copy.shard.rows.flatten(0, 2)
+    at = int((ids == best).nonzero()) if place == 0 else best
+    near, lower = at ^ 1, at ^ 2  # of the same cluster
+    table = rows if place == 0 else copy.shard.dense_rows
+    table[near] = table[at]
+    column = int(states[0].double().abs().argmin())
+    table[near, column] = 0  # and so not the same sum
+    table[at, column] = 1e-6
+    names = [int(ids[i]) if place == 0 else i for i in (at, near, lower)]
+    logits = (table[[at, near, lower]].double() @ states[0].double()).tolist()
+    assert 0 < abs(logits[0] - logits[1]) < 1e-6 < logits[0] - logits[2]
+    first = int(flashhead_kernels.reference.unpack_keys(way.step(copy, states))[1])
+    for logit, token in zip(logits[:2], names, strict=False):
+        found = way.check(copy, states, keys_of(logit, token))
+        assert (found.tokens, found.ties) == (1, int(token != first))
+    with pytest.raises(ways.WrongResultError, match="no tie"):
+        way.check(copy, states, keys_of(logits[2], names[2]))
+    with pytest.raises(ways.WrongResultError, match="gave logit"):
+        way.check(copy, states, keys_of(logits[0] + 1e-3, names[0]))
+    with pytest.raises(ways.WrongResultError, match="no token"):
+        way.check(copy, states, keys_of(logits[0], 5000))
 
 
 def test_a_wrong_torch_way_is_not_timed() -> None:
@@ -238,14 +309,16 @@ def test_only_the_published_graph_may_fail_to_be_captured() -> None:
     found = list(bench_cell.measure_shard(bench, SHAPE, 8, [1], lambda: None))
     assert ways.PUBLISHED_GRAPH not in [one.way for one in found]
     assert bench.notes == [
-        "published_graph is left out where a CUDA graph cannot hold it: operation not permitted "
-        "when stream is capturing"
+        "published_graph is left out where a CUDA graph cannot hold it: RuntimeError: operation "
+        "not permitted when stream is capturing"
     ]
     timings = {one.way: one.timing for one in found}
     assert timings[ways.PUBLISHED_EAGER] == "wall clock, launches included"
     assert timings[ways.FLASHHEAD] == "wall clock, graph replay"
-    with pytest.raises(RuntimeError, match="not permitted"):
-        list(bench_cell.measure_shard(a_bench(NoCapture(1)), SHAPE, 8, [1], lambda: None))
+    assert bench.failures == []
+    bench = a_bench(NoCapture(1))
+    list(bench_cell.measure_shard(bench, SHAPE, 8, [1], lambda: None))
+    assert "flashhead at small, tp 8, batch 1: RuntimeError" in bench.failures[0]
 
 
 def test_every_way_runs_once_a_round_and_none_always_first() -> None:
@@ -253,7 +326,7 @@ def test_every_way_runs_once_a_round_and_none_always_first() -> None:
 
     def prepared(name: str) -> bench_cell._Prepared:
         way = ways.Way(name, lambda *_: torch.zeros(1), lambda *_: None)
-        return bench_cell._Prepared(way, lambda: order.append(name), [], "")
+        return bench_cell._Prepared(way, lambda: order.append(name), [], "", ways.Checked(0, 0))
 
     times = bench_cell._time(a_bench(), [prepared(name) for name in "abc"], 4)
     rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]

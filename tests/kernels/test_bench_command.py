@@ -110,7 +110,6 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_timed(
     ("ending", "code", "said"),
     [
         (KeyboardInterrupt(), 130, "error: interrupted"),
-        (ways.WrongResultError("flashhead gave token 7"), 1, "error: flashhead gave token 7"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory: give fewer"),
     ],
 )
@@ -136,6 +135,26 @@ def test_what_was_measured_is_written_however_the_run_ends(
     frame = pd.read_csv(tmp_path / "kernels.csv")
     assert frame["batch_size"].tolist() == [1] * 4
     assert "INCOMPLETE" in (tmp_path / "kernels.md").read_text()
+
+
+def test_a_wrong_token_ends_in_code_1_after_everything_else_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*given: Any) -> ways.Checked:
+        raise ways.WrongResultError("flashhead gave token 7")
+
+    monkeypatch.setattr(ways, "_check_flashhead", refuse)
+    assert bench.main([*TINY, "--tp-sizes", "128", "--out", str(tmp_path), "--json"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("flashhead gave token 7") == 2
+    document = json.loads(captured.out.splitlines()[-1])
+    assert len(document["failures"]) == 2
+    assert {r["way"] for r in document["results"]} == {
+        ways.DENSE_FUSED, ways.DENSE_TORCH, ways.PUBLISHED_EAGER
+    }  # fmt: skip
+    page = (tmp_path / "kernels.md").read_text()
+    assert "INCOMPLETE" not in page
+    assert "- FAILED: flashhead at" in page
 
 
 def test_a_failing_kernel_keeps_its_error_and_what_was_measured(

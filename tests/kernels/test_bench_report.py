@@ -13,7 +13,6 @@ from rich.console import Console
 import bench_report as report
 import bench_ways as ways
 from bench_cell import Measurement
-from bench_picture import draw
 
 ENVIRONMENT: dict[str, Any] = {
     "device": "MADE UP H200",
@@ -62,6 +61,8 @@ def a_frame(device: str = "MADE UP H200", **changes: float) -> pd.DataFrame:
                     copy_gb_per_s=4000.0,
                     share_of_copy=40e6 / us / 1e3 / 4000,
                     times_flashhead=us / times[ways.FLASHHEAD],
+                    num_checked=4,
+                    num_ties=1,
                 )
                 rows.append(row.as_dict())
     return pd.DataFrame(rows)
@@ -164,7 +165,7 @@ def test_the_picture_is_drawn_with_its_marks(tmp_path: Path) -> None:
         patch.setattr(
             Figure, "savefig", lambda self, *a, **k: (kept.append(self), saved(self, *a, **k))
         )
-        draw(a_frame(), "a note", tmp_path / "picture.png")
+        report.draw(a_frame(), "a note", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     (figure,) = kept
     assert "MADE UP H200" in figure.get_suptitle()

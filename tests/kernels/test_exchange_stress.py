@@ -24,12 +24,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def rounds(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(KERNELS))
-    return importlib.import_module("stress_rounds")
-
-
-@pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(KERNELS))
     return importlib.import_module("stress_exchange")
@@ -64,14 +58,14 @@ class _End:
 
 @pytest.mark.parametrize("faulty_round", [None, 130])
 def test_one_wrong_round_in_many_is_found_and_named(
-    rounds: ModuleType, faulty_round: int | None
+    command: ModuleType, faulty_round: int | None
 ) -> None:
     threads, tallies = _Threads(2, faulty_round), {}
     seen: list[int] = []
 
     def run(rank: int) -> None:
         progress = seen.append if rank == 0 else lambda _: None
-        tallies[rank] = rounds.run_launches(threads.end(rank), rank, 2, 16, 250, 3, CPU, progress)
+        tallies[rank] = command.run_launches(threads.end(rank), rank, 2, 16, 250, 3, CPU, progress)
 
     workers = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for worker in workers:
@@ -85,19 +79,30 @@ def test_one_wrong_round_in_many_is_found_and_named(
     assert tallies[1].first_wrong_round == faulty_round
 
 
-def test_keys_past_the_count_must_be_left_alone(rounds: ModuleType) -> None:
-    part = rounds.Part(torch.tensor([[[1, 5, 3], [4, 2, 9]]]), [2])
+def test_keys_past_the_count_must_be_left_alone(command: ModuleType) -> None:
+    part = command.Part(torch.tensor([[[1, 5, 3], [4, 2, 9]]]), [2])
     assert part.expected(0).tolist() == [[4, 5, 3]]
     assert part.expected(1).tolist() == [[4, 5, 9]]
 
 
-def test_parts_agree_between_ranks_and_differ_between_rounds(rounds: ModuleType) -> None:
-    one, again = (rounds.make_part(100, 50, 4, 32, 7) for _ in range(2))
+def test_parts_agree_between_ranks_and_differ_between_rounds(command: ModuleType) -> None:
+    one, again = (command.make_part(100, 50, 4, 32, 7) for _ in range(2))
     assert torch.equal(one.rank_keys, again.rank_keys)
     assert one.counts == again.counts
     assert {1, 32} <= set(one.counts)
-    assert not torch.equal(one.rank_keys, rounds.make_part(150, 50, 4, 32, 7).rank_keys)
-    assert rounds.whole_replays(250) == 300
+    assert not torch.equal(one.rank_keys, command.make_part(150, 50, 4, 32, 7).rank_keys)
+    assert command.whole_replays(250) == 300
+
+
+def test_the_kernel_itself_is_stressed_where_it_is_interpreted() -> None:
+    script = [sys.executable, str(KERNELS / "stress_exchange.py"), "--simulate", "--ranks", "2"]
+    done = subprocess.run(
+        [*script, "--rounds", "30", "--capacity", "8"], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SIMULATED" in done.stdout
+    assert "2 ranks: 30 launches," in done.stdout
+    assert "all right" in done.stdout
 
 
 @pytest.mark.gpu
