@@ -17,7 +17,8 @@ from bench_ways import Checked, FinalLogit, WrongResultError, same_tokens
 from flashhead_kernels import reference
 from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.logits import PLAIN, FinalLogits, GumbelNoise, gumbel
-from flashhead_kernels.triton_shapes import CentroidShape, HeadShape, fits_one_launch
+from flashhead_kernels.triton_device import num_processors
+from flashhead_kernels.triton_shapes import CentroidShape, HeadShape, plan_head
 
 _TEMPERATURE = 0.7
 _SEED = 5
@@ -71,10 +72,13 @@ class Call:
         """Whether the shard has a shape for so many launches."""
         if self.dense or self.launches != 1:
             return True
-        _, clusters, tokens, size = shard.rows.shape
+        groups, clusters, tokens, size = shard.rows.shape
         pinned = shard.pinned_rows.shape[1]
         head = HeadShape.of(clusters, tokens, size, shard.probes_per_group, pinned, self.k)
-        return fits_one_launch(head, CentroidShape.of(shard.centroids), self.batch)
+        return plan_head(
+            head, CentroidShape.of(shard.centroids), groups, self.batch,
+            num_processors(shard.storage.device),
+        ).fits_one_launch  # fmt: skip
 
     def run(self, ops: ModuleType, shard: Shard, states: Tensor) -> Candidates:
         """Ask `ops` for it."""

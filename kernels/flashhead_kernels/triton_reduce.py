@@ -26,7 +26,9 @@ def row_logits(
 ):  # fmt: skip
     """`h . row` float32 of rows `row_ids` int64 of `rows [..., D]`; 0 where not `real`."""
     products = tl.zeros([row_ids.shape[0], BLOCK_D], tl.float32)
-    for first in tl.range(0, D, BLOCK_D, loop_unroll_factor=5):
+    # Loads in flight; four where more would leave an odd rest.
+    unroll: tl.constexpr = 8 if D % (8 * BLOCK_D) == 0 else 4
+    for first in tl.range(0, D, BLOCK_D, loop_unroll_factor=unroll):
         columns = first + tl.arange(0, BLOCK_D)
         inside = columns < D
         hidden = tl.load(hidden_ptr + columns, mask=inside, other=0.0).to(tl.float32)

@@ -109,13 +109,13 @@ def _add_words(
 
 
 @triton.jit
-def _chunk_words(row_ptr, first, real, CENTROIDS: tl.constexpr):
-    """Words `[slots]` of CENTROIDS.chunk scale groups from `first` on: all loads before any use."""
-    words: tl.constexpr = CENTROIDS.words
+def _words(row_ptr, first, real, COUNT: tl.constexpr, CENTROIDS: tl.constexpr):
+    """COUNT words `[slots]` of each cluster from word `first` on: all loads before any use."""
+    end: tl.constexpr = CENTROIDS.groups * CENTROIDS.words
     found = ()
-    for i in tl.static_range(CENTROIDS.chunk * words):
-        inside = real & (first + i // words + tl.zeros(real.shape, tl.int32) < CENTROIDS.groups)
-        at = row_ptr + (first * words + i) * CENTROIDS.tile
+    for i in tl.static_range(COUNT):
+        inside = real & (first + i + tl.zeros(real.shape, tl.int32) < end)
+        at = row_ptr + (first + i) * CENTROIDS.tile
         found = found + (tl.load(at, mask=inside, other=0).to(tl.int32),)
     return found
 
@@ -133,8 +133,9 @@ def segment_dots(
     tile: tl.constexpr = CENTROIDS.tile
     words: tl.constexpr = CENTROIDS.words
     groups: tl.constexpr = CENTROIDS.groups
-    chunk: tl.constexpr = CENTROIDS.chunk
-    quads: tl.constexpr = words // 4
+    # More rows hide the memory's latency by their products, and take the registers.
+    chunk: tl.constexpr = CENTROIDS.chunk if BATCH <= 2 else 0
+    quads: tl.constexpr = words // 4 if CENTROIDS.chunk > 0 else 0
     # Word j of a row lies at j * tile: rows of one tile are interleaved.
     row_ptr = values_ptr + (slots // tile) * (tile * words * groups) + slots % tile
     scale_ptr = scales_ptr + (slots // tile) * (tile * groups) + slots % tile
@@ -142,7 +143,7 @@ def segment_dots(
     for step in tl.range(0, CENTROIDS.segment, max(chunk, 1)):
         first = segment * CENTROIDS.segment + step
         if chunk > 0:
-            packed = _chunk_words(row_ptr, first, real, CENTROIDS)
+            packed = _words(row_ptr, first * words, real, chunk * words, CENTROIDS)
         for place in tl.static_range(max(chunk, 1)):
             group = first + place
             inside = real & (group + tl.zeros_like(slots) < groups)
@@ -158,11 +159,15 @@ def segment_dots(
                     )  # fmt: skip
                     sums = _add_words(four, hidden_ptr + 4 * quad, sums, True, CENTROIDS, BATCH,
                                       COMPILED)  # fmt: skip
+            elif quads > 0:
+                for quad in tl.range(0, quads):
+                    four = _words(row_ptr, group * words + 4 * quad, inside, 4, CENTROIDS)
+                    sums = _add_words(four, hidden_ptr + 4 * quad, sums, True, CENTROIDS, BATCH,
+                                      COMPILED)  # fmt: skip
             else:
                 for word in tl.range(0, words):
-                    at = row_ptr + (group * words + word) * tile
-                    one = tl.load(at, mask=inside, other=0).to(tl.int32)
-                    sums = _add_words((one,), hidden_ptr + word, sums, False, CENTROIDS, BATCH,
+                    one = _words(row_ptr, group * words + word, inside, 1, CENTROIDS)
+                    sums = _add_words(one, hidden_ptr + word, sums, False, CENTROIDS, BATCH,
                                       COMPILED)  # fmt: skip
             found = ()
             for b in tl.static_range(BATCH):

@@ -21,7 +21,7 @@ MAX_ROWS_QUANTIZED_IN_PLACE = 4
 """Up to this many rows every program quantises them itself: cheaper than a launch of its own."""
 ONE_LAUNCH_WARPS = 16
 CANDIDATES_WARPS = 4
-ROWS_A_WARP = 4
+ROWS_A_WARP = 2
 """Rows of the output embedding that a warp scores at a time. The same in every kernel: the layout
 of a block, and so the order of its float sums, follows from it."""
 MAX_CLUSTERS_IN_ONE_LAUNCH = 4096
