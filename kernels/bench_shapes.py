@@ -190,7 +190,9 @@ def make_shard(shape: Shape, tp_size: int, device: torch.device, seed: int) -> S
     return Shard(
         storage=storage,
         token_ids=token_ids,
-        centroids=tile_centroids(quantize_centroids(means, CENTROID_BITS, SCALE_GROUP)),
+        centroids=tile_centroids(
+            quantize_centroids(means, CENTROID_BITS, SCALE_GROUP), pad=device.type == "cuda"
+        ),
         spread=(spread / size**0.5).masked_fill((token_ids < 0).all(2), float("-inf")),
         pinned_rows=draw(len(group_ids), 1, size),
         pinned_token_ids=(clustered + group_ids)[:, None],
@@ -217,14 +219,16 @@ def empty_shard(
     projection = Projection(
         empty(columns, size, dtype=torch.float32), empty(size, dtype=torch.float32)
     )
+    stored = -(-clusters // TILE) * TILE
     centroids = QuantizedCentroids(
-        values=empty(groups, clusters, columns * CENTROID_BITS // 8, dtype=torch.uint8),
-        scales=empty(groups, clusters, columns // SCALE_GROUP),
+        values=empty(groups, stored, columns * CENTROID_BITS // 8, dtype=torch.uint8),
+        scales=empty(groups, stored, columns // SCALE_GROUP),
         bits=CENTROID_BITS,
         group_size=SCALE_GROUP,
         hidden_size=columns,
-        tile=TILE if clusters % TILE == 0 else 1,
+        tile=TILE,
         projection=None if columns == size else projection,
+        padding=stored - clusters,
     )
     return Shard(
         storage=empty(max(token_ids.numel(), rows), size),

@@ -32,9 +32,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from bench_shapes import Shape, Shard, empty_shard
-from flashhead_kernels import triton_exchange
+from bench_shapes import ALPHA, Shape, Shard, empty_shard
+from flashhead_kernels import cuda_sampling, triton_exchange
 from flashhead_kernels.dispatch import ops_for
+from flashhead_kernels.logits import FinalLogits, GumbelNoise
+from flashhead_kernels.sampling import Weighed
 from head_calls import Call, table_calls
 from simulated_cuda import simulated_cuda
 
@@ -173,7 +175,42 @@ def table_cases(shape: Shape, tp_size: int) -> list[Case]:
         cases = call_cases(name, shard, table_calls())
         narrow = empty_shard(shape, tp_size, DEVICE, share_of_columns=_SHARE_OF_COLUMNS)
         calls = [Call(batch, launches=2) for batch in (1, 8)]
-        return cases + call_cases(f"{name}, fewer columns", narrow, calls)
+        cases += call_cases(f"{name}, fewer columns", narrow, calls)
+    for dtype in (torch.bfloat16, torch.float32):
+        named = f"{name}, draw, {str(dtype).removeprefix('torch.')} states"
+        cases.append(Case(named, partial(_draw, shard, dtype)))
+    return cases
+
+
+def _draw(shard: Shard, dtype: torch.dtype) -> None:
+    """What a draw of a token launches, log-probabilities and rows of logits included."""
+    states = torch.empty((2, shard.hidden_size), dtype=dtype, device=DEVICE)
+    probes = 3 * shard.probes_per_group // 2
+    scores = cuda_sampling.local_scores(
+        states, shard.rows, shard.token_ids, shard.centroids, shard.spread, ALPHA, probes,
+        shard.pinned_rows, shard.pinned_token_ids,
+    )  # fmt: skip
+    draws = torch.arange(2, dtype=torch.int64, device=DEVICE)
+    groups = len(shard.token_ids)
+    noise = GumbelNoise(5, draws, draws)
+    for softcap in (0.0, 30.0):
+        final = FinalLogits(softcap, 0.7, noise)
+        logits = cuda_sampling.final_logits(scores.logits, final)
+        mass = cuda_sampling.cluster_log_mass(
+            states, scores.means, (shard.token_ids >= 0).sum(2), shard.spread,
+            cuda_sampling.group_log_mass(logits.view(2, groups, -1)), 0.5, final,
+        )  # fmt: skip
+        weighed = Weighed(logits, scores.token_ids, mass, cuda_sampling.group_log_mass(mass))
+        numbers = torch.arange(groups, dtype=torch.int64, device=DEVICE)
+        cuda_sampling.draw_groups(
+            states, weighed, shard.rows, shard.token_ids, numbers, draws, final
+        )
+    cuda_sampling.draw_candidates(scores.logits, scores.token_ids, draws, noise)
+    cuda_sampling.gumbel(noise, scores.token_ids)
+    cuda_sampling.every_logit(states, shard.rows)
+    ops = ops_for("cuda")
+    ops.score_centroids(states, shard.centroids, shard.spread, ALPHA)
+    ops.score_rows(states, shard.rows.flatten(0, 1), scores.token_ids[:, :1])
 
 
 def call_cases(name: str, shard: Shard, calls: Sequence[Call]) -> list[Case]:

@@ -68,12 +68,15 @@ def test_shipped_shapes_compile_as_they_are_launched(compiled: list[dict[str, An
     }  # fmt: skip
     assert any("dense, batch 64, float32 states" in item["case"] for item in compiled)
     assert any("fewer columns" in item["case"] for item in compiled)
+    drawn = {item["kernel"] for item in compiled if "draw" in item["case"]}
+    assert len(drawn - {item["kernel"] for item in compiled if "draw" not in item["case"]}) == 9
     for item in compiled:
         # An L40 has less shared memory than an H200, and the launches are the same.
         assert item["shared_bytes"] <= 99 << 10, item
         scores_centroids = item["kernel"] in ("one_launch_kernel", "dots_kernel")
         assert (item["dp4a"] > 0) is scores_centroids, item
-        if scores_centroids or item["kernel"] in ("candidates_kernel", "dense_kernel"):
+        reads_rows = ("candidates_kernel", "dense_kernel", "logits_kernel", "scores_kernel")
+        if scores_centroids or item["kernel"] in reads_rows:
             assert item["loads_of_16_bytes"] > 0, item
     # A dense head fills an H200's 132 processors.
     dense = next(item for item in compiled if item["kernel"] == "dense_kernel")
