@@ -21,6 +21,7 @@ from flashhead_dist.integrations.transformers_rows import LogitRows
 from flashhead_dist.integrations.vllm.head import Finish, RowsHead
 from flashhead_dist.integrations.vllm.needs import Rest, RowNeed
 from flashhead_dist.integrations.vllm.rows import VocabularyMap
+from flashhead_kernels import launch_choice
 from tests.cuda_simulated.conftest import OPTIONS, Small
 
 if TYPE_CHECKING:
@@ -66,8 +67,10 @@ def _transformers_rows(small: Small) -> tuple[Tensor, Tensor]:
 
 
 RUNS: dict[str, Run] = {
+    "flashhead": _serve("flashhead", Want(k=2, logsumexp=True)),
     "flashhead_global": _serve("flashhead_global", Want(logsumexp=True, candidate_mass=True)),
     "flashhead_escalate": _serve("flashhead_escalate", Want()),
+    "dense_local_max": _serve("dense_local_max", Want(k=2, logsumexp=True)),
     "dense_allreduce": _serve("dense_allreduce", Want(logsumexp=True)),
     "an empty batch": _serve("flashhead", Want(k=2, logsumexp=True), 0),
     "temperature": _draw(temperature=8.0),
@@ -95,8 +98,18 @@ def _tensors(result: Any) -> list[Tensor]:
     return [part.cpu() for part in parts if part is not None]
 
 
+@pytest.mark.parametrize("launches", [1, 2])
 @pytest.mark.parametrize("name", RUNS)
-def test_bfloat16_by_default_changes_nothing(cuda: SimulatedCuda, small: Small, name: str) -> None:
+def test_bfloat16_by_default_changes_nothing(
+    cuda: SimulatedCuda,
+    small: Small,
+    name: str,
+    launches: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if launches == 2 and name != "flashhead":
+        pytest.skip("the number of launches is the head's alone")
+    monkeypatch.setattr(launch_choice.table, "choose", lambda *_: launches)
     expected = _tensors(RUNS[name](small))
     with bfloat16_by_default():
         within = _tensors(RUNS[name](small))

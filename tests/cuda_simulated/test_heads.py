@@ -11,6 +11,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
 from flashhead_dist.heads.registry import HEAD_NAMES, emulate_head
+from flashhead_kernels import launch_choice
 from tests.cuda_simulated.conftest import Small
 
 if TYPE_CHECKING:
@@ -126,6 +127,26 @@ def test_a_greedy_step_waits_once_at_most_and_never_in_a_graph(
     assert not cuda.host_waits
 
 
+@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize("name", ["flashhead", "flashhead_auto", "dense_local_max"])
+def test_a_greedy_step_is_two_launches_at_most(
+    cuda: SimulatedCuda,
+    small: Small,
+    name: str,
+    launches: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But for the check of its states, which is no part of a captured step."""
+    monkeypatch.setattr(launch_choice.table, "choose", lambda *_: launches)
+    head, states = small.head(name), small.states[:1].cuda()
+    head.check_inputs = False
+    head(states)
+    cuda.reset()
+    head(states)
+    assert len(cuda.launches) >= 1
+    assert len(cuda.launches) + len(cuda.operations) <= 2
+
+
 @pytest.mark.parametrize("name", ON_GPU)
 def test_a_head_says_rightly_whether_it_can_be_captured(
     cuda: SimulatedCuda, small: Small, name: str
@@ -136,3 +157,22 @@ def test_a_head_says_rightly_whether_it_can_be_captured(
         return
     with pytest.raises(RuntimeError, match="capturing"):
         captured(head, states)
+
+
+@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize("name", ["flashhead", "dense_local_max"])
+def test_a_head_works_on_another_device_than_the_current_one(
+    cuda: SimulatedCuda,
+    small: Small,
+    name: str,
+    launches: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch_choice.table, "choose", lambda *_: launches)
+    expected = small.head(name, "cpu")(small.states[:1])
+    for number in (1, 0):
+        found = small.head(name, f"cuda:{number}")(small.states[:1].to(number))
+        assert found.token_ids.device == torch.device("cuda", number)
+        assert_same(found, expected)
+        assert torch.cuda.current_device() == 0
+    assert {launch.current_device for launch in cuda.launches} == {0, 1}
