@@ -22,10 +22,12 @@ from flashhead_kernels.triton_exchange import NUM_WARPS, exchange_kernel
 
 def main(tp_size: int, capacity: int) -> None:
     """Compile for `tp_size` ranks and print what came out."""
-    pointers = ("keys_ptr", "out_ptr", "addresses_ptr", "epoch_ptr")
+    pointers = ("keys_ptr", "out_ptr", "ids_ptr", "addresses_ptr", "epoch_ptr")
     constants = {"TP_SIZE": tp_size, "TP_PADDED": padded(tp_size), "CAPACITY": capacity}
+    constants["UNPACK"] = True
     signature = (
         dict.fromkeys(pointers, "*i64")
+        | {"logits_ptr": "*fp32"}
         | dict.fromkeys(("rank", "num_keys"), "i32")
         | dict.fromkeys(constants, "constexpr")
     )

@@ -136,7 +136,7 @@ def test_masses_and_draws_are_those_of_the_reference(
 
 def test_masses_of_extreme_states() -> None:
     shard = on_device(make_shard(*SHAPES[7]))
-    states = (random_states(2, 640).float() * 1e15).to(DEVICE)
+    states = (random_states(2, SHAPES[7][3]).float() * 1e15).to(DEVICE)
     scores = scores_of(sampling, shard, states, 3)
     for final in (FinalLogits(), FinalLogits(softcap=30.0)):
         found, wanted = (

@@ -119,8 +119,8 @@ def test_every_case_is_a_choice_of_its_own(
     assert len(table.choices()) == 4
     assert {choice["batch"] for choice in table.choices()} == {2, 4}
     run(shard, batch=9)
-    run(shard, launches=1)
-    assert launched[-2:] == ["two", "one"]
+    run(shard, launches=2)
+    assert launched[-2:] == ["one", "two"]
     assert len(table.choices()) == 4, "nothing to choose for 9 rows, nor where the caller has"
 
 
