@@ -84,6 +84,7 @@ class Resources:
     """Of one compiled kernel; bytes but for registers and counts.
 
     loop_barriers, loop_bytes: see `Loop`. dp4a, loads_of_16_bytes, fma: instructions in the PTX.
+    row_layout: see `row_layout`.
     """
 
     kernel: str
@@ -100,6 +101,7 @@ class Resources:
     loads_of_16_bytes: int
     dp4a: int
     fma: int
+    row_layout: str
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -342,7 +344,25 @@ def _resources(launch: Launch, case: str, capability: int) -> Resources:
         loads_of_16_bytes=len(_LOADS_OF_16.findall(ptx)),
         dp4a=len(re.findall(r"\bdp4a\.", ptx)),
         fma=len(re.findall(r"\bfma\.rn", ptx)),
+        row_layout=row_layout(launch.compiled.asm["ttgir"]),
     )
+
+
+def row_layout(ttgir: str) -> str:
+    """How a warp reads rows: `columns of a thread, rows x threads along a row`; empty for none.
+
+    The order in which a row's products are summed follows from it.
+    """
+    loads = re.findall(r"tt\.load [^\n]*tensor<\d+x(\d+)x!tt\.ptr<\w+>, (#\w+)>", ttgir)
+    if not loads:
+        return ""
+    _, name = max(loads, key=lambda load: int(load[0]))
+    layout = re.search(
+        rf"{name} = #ttg\.blocked<{{sizePerThread = \[1, (\d+)\], "
+        r"threadsPerWarp = \[(\d+), (\d+)\], warpsPerCTA = \[\d+, 1\]",
+        ttgir,
+    )
+    return f"{layout[1]}, {layout[2]}x{layout[3]}" if layout else ""
 
 
 def _tool(option: str, cubin: bytes) -> str:

@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
-from flashhead_dist.heads.registry import HEAD_NAMES, emulate_head
+from flashhead_dist.heads.registry import HEAD_NAMES, HeadBuilder, emulate_head
 from flashhead_kernels import launch_choice
+from flashhead_kernels.exchange_choice import ExchangeChoice, ExchangeMethod
+from flashhead_kernels.exchange_layout import SIGNAL_STRIDE, num_words
+from flashhead_kernels.keys import pack_keys
+from flashhead_kernels.symmetric import SymmetricExchange
 from tests.cuda_simulated.conftest import Small
 
 if TYPE_CHECKING:
@@ -129,22 +134,62 @@ def test_a_greedy_step_waits_once_at_most_and_never_in_a_graph(
 
 @pytest.mark.parametrize("launches", [1, 2])
 @pytest.mark.parametrize("name", ["flashhead", "flashhead_auto", "dense_local_max"])
+@pytest.mark.parametrize("batch", [1, 4, 9])
 def test_a_greedy_step_is_two_launches_at_most(
     cuda: SimulatedCuda,
     small: Small,
     name: str,
     launches: int,
+    batch: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """But for the check of its states, which is no part of a captured step."""
     monkeypatch.setattr(launch_choice.table, "choose", lambda *_: launches)
-    head, states = small.head(name), small.states[:1].cuda()
+    head, states = small.head(name), small.states[:batch].cuda()
     head.check_inputs = False
     head(states)
     cuda.reset()
     head(states)
     assert len(cuda.launches) >= 1
     assert len(cuda.launches) + len(cuda.operations) <= 2
+
+
+class PeerThatSent(SymmetricExchange):
+    """Rank 0 of two, whose peer has sent `key` for every row of every round."""
+
+    def __init__(self, key: torch.Tensor, rows: int) -> None:
+        words = torch.zeros(num_words(2, rows), dtype=torch.int64, device="cuda")
+        words[:] = key
+        words[SIGNAL_STRIDE] = 1000
+        addresses = torch.tensor([words.data_ptr()] * 2, dtype=torch.int64, device="cuda")
+        super().__init__(words, addresses, 0, rows)
+
+
+@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize("name", ["flashhead", "dense_local_max"])
+def test_a_greedy_step_of_several_ranks_is_three_launches_at_most(
+    cuda: SimulatedCuda,
+    small: Small,
+    name: str,
+    launches: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The exchange unpacks the keys: the peer's, which is the greatest."""
+    monkeypatch.setattr(launch_choice.table, "choose", lambda *_: launches)
+    key = pack_keys(torch.tensor([1e6]), torch.tensor([9]))
+    choice = ExchangeChoice(ExchangeMethod.SYMMETRIC, "", PeerThatSent(key.cuda(), 2))
+    tp = TensorParallel(tp_size=2, group=object(), device="cuda", choice=choice)
+    head = HeadBuilder(tp=tp, model=small.model, index_dir=small.index_dir, device="cuda").build(
+        name
+    )
+    head.check_inputs = False
+    states = small.states[:2].cuda()
+    head(states)
+    cuda.reset()
+    output = head(states)
+    assert len(cuda.launches) + len(cuda.operations) <= 3
+    assert output.token_ids.tolist() == [[9], [9]]
+    assert output.logits.tolist() == [[1e6], [1e6]]
 
 
 @pytest.mark.parametrize("name", ON_GPU)

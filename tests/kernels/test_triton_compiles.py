@@ -20,7 +20,7 @@ import json, sys, compile_ahead, resources
 from dataclasses import asdict
 loop = compile_ahead.main_loop(sys.stdin.read())
 made = dict(kernel="k", case="c", grid=(1,), warps=4, registers=32, barriers=0, loop_barriers=0,
-            loop_bytes=0, loads_of_16_bytes=0, dp4a=0, fma=0)
+            loop_bytes=0, loads_of_16_bytes=0, dp4a=0, fma=0, row_layout="")
 given = [(90, 0, 100 << 10), (89, 0, 99 << 10), (89, 0, (99 << 10) + 1), (90, 8, 0)]
 found = [compile_ahead.Resources(**made, capability=c, stack_bytes=b, shared_bytes=s)
          for c, b, s in given]
@@ -88,18 +88,19 @@ def test_shipped_shapes_compile_as_they_are_launched(compiled: list[dict[str, An
 
 @pytest.mark.timeout(900)
 def test_one_launch_and_two_fuse_the_same_sums(compiled: list[dict[str, Any]]) -> None:
-    """Else they could give other bits: integer scores fuse nothing, rows the same in both kernels.
+    """Else they could give other bits: integer scores fuse nothing; a row's sum has one order.
 
     With `a * b` for `rounded_product` Llama's scores fuse eight products in two launches, batch 8.
     """
-    fused = {(item["kernel"], item["case"]): item["fma"] for item in compiled}
+    found = {(item["kernel"], item["case"]): item for item in compiled}
     pairs = 0
-    for (kernel, case), number in fused.items():
+    for (kernel, case), item in found.items():
         if kernel == "dots_kernel":
-            assert number == 0, case
-        one = ("one_launch_kernel", case.replace("two launches", "one launch"))
-        if kernel == "candidates_kernel" and one in fused:
-            assert number == fused[one] > 0, case
+            assert item["fma"] == 0, case
+        one = found.get(("one_launch_kernel", case.replace("two launches", "one launch")))
+        if kernel == "candidates_kernel" and one is not None:
+            assert item["row_layout"] == one["row_layout"] == "8, 2x16", case
+            assert item["fma"] == one["fma"] > 0, case
             pairs += 1
     assert pairs >= 4
 
@@ -111,7 +112,7 @@ def test_the_main_loop_and_the_faults_are_found() -> None:
     )  # fmt: skip
     loop, each, spills_allowed = json.loads(done.stdout)
     # The first loop has integer dot products, the second loads more, the third encloses both.
-    assert loop == {"barriers": 1, "loaded_bytes": 18}
+    assert loop == {"barriers": 1, "loaded_bytes": 18, "rounds": 1}
     assert [len(lines) for lines in each] == [0, 0, 1, 1]
     assert "shared memory" in each[2][0]
     assert "spills 8 bytes" in each[3][0]
