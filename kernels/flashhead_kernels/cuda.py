@@ -6,7 +6,7 @@ tensors. A kernel that does not compile raises Triton's error: nothing falls bac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def flashhead_candidates(
             need_unprobed=need_unprobed, between=between,
         )  # fmt: skip
     found = []
-    for part in torch.split(hidden_states.contiguous(), MAX_ROWS):
+    for part in _parts(hidden_states):
         inputs = HeadInputs(
             part, rows, token_ids, centroids, spread, pinned_rows, pinned_token_ids, alpha,
             num_probes_per_group,
@@ -113,7 +113,7 @@ def dense_candidates(
             hidden_states, rows, first_token_id, k=k, need_logsumexp=need_logsumexp,
             token_ids=token_ids, final=final,
         )  # fmt: skip
-    states = torch.split(hidden_states.contiguous(), MAX_ROWS)
+    states = _parts(hidden_states)
     return _joined([
         launch_dense(
             part, rows, first_token_id, k, need_logsumexp, token_ids,
@@ -121,6 +121,12 @@ def dense_candidates(
         )
         for place, part in enumerate(states)
     ])  # fmt: skip
+
+
+def _parts(hidden_states: Tensor) -> Sequence[Tensor]:
+    """Rows that one launch serves, `[MAX_ROWS, D]` or fewer each."""
+    states = hidden_states.contiguous()
+    return [states] if len(states) <= MAX_ROWS else torch.split(states, MAX_ROWS)
 
 
 def _nothing() -> None:

@@ -55,8 +55,3 @@ def counters(device: torch.device) -> Tensor:
 def signed_seed(seed: int) -> int:
     """The same 64 bits as a signed number: a kernel's argument has one type."""
     return (seed + _HALF) % (2 * _HALF) - _HALF
-
-
-def counter_bytes(device: torch.device) -> int:
-    """Bytes that the kernels hold on a device between launches: 256 for each stream used."""
-    return sum(tensor.nbytes for (at, _), tensor in _counters.items() if at == device)

@@ -112,7 +112,7 @@ class CentroidLaunch:
     @property
     def group_strides(self) -> tuple[int, int]:
         """Elements of values and scales a group."""
-        return self.values[0].numel(), self.scales[0].numel()
+        return self.values.stride(0), self.scales.stride(0)
 
     @property
     def groups_pad(self) -> int:
@@ -258,11 +258,14 @@ class _Launch:
         parts = batch * num_parts
         num_keys = parts * best + parts * self.need_unprobed
         part_keys = torch.empty(num_keys, dtype=torch.int64, device=device)
-        part_sums = torch.empty(2 * parts, dtype=torch.float32, device=device)
         out = torch.empty(batch * (best + self.need_unprobed), dtype=torch.int64, device=device)
         ids = torch.empty((batch, best), dtype=torch.int64, device=device)
         logits = torch.empty((batch, best), dtype=torch.float32, device=device)
-        logsumexp = torch.empty(batch, dtype=torch.float32, device=device)
+        # A pointer has to be given even where nothing is written.
+        part_sums, logsumexp = part_keys, logits
+        if self.need_logsumexp:
+            part_sums = torch.empty(2 * parts, dtype=torch.float32, device=device)
+            logsumexp = torch.empty(batch, dtype=torch.float32, device=device)
         found = Candidates(
             out[: batch * best].view(batch, best)[:, : self.k],
             logsumexp if self.need_logsumexp else None,

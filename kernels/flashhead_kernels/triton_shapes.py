@@ -6,6 +6,7 @@ Letters: `N` probing groups of `M` clusters of `S` tokens, of which `p` are prob
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 
@@ -64,28 +65,35 @@ class CentroidShape:
 
     @classmethod
     def of(cls, centroids: QuantizedCentroids) -> CentroidShape:
-        group_bytes = centroids.group_size * centroids.bits // 8
-        width = 4 if group_bytes % 4 == 0 else 1
-        groups, words = centroids.hidden_size // centroids.group_size, group_bytes // width
-        segment = -(-groups // max(1, min(_MAX_SEGMENTS, groups // _LEAST_SEGMENT)))
-        fours = width == 4 and words % 4 == 0
-        most = _WORDS_LOADED // words
-        chunks = [count for count in range(1, most + 1) if segment % count == 0]
-        return cls(
-            bits=centroids.bits,
-            group_size=centroids.group_size,
-            groups=groups,
-            words=words,
-            words_pad=power_of_two(words),
-            width=width,
-            tile=centroids.tile,
-            segment=segment,
-            chunk=max(chunks, default=0) if fours else 0,
+        return _centroid_shape(
+            centroids.bits, centroids.group_size, centroids.hidden_size, centroids.tile
         )
 
     @property
     def segments(self) -> int:
         return -(-self.groups // self.segment)
+
+
+@functools.cache
+def _centroid_shape(bits: int, group_size: int, size: int, tile: int) -> CentroidShape:
+    group_bytes = group_size * bits // 8
+    width = 4 if group_bytes % 4 == 0 else 1
+    groups, words = size // group_size, group_bytes // width
+    segment = -(-groups // max(1, min(_MAX_SEGMENTS, groups // _LEAST_SEGMENT)))
+    fours = width == 4 and words % 4 == 0
+    most = _WORDS_LOADED // words
+    chunks = [count for count in range(1, most + 1) if segment % count == 0]
+    return CentroidShape(
+        bits=bits,
+        group_size=group_size,
+        groups=groups,
+        words=words,
+        words_pad=power_of_two(words),
+        width=width,
+        tile=tile,
+        segment=segment,
+        chunk=max(chunks, default=0) if fours else 0,
+    )
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,7 @@ class HeadShape:
     best: int
 
     @classmethod
+    @functools.cache  # a step makes it anew
     def of(
         cls, clusters: int, tokens: int, hidden_size: int, probes: int, pinned: int, k: int
     ) -> HeadShape:
@@ -150,6 +159,7 @@ class HeadPlan:
     splits: int
 
 
+@functools.cache
 def plan_head(
     head: HeadShape, centroids: CentroidShape | None, groups: int, batch: int, processors: int,
     *, projected: bool = False,
