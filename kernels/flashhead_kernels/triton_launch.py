@@ -22,7 +22,9 @@ from flashhead_kernels.triton_head import (
     prepare_kernel,
 )
 from flashhead_kernels.triton_shapes import (
+    CANDIDATES_REGISTERS,
     CANDIDATES_WARPS,
+    ONE_LAUNCH_REGISTERS,
     ONE_LAUNCH_WARPS,
     ROWS_A_WARP,
     CentroidShape,
@@ -226,6 +228,7 @@ class _Launch:
             PREPARED=plan.prepares, PROJECTED=centroids.projected, LOGSUMEXP=self.need_logsumexp,
             UNPROBED=self.need_unprobed, PART_BLOCK=part_block(self.head.best),
             COMPILED=not is_interpreted(), num_warps=ONE_LAUNCH_WARPS,
+            maxnreg=ONE_LAUNCH_REGISTERS,
         )  # fmt: skip
         return found
 
@@ -243,7 +246,7 @@ class _Launch:
             HEAD=self.head, SEGMENTS=plan.segments, ROWS=ROWS_A_WARP * CANDIDATES_WARPS,
             PROJECTED=centroids.projected, LOGSUMEXP=self.need_logsumexp,
             UNPROBED=self.need_unprobed, PART_BLOCK=part_block(self.head.best),
-            num_warps=CANDIDATES_WARPS,
+            num_warps=CANDIDATES_WARPS, maxnreg=CANDIDATES_REGISTERS,
         )  # fmt: skip
         return found
 

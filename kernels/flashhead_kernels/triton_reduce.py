@@ -29,15 +29,15 @@ def row_logits(
     # Loads in flight; four where more would leave an odd rest.
     unroll: tl.constexpr = 8 if D % (8 * BLOCK_D) == 0 else 4
     for first in tl.range(0, D, BLOCK_D, loop_unroll_factor=unroll):
-        columns = first + tl.arange(0, BLOCK_D)
+        columns = first + tl.arange(0, BLOCK_D)[None, :]
         inside = columns < D
-        hidden = tl.load(hidden_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        # For each row: every thread then has its columns, without shared memory and its barriers.
+        at = columns + tl.zeros([row_ids.shape[0], 1], tl.int32)
+        hidden = tl.load(hidden_ptr + at, mask=at < D, other=0.0).to(tl.float32)
         rows = tl.load(
-            rows_ptr + row_ids[:, None] * D + columns[None, :],
-            mask=real[:, None] & inside[None, :],
-            other=0.0,
+            rows_ptr + row_ids[:, None] * D + columns, mask=real[:, None] & inside, other=0.0
         ).to(tl.float32)
-        products += rows * hidden[None, :]
+        products += rows * hidden
     return tl.sum(products, 1)
 
 

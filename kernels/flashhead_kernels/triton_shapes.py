@@ -22,6 +22,9 @@ MAX_ROWS_QUANTIZED_IN_PLACE = 4
 """Up to this many rows every program quantises them itself: cheaper than a launch of its own."""
 ONE_LAUNCH_WARPS = 16
 CANDIDATES_WARPS = 4
+ONE_LAUNCH_REGISTERS = 128
+CANDIDATES_REGISTERS = 168
+"""Most that a thread may have. Left to itself the compiler spills a few, for a second program."""
 ROWS_A_WARP = 2
 """Rows of the output embedding that a warp scores at a time. The same in every kernel: the layout
 of a block, and so the order of its float sums, follows from it."""
