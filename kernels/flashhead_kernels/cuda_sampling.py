@@ -16,6 +16,7 @@ from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.sampling import LocalScores, Weighed, final_logits
 from flashhead_kernels.triton_device import num_processors, on_device, signed_seed
 from flashhead_kernels.triton_rows import (
+    REGISTERS,
     ROWS_A_BLOCK,
     WARPS,
     centroid_dots,
@@ -84,7 +85,7 @@ def local_scores(
             scores_kernel[(groups, batch, shares)](
                 hidden_states, dots, spread, rows, token_ids, pinned_rows, pinned_token_ids,
                 logits, ids, means, float(alpha),
-                HEAD=head, ROWS=ROWS_A_BLOCK, num_warps=WARPS,
+                HEAD=head, ROWS=ROWS_A_BLOCK, num_warps=WARPS, maxnreg=REGISTERS,
             )  # fmt: skip
     return LocalScores(logits, ids, means)
 
@@ -185,7 +186,7 @@ def draw_groups(
                 M=clusters, M_PAD=power_of_two(clusters), S=tokens, S_PAD=power_of_two(tokens),
                 WIDTH=width, BLOCK=min(power_of_two(width), _BLOCK),
                 D=size, BLOCK_D=columns_a_block(size), SOFTCAP=final.softcap > 0, **options,
-                num_warps=WARPS,
+                num_warps=WARPS, maxnreg=REGISTERS,
             )  # fmt: skip
     return keys.amax(1)
 

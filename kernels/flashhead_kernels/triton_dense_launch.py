@@ -49,6 +49,11 @@ def launch_dense(
     part_sums = torch.empty(2 * batch * grid[0], dtype=torch.float32, device=device)
     counter = counters(device)
     sequences = None if noise is None else noise.sequences
+    # Most that a thread may have: left to itself the compiler spills a few, for another program.
+    registers = None
+    if blocks["MATMUL"]:
+        plain = noise is None and blocks["BLOCK_D"] == 64
+        registers = 128 if plain and blocks["BATCH"] < _MAX_BATCH_OF_MATMUL else 255
     with on_device(hidden_states):
         # A pointer has to be given even where nothing is read from it.
         dense_kernel[grid](
@@ -61,7 +66,7 @@ def launch_dense(
             **blocks,
             TABLE=token_ids is not None, SOFTCAP=final.softcap > 0, SAMPLE=noise is not None,
             SEQUENCES=sequences is not None, LOGSUMEXP=need_logsumexp,
-            PART_BLOCK=part_block(best), UPCAST=is_interpreted(), num_warps=4,
+            PART_BLOCK=part_block(best), UPCAST=is_interpreted(), num_warps=4, maxnreg=registers,
         )  # fmt: skip
     return Candidates(
         keys[:, :k], logsumexp if need_logsumexp else None, None, ids[:, :k], logits[:, :k]

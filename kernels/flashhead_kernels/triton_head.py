@@ -236,8 +236,9 @@ def summed_dots(
 ):  # fmt: skip
     """`h . centroid` float32 `[clusters_pad]` of a row and group, from what `dots_kernel` left."""
     M: tl.constexpr = HEAD.clusters
-    slots = tl.arange(0, HEAD.clusters_pad)
-    dots = tl.zeros([HEAD.clusters_pad], tl.float32)
+    M_PAD: tl.constexpr = HEAD.clusters_pad
+    slots = tl.arange(0, M_PAD)
+    dots = tl.zeros([M_PAD], tl.float32)
     for segment in tl.static_range(SEGMENTS):
         part = (segment * num_rows + row).to(tl.int64) * num_groups + group
         dots += tl.load(dots_ptr + part * M + slots, mask=slots < M, other=0.0)

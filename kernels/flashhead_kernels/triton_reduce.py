@@ -73,6 +73,7 @@ def probe_group(
     M: tl.constexpr = HEAD.clusters
     S: tl.constexpr = HEAD.tokens
     S_PAD: tl.constexpr = HEAD.tokens_pad
+    BEST: tl.constexpr = HEAD.best
     PROBES_PAD: tl.constexpr = HEAD.probes_pad
     BLOCK: tl.constexpr = ROWS // S_PAD if ROWS > S_PAD else 1
     D: tl.constexpr = HEAD.hidden_size
@@ -86,7 +87,7 @@ def probe_group(
     order = pack_key(dots + lift, tl.where(real, slots, -1))
     top = best_keys(order, PROBES_PAD)
     probed = key_id(top)
-    best = tl.full([HEAD.best], EMPTY_KEY, tl.int64)
+    best = tl.full([BEST], EMPTY_KEY, tl.int64)
     greatest = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     for first in tl.range(first_probe, last_probe, BLOCK):

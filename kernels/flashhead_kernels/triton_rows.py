@@ -22,6 +22,8 @@ from flashhead_kernels.triton_scores import hidden_norm
 from flashhead_kernels.triton_shapes import MAX_ROWS, ROWS_A_WARP, is_interpreted, power_of_two
 
 WARPS = 4
+REGISTERS = 255
+"""Most that a thread may have: left to itself the compiler spills a few, for another program."""
 ROWS_A_BLOCK = ROWS_A_WARP * WARPS
 """Rows that a program scores at a time."""
 _COLUMNS_A_BLOCK = 128
@@ -122,8 +124,9 @@ def score_all(hidden_states: Tensor, rows: Tensor) -> Tensor:
     blocks = logits_blocks(hidden_states.dtype, rows.dtype, rows.shape[1])
     with on_device(rows):
         logits_kernel[(triton.cdiv(batch, blocks["BATCH"]), triton.cdiv(count, blocks["BLOCK_V"]))](
-            hidden_states.contiguous(), rows, logits, batch, count, **blocks, num_warps=WARPS
-        )
+            hidden_states.contiguous(), rows, logits, batch, count, **blocks, num_warps=WARPS,
+            maxnreg=REGISTERS,
+        )  # fmt: skip
     return logits
 
 

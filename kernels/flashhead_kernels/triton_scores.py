@@ -31,14 +31,15 @@ def quantize_groups(
     """
     words: tl.constexpr = CENTROIDS.words
     groups: tl.constexpr = CENTROIDS.groups
+    words_pad: tl.constexpr = CENTROIDS.words_pad
     width: tl.constexpr = CENTROIDS.width
     half: tl.constexpr = CENTROIDS.group_size // 2
     group = first_group + tl.arange(0, COUNT)
-    word = tl.arange(0, CENTROIDS.words_pad)
+    word = tl.arange(0, words_pad)
     real = (group < groups)[:, None] & (word < words)[None, :]
     at = group[:, None] * words + word[None, :]
     column = group[:, None] * CENTROIDS.group_size + word[None, :] * width
-    largest = tl.zeros([COUNT, CENTROIDS.words_pad], tl.float32)
+    largest = tl.zeros([COUNT, words_pad], tl.float32)
     for byte in tl.static_range(width):
         value = tl.load(state_ptr + column + byte, mask=real, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(value))
@@ -46,9 +47,9 @@ def quantize_groups(
             value = tl.load(state_ptr + column + byte + half, mask=real, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.abs(value))
     scales = tl.div_rn(tl.max(largest, 1), 127.0)
-    low = tl.zeros([COUNT, CENTROIDS.words_pad], tl.int32)
-    high = tl.zeros([COUNT, CENTROIDS.words_pad], tl.int32)
-    total = tl.zeros([COUNT, CENTROIDS.words_pad], tl.int32)
+    low = tl.zeros([COUNT, words_pad], tl.int32)
+    high = tl.zeros([COUNT, words_pad], tl.int32)
+    total = tl.zeros([COUNT, words_pad], tl.int32)
     for byte in tl.static_range(width):
         value = tl.load(state_ptr + column + byte, mask=real, other=0.0).to(tl.float32)
         integer = round_to_int8(value, scales[:, None])
