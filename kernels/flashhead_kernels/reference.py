@@ -55,16 +55,11 @@ def score_centroids(
     `spread [N, M]` says how far a row's logit may lie from the mean's for a hidden state of norm 1;
     it is -inf for a cluster of pads, which no row then prefers to a real one.
     """
-    dots = centroid_dots(hidden_states, centroids)
-    return dots + probing_bias(hidden_states, spread, alpha)
-
-
-def probing_bias(hidden_states: Tensor, spread: Tensor, alpha: float) -> Tensor:
-    """`alpha * |h| * spread` float32 `[B, N, M]`."""
     norms = torch.linalg.vector_norm(hidden_states.float(), dim=-1)
     scaled = alpha * norms[:, None, None] * spread
     # 0 * -inf is NaN: a cluster of pads stays at -inf whatever alpha is.
-    return torch.where(torch.isneginf(spread), spread, scaled)
+    lift = torch.where(torch.isneginf(spread), spread, scaled)
+    return centroid_dots(hidden_states, centroids) + lift
 
 
 def select_probes(scores: Tensor, num_probes_per_group: int) -> Tensor:

@@ -65,7 +65,7 @@ def probe_group(
     """One row's best keys `[HEAD.best]` and log-sum-exp (greatest, total) within one group.
 
     Of its probes, best first, those from first_probe to last_probe (half-open) are scored, ROWS
-    rows at a time. Whoever scores the first also takes the pinned tokens and unprobed clusters in.
+    rows at a time. With the first one go the pinned tokens and the unprobed clusters.
     Last, for UNPROBED, the key of its best unprobed cluster's score, with id 0; else an empty key.
 
     dots: `h . centroid` float32 `[HEAD.clusters_pad]`; hidden_ptr: the row's hidden state.

@@ -1,4 +1,4 @@
-"""Logits themselves in Triton, for whoever needs more than the best of them.
+"""Logits themselves in Triton, for uses that need more than the best of them.
 
 Sampling, log-probabilities and rows of logits for other samplers read them. A step that only wants
 the best token goes through `triton_head` or `triton_dense`, which write no logits to memory.
