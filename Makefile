@@ -50,7 +50,7 @@ report: setup ## The page of a run, or of several against the first (RUN="A B", 
 test-lm-eval: setup ## FlashHead as a model of lm-eval, and IFEval's rules; installs some fifty packages
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable ".[lm-eval]"
-	$(BIN)/python -m pytest tests/dist/test_lm_eval.py tests/dist/test_tasks.py $(ARGS)
+	$(BIN)/python -m pytest tests/integrations/test_lm_eval.py tests/evaluate/test_tasks.py $(ARGS)
 
 test-vllm: .venv-vllm/installed ## The plugin in a real vLLM and its server, in an environment of its own (ARGS=...)
 	.venv-vllm/bin/python -m pytest -m vllm tests/vllm $(ARGS)

@@ -28,7 +28,7 @@ from bench_ways import (
     PUBLISHED_GRAPH,
     TWO_LAUNCHES,
 )
-from flashhead_dist.measure.environment import software_versions, source_commit
+from flashhead_dist.bench.environment import software_versions, source_commit
 from flashhead_kernels import launch_choice
 from flashhead_topology.probe import probe_machine
 

@@ -38,7 +38,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from flashhead_dist.collectives import TensorParallel
+from flashhead_dist.bench.watch import INTERRUPTED
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.workload import Request, prepare_workload
 from flashhead_dist.heads.base import Head
@@ -47,7 +47,7 @@ from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
 from flashhead_dist.index import IndexShard
-from flashhead_dist.measure.watch import INTERRUPTED
+from flashhead_dist.parallel import TensorParallel
 from flashhead_kernels.cpu_memory import empty_on_large_pages
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine

@@ -33,6 +33,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from flashhead_dist.bench.records import RECORDS_NAME
+from flashhead_dist.bench.run_folder import write_pipeline
+from flashhead_dist.bench.setup import Setup, decide_setup
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
@@ -45,10 +48,7 @@ from flashhead_dist.integrations.pipeline_bubble import (
     ideal_bubble,
     measured_bubble,
 )
-from flashhead_dist.measure.records import RECORDS_NAME
-from flashhead_dist.measure.run_folder import write_pipeline
-from flashhead_dist.measure.setup import Setup, decide_setup
-from flashhead_dist.model_source import ModelSource, open_model
+from flashhead_dist.models import ModelSource, open_model
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 from pipeline_inputs import corpus_prompts, made_up_prompts, sleeping_model

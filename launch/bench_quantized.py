@@ -24,8 +24,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flashhead_dist.errors import UserError
-from flashhead_dist.generation.compare import (
+from flashhead_dist.bench.watch import INTERRUPTED
+from flashhead_dist.decode.compare import (
     Measured,
     Request,
     compare,
@@ -34,13 +34,13 @@ from flashhead_dist.generation.compare import (
     p90,
     warm_up,
 )
-from flashhead_dist.generation.engine import DENSE, Engine, Layout, Variant
-from flashhead_dist.generation.prompts import read_prompts
+from flashhead_dist.decode.engine import DENSE, Engine, Layout, Variant
+from flashhead_dist.decode.prompts import read_prompts
+from flashhead_dist.errors import UserError
 from flashhead_dist.heads.sampling import SamplingParameters
 from flashhead_dist.index import ensure_index
 from flashhead_dist.integrations.quantized_make import GROUP_SIZE, default_w4a16_folder
-from flashhead_dist.measure.watch import INTERRUPTED
-from flashhead_dist.model_source import ModelSource, open_model
+from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.report.progress import SweepProgress
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine

@@ -28,11 +28,11 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from flashhead_dist.bench.watch import INTERRUPTED
 from flashhead_dist.errors import UserError
 from flashhead_dist.index import ensure_index
 from flashhead_dist.integrations.transformers import replace_head
-from flashhead_dist.measure.watch import INTERRUPTED
-from flashhead_dist.model_source import open_model
+from flashhead_dist.models import open_model
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 

@@ -31,15 +31,8 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
+from flashhead_dist.bench.watch import INTERRUPTED
 from flashhead_dist.errors import UserError
-from flashhead_dist.hidden_states import (
-    HiddenStates,
-    collect_hidden_states,
-    load_hidden_states,
-    require_hidden_size,
-)
-from flashhead_dist.hidden_states.hold_out import parse_hold_out, set_aside
-from flashhead_dist.hidden_states.texts import read_texts, shipped_texts
 from flashhead_dist.index import (
     IndexManifest,
     IndexOptions,
@@ -50,8 +43,15 @@ from flashhead_dist.index import (
 from flashhead_dist.index.build import build_index
 from flashhead_dist.index.locate import States, default_index_path, default_states
 from flashhead_dist.index.options import CENTROID_BITS, CentroidKind, Method
-from flashhead_dist.measure.watch import INTERRUPTED
-from flashhead_dist.model_source import ModelSource, open_model
+from flashhead_dist.models import ModelSource, open_model
+from flashhead_dist.states import (
+    HiddenStates,
+    collect_hidden_states,
+    load_hidden_states,
+    require_hidden_size,
+)
+from flashhead_dist.states.hold_out import parse_hold_out, set_aside
+from flashhead_dist.states.texts import read_texts, shipped_texts
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 

@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from flashhead_dist.bench.head_shape import shape_of_index
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.registry import check_head_names
 from flashhead_dist.index import load_manifest
-from flashhead_dist.measure.head_shape import shape_of_index
 from flashhead_dist.report.cost_tables import cost_table, sources_table, systems_table
 from flashhead_dist.report.present import report_console
 from flashhead_topology.head_cost import HEAD_NAMES, HeadShape, StepCost, step_cost

@@ -28,20 +28,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flashhead_dist.errors import UserError
-from flashhead_dist.generation.compare import identical_share, middle
-from flashhead_dist.generation.drafts import (
+from flashhead_dist.bench.watch import INTERRUPTED
+from flashhead_dist.decode.compare import identical_share, middle
+from flashhead_dist.decode.drafts import (
     PLAIN,
     Drafted,
     DraftHeads,
     ensure_draft,
     training_texts,
 )
-from flashhead_dist.generation.prompts import Prompt, held_out_prompts
+from flashhead_dist.decode.prompts import Prompt, held_out_prompts
+from flashhead_dist.errors import UserError
 from flashhead_dist.index import ensure_index
 from flashhead_dist.integrations.eagle_decode import DraftCounts
-from flashhead_dist.measure.watch import INTERRUPTED
-from flashhead_dist.model_source import open_model
+from flashhead_dist.models import open_model
 from flashhead_dist.report.progress import SweepProgress
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine

@@ -13,15 +13,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.escalation import escalation_points
 from flashhead_dist.evaluate.truth import dense_truth
 from flashhead_dist.heads.registry import HeadBuilder
-from flashhead_dist.hidden_states import collect_hidden_states, synthetic_hidden_states
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.index.escalation import write_escalation
-from flashhead_dist.model_source import open_model
+from flashhead_dist.models import open_model
+from flashhead_dist.parallel import TensorParallel
+from flashhead_dist.states import collect_hidden_states, synthetic_hidden_states
 
 COMMANDS = ("escalation",)
 _EVERY = "all"

@@ -18,17 +18,17 @@ from flashhead_dist.evaluate.likelihood import predict_tokens
 from flashhead_dist.evaluate.truth import dense_truth
 from flashhead_dist.heads.closed_form import SAMPLING_HEADS
 from flashhead_dist.heads.registry import HEAD_NAMES, check_head_names, emulate_head, needs_index
-from flashhead_dist.hidden_states import (
+from flashhead_dist.index import ensure_index, load_manifest
+from flashhead_dist.models import ModelSource, open_model
+from flashhead_dist.states import (
     HiddenStates,
     collect_hidden_states,
     load_hidden_states,
     require_hidden_size,
     synthetic_hidden_states,
 )
-from flashhead_dist.hidden_states.split import split_by_document
-from flashhead_dist.hidden_states.texts import Document, read_texts, shipped_texts
-from flashhead_dist.index import ensure_index, load_manifest
-from flashhead_dist.model_source import ModelSource, open_model
+from flashhead_dist.states.split import split_by_document
+from flashhead_dist.states.texts import Document, read_texts, shipped_texts
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 

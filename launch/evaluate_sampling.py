@@ -11,21 +11,21 @@ from rich.console import Console
 from rich.table import Table
 
 from flashhead_dist import corpus
-from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.likelihood import evaluate_likelihood, predict_tokens
 from flashhead_dist.evaluate.sampling import evaluate_sampling
 from flashhead_dist.heads.closed_form import SAMPLING_HEADS, require_sampling_head
 from flashhead_dist.heads.registry import build_head, emulate_head
-from flashhead_dist.hidden_states import (
+from flashhead_dist.index import ensure_index, load_manifest
+from flashhead_dist.models import open_model
+from flashhead_dist.parallel import TensorParallel
+from flashhead_dist.states import (
     collect_hidden_states,
     load_hidden_states,
     require_hidden_size,
     synthetic_hidden_states,
 )
-from flashhead_dist.hidden_states.texts import read_texts
-from flashhead_dist.index import ensure_index, load_manifest
-from flashhead_dist.model_source import open_model
+from flashhead_dist.states.texts import read_texts
 
 COMMANDS = ("sampling", "likelihood")
 _SHIPPED = ("wikitext2", "udhr")

@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 
+from flashhead_dist.bench.environment import software_versions
+from flashhead_dist.decode.answers import AskOptions, answer_batch, batches
+from flashhead_dist.decode.engine import DENSE, Engine, Layout, Variant
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.tasks import TASK_NAMES, Item, Task, find_tasks
 from flashhead_dist.evaluate.tasks.reading import read_items
 from flashhead_dist.evaluate.tasks.records import TaskRun
 from flashhead_dist.evaluate.tasks.summary import summarise
-from flashhead_dist.generation.answers import AskOptions, answer_batch, batches
-from flashhead_dist.generation.engine import DENSE, Engine, Layout, Variant
 from flashhead_dist.heads.named import named_head
 from flashhead_dist.heads.registry import HEAD_NAMES, needs_index
 from flashhead_dist.heads.sampling import SamplingParameters
 from flashhead_dist.index import ensure_index, load_manifest
-from flashhead_dist.measure.environment import software_versions
-from flashhead_dist.model_source import ModelSource, open_model
+from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.report.present import report_console
 from flashhead_dist.report.progress import SweepProgress
 from flashhead_dist.report.tasks import task_notes, task_tables

@@ -14,24 +14,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flashhead_dist.collectives import TensorParallel
-from flashhead_dist.errors import UserError
-from flashhead_dist.generation.prompts import Prompt, held_out_prompts, read_prompts
-from flashhead_dist.generation.texts.dense import DENSE, Batch, TextDecoder
-from flashhead_dist.generation.texts.first_difference import (
+from flashhead_dist.decode.prompts import Prompt, held_out_prompts, read_prompts
+from flashhead_dist.decode.texts.dense import DENSE, Batch, TextDecoder
+from flashhead_dist.decode.texts.first_difference import (
     TextRecord,
     append_records,
     compare_texts,
     first_difference,
     read_records,
 )
-from flashhead_dist.generation.texts.summary import summarize
+from flashhead_dist.decode.texts.summary import summarize
+from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.flashhead_escalate import FlashHeadEscalate
 from flashhead_dist.heads.named import NamedHead, named_head
 from flashhead_dist.heads.registry import HEAD_NAMES, build_head, needs_index
 from flashhead_dist.index import ensure_index, load_manifest
-from flashhead_dist.model_source import ModelSource, open_model
+from flashhead_dist.models import ModelSource, open_model
+from flashhead_dist.parallel import TensorParallel
 from flashhead_dist.report.progress import SweepProgress
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine

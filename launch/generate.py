@@ -14,20 +14,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flashhead_dist.bench.control import Control
+from flashhead_dist.bench.kept_crossover import find_crossover_of
+from flashhead_dist.bench.setup import Setup, decide_setup
+from flashhead_dist.decode.compare import Measured, Request, compare, warm_up
+from flashhead_dist.decode.engine import Engine, Variant
+from flashhead_dist.decode.prompts import read_prompts
 from flashhead_dist.decode.sequences import DecodeState
+from flashhead_dist.decode.text_log import TextLog
+from flashhead_dist.decode.traffic import Traffic, count_traffic
 from flashhead_dist.errors import UserError
-from flashhead_dist.generation.compare import Measured, Request, compare, warm_up
-from flashhead_dist.generation.engine import Engine, Variant
-from flashhead_dist.generation.prompts import read_prompts
-from flashhead_dist.generation.text_log import TextLog
-from flashhead_dist.generation.traffic import Traffic, count_traffic
 from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
 from flashhead_dist.heads.registry import needs_index
 from flashhead_dist.index import ensure_index
-from flashhead_dist.measure.control import Control
-from flashhead_dist.measure.kept_crossover import find_crossover_of
-from flashhead_dist.measure.setup import Setup, decide_setup
-from flashhead_dist.model_source import ModelSource, open_model
+from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.report.generation import (
     generation_document,
     generation_notes,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from escalation_arguments import add_escalation, escalation_of
+from flashhead_dist.decode.engine import DENSE, Layout, Variant
 from flashhead_dist.errors import UserError
-from flashhead_dist.generation.engine import DENSE, Layout, Variant
 from flashhead_dist.heads.closed_form import SAMPLING_HEADS
 from flashhead_dist.heads.registry import HEAD_NAMES, check_head_names
 from flashhead_dist.heads.sampling import SamplingParameters

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.hidden_states.texts import shipped_texts
+from flashhead_dist.states.texts import shipped_texts
 
 _VOCAB = 64
 

@@ -23,11 +23,11 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
+from flashhead_dist.bench.control import Control, PeerError
+from flashhead_dist.bench.environment import boot_id
+from flashhead_dist.bench.host_watch import HostWatch, Place, lost_after_s
+from flashhead_dist.bench.watch import INTERRUPTED, PeerWatch
 from flashhead_dist.errors import UserError
-from flashhead_dist.measure.control import Control, PeerError
-from flashhead_dist.measure.environment import boot_id
-from flashhead_dist.measure.host_watch import HostWatch, Place, lost_after_s
-from flashhead_dist.measure.watch import INTERRUPTED, PeerWatch
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 

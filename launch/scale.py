@@ -34,23 +34,23 @@ from typing import Any
 
 import torch
 
-from flashhead_dist.collectives import TensorParallel, split_tensor_parallel
+from flashhead_dist.bench.cell import Effort
+from flashhead_dist.bench.control import Control
+from flashhead_dist.bench.crossover_notes import crossover_notes
+from flashhead_dist.bench.environment import boot_id, describe_environment, make_provenance
+from flashhead_dist.bench.head_shape import head_shape_of
+from flashhead_dist.bench.plan import Inputs, Plan
+from flashhead_dist.bench.records import RECORDS_NAME, RecordWriter
+from flashhead_dist.bench.run_folder import make_run_folder, write_environment
+from flashhead_dist.bench.setup import Setup, decide_setup
+from flashhead_dist.bench.standing import describe_standing, gather_topology
+from flashhead_dist.bench.sweep import Sweep
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.workload import Request, Workload, prepare_workload
 from flashhead_dist.heads.kept_launches import describe_launches, keep_launches
 from flashhead_dist.index import load_manifest
-from flashhead_dist.measure.cell import Effort
-from flashhead_dist.measure.control import Control
-from flashhead_dist.measure.crossover_notes import crossover_notes
-from flashhead_dist.measure.environment import boot_id, describe_environment, make_provenance
-from flashhead_dist.measure.head_shape import head_shape_of
-from flashhead_dist.measure.plan import Inputs, Plan
-from flashhead_dist.measure.records import RECORDS_NAME, RecordWriter
-from flashhead_dist.measure.run_folder import make_run_folder, write_environment
-from flashhead_dist.measure.setup import Setup, decide_setup
-from flashhead_dist.measure.standing import describe_standing, gather_topology
-from flashhead_dist.measure.sweep import Sweep
-from flashhead_dist.model_source import ModelSource
+from flashhead_dist.models import ModelSource
+from flashhead_dist.parallel import TensorParallel, split_tensor_parallel
 from flashhead_dist.report.present import print_report, report_console, write_report
 from flashhead_dist.report.progress import SweepProgress
 from flashhead_dist.report.standing import write_standing

@@ -29,15 +29,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from flashhead_dist.bench.environment import software_versions, source_commit
+from flashhead_dist.bench.run_folder import make_run_folder
+from flashhead_dist.bench.watch import INTERRUPTED
+from flashhead_dist.decode.prompts import read_prompts
 from flashhead_dist.errors import UserError
-from flashhead_dist.generation.prompts import read_prompts
 from flashhead_dist.index import ensure_index, load_manifest
-from flashhead_dist.measure.environment import software_versions, source_commit
-from flashhead_dist.measure.run_folder import make_run_folder
-from flashhead_dist.measure.watch import INTERRUPTED
-from flashhead_dist.model_source import ModelSource, open_model
-from flashhead_dist.model_source.cache import cache_root
-from flashhead_dist.model_source.default_model import default_model_folder
+from flashhead_dist.models import ModelSource, open_model
+from flashhead_dist.models.cache import cache_root
+from flashhead_dist.models.default_model import default_model_folder
 from flashhead_dist.report.present import report_console
 from flashhead_dist.report.progress import SweepProgress
 from flashhead_dist.report.serving import serving_document, serving_notes, serving_table

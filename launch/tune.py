@@ -39,11 +39,11 @@ from typing import Any
 
 from rich.console import Console
 
+from flashhead_dist.bench.watch import INTERRUPTED
 from flashhead_dist.errors import UserError
-from flashhead_dist.hidden_states import save_hidden_states
 from flashhead_dist.index.progress import progress_bars
-from flashhead_dist.measure.watch import INTERRUPTED
 from flashhead_dist.report.progress import SweepProgress
+from flashhead_dist.states import save_hidden_states
 from flashhead_dist.tune import default, grid
 from flashhead_dist.tune.front import Record, Target, choose, parse_target, undominated
 from flashhead_dist.tune.inputs import Inputs, frequent_of, gather, open_journal

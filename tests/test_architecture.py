@@ -1,4 +1,4 @@
-"""The floors of the house: who may import whom, and what may call torch.distributed."""
+"""Import rules: no cycles, libraries import none of ours, one caller of torch.distributed."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUND = {
+PACKAGES = {
     "flashhead_kernels": ROOT / "kernels" / "flashhead_kernels",
     "flashhead_topology": ROOT / "topology" / "flashhead_topology",
     "flashhead_profiles": ROOT / "profiles" / "flashhead_profiles",
 }
-# From the top floor down: a part imports from parts behind it in this list only.
-FLOORS = [
-    "report", "serving", "generation", "tune", "evaluate", "integrations", "measure", "decode",
-    "heads", "index", "hidden_states", "collectives", "collective_calls", "model_source",
-    "progress", "errors",
-]  # fmt: skip
+DIST = ROOT / "flashhead_dist"
 COLLECTIVES = {
     "all_reduce", "all_gather", "all_gather_single", "all_gather_into_tensor", "reduce_scatter",
     "broadcast", "all_gather_object", "broadcast_object_list", "send", "recv", "barrier",
@@ -43,44 +39,69 @@ def imported_modules(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("package", GROUND)
-def test_the_ground_floor_knows_nobody(package: str) -> None:
-    strangers = {"flashhead_dist", "launch", "tests", *GROUND} - {package}
-    for path in python_files(GROUND[package]):
+@pytest.mark.parametrize("package", PACKAGES)
+def test_library_packages_import_none_of_ours(package: str) -> None:
+    forbidden = {"flashhead_dist", "launch", "tests", *PACKAGES} - {package}
+    for path in python_files(PACKAGES[package]):
         for module in imported_modules(path):
-            assert module.split(".")[0] not in strangers, f"{path.name} imports {module}"
+            assert module.split(".")[0] not in forbidden, f"{path.name} imports {module}"
 
 
-def floor_of(path: Path) -> str:
-    part = path.relative_to(ROOT / "flashhead_dist").parts[0]
-    return part.removesuffix(".py")
+def module_name(path: Path) -> str:
+    for root in (ROOT, *(folder.parent for folder in PACKAGES.values())):
+        if path.is_relative_to(root) and (root != ROOT or path.is_relative_to(DIST)):
+            parts = path.relative_to(root).with_suffix("").parts
+            return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    raise ValueError(path)
 
 
-def test_floors_import_downwards() -> None:
-    files = [p for p in python_files(ROOT / "flashhead_dist") if floor_of(p) != "__init__"]
-    assert len(files) > 20
-    for path in files:
-        own = floor_of(path)
-        assert own in FLOORS or own == "corpus", f"{own} has no floor in this test"
+def imports_when_loaded(path: Path) -> Iterator[str]:
+    """Modules that importing the file imports, without those under TYPE_CHECKING."""
+    pending: list[ast.stmt] = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Try | ast.With):
+            pending += node.body
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            pending += node.body + node.orelse
+
+
+def test_no_module_imports_itself_in_a_cycle() -> None:
+    files = python_files(DIST) + [p for folder in PACKAGES.values() for p in python_files(folder)]
+    modules = {module_name(path): path for path in files}
+    assert len(modules) > 100
+    graph = {
+        name: set(imports_when_loaded(path)) & modules.keys() - {name}
+        for name, path in modules.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_kernels_import_no_head_and_no_process_group() -> None:
+    for path in python_files(PACKAGES["flashhead_kernels"]):
+        if path.stem in {"exchange_choice", "symmetric"}:  # to move to flashhead_dist
+            continue
         for module in imported_modules(path):
-            parts = module.split(".")
-            assert parts[0] not in {"launch", "tests"}, f"{path} imports {module}"
-            if parts[0] != "flashhead_dist" or len(parts) == 1 or own == "corpus":
-                continue
-            other = parts[1]
-            if other != own and other in FLOORS:
-                assert FLOORS.index(own) < FLOORS.index(other), f"{path} imports {module}"
+            assert not module.startswith(("flashhead_dist", "torch.distributed")), (path, module)
 
 
-def test_only_collectives_exchanges_between_ranks() -> None:
+def test_only_parallel_calls_collectives() -> None:
     for path in python_files(ROOT / "flashhead_dist"):
-        if floor_of(path) in {"collectives", "collective_calls"}:
+        if path.name == "parallel.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr in COLLECTIVES:
                 owner = ast.unparse(node.value)
                 assert owner not in {"dist", "torch.distributed"}, (
-                    f"{path}:{node.lineno} calls {owner}.{node.attr}: go through collectives"
+                    f"{path}:{node.lineno} calls {owner}.{node.attr}: go through parallel"
                 )
 
 
@@ -149,12 +170,3 @@ def test_files_hold_one_idea() -> None:
             if "corpus" not in path.parts:
                 lines = len(path.read_text(encoding="utf-8").splitlines())
                 assert lines <= 500, f"{path.relative_to(ROOT)} has {lines} lines: split it"
-
-
-def test_no_folder_of_tests_is_passed_over(request: pytest.FixtureRequest) -> None:
-    """pytest skips a folder named `dist` in silence unless told otherwise."""
-    skipped = request.config.getini("norecursedirs")
-    folders = [path for path in (ROOT / "tests").iterdir() if path.is_dir()]
-    assert len(folders) > 3
-    for folder in folders:
-        assert not any(folder.match(pattern) for pattern in skipped), folder

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.heads.base import Head
+from flashhead_dist.parallel import TensorParallel
 
 
 class HeadEmbedding(nn.Module):

@@ -19,7 +19,7 @@ from flashhead_dist.evaluate.intervals import (
     percentile_interval,
     wilson,
 )
-from flashhead_dist.hidden_states import HiddenStates
+from flashhead_dist.states import HiddenStates
 
 BLOCK = 64
 ALL = "all"

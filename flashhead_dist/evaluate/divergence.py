@@ -24,7 +24,7 @@ from torch import Tensor
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.closed_form import ClosedForm, closed_form
 from flashhead_dist.heads.emulated import EmulatedHead
-from flashhead_dist.model_source import ModelSource
+from flashhead_dist.models import ModelSource
 from flashhead_kernels.logits import FinalLogits
 
 _STATES = 512

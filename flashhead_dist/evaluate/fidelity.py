@@ -26,7 +26,7 @@ from flashhead_dist.evaluate.divergence import Divergence
 from flashhead_dist.evaluate.truth import DenseTruth
 from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.emulated import EmulatedHead
-from flashhead_dist.hidden_states import HiddenStates, require_hidden_size
+from flashhead_dist.states import HiddenStates, require_hidden_size
 
 BATCH_SIZE = 64
 DENSE_BYTES_PER_WEIGHT = 2

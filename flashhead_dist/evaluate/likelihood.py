@@ -19,11 +19,11 @@ from torch import Tensor
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.divergence import evaluate_divergence
 from flashhead_dist.heads.base import Head
-from flashhead_dist.hidden_states import HiddenStates, require_finite
-from flashhead_dist.hidden_states.body import body_dtype, run_body
-from flashhead_dist.hidden_states.split import Passage
-from flashhead_dist.hidden_states.texts import Document
-from flashhead_dist.model_source import ModelSource
+from flashhead_dist.models import ModelSource
+from flashhead_dist.states import HiddenStates, require_finite
+from flashhead_dist.states.body import body_dtype, run_body
+from flashhead_dist.states.split import Passage
+from flashhead_dist.states.texts import Document
 
 CONTEXT = 512
 _LEAST_CONTEXT = 64

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from flashhead_dist.model_source import ModelSource, cache_root
-from flashhead_dist.model_source.cache import cached_tensors
+from flashhead_dist.models import ModelSource, cache_root
+from flashhead_dist.models.cache import cached_tensors
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import EMPTY_KEY, unpack_keys
 

@@ -16,19 +16,19 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from flashhead_dist.bench.agreement import spread_over_sources
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.truth import dense_truth
 from flashhead_dist.heads.registry import needs_index
-from flashhead_dist.hidden_states import (
+from flashhead_dist.index import ensure_index, load_manifest
+from flashhead_dist.models import ModelSource, open_model
+from flashhead_dist.states import (
     HiddenStates,
     collect_hidden_states,
     load_hidden_states,
     require_hidden_size,
     synthetic_hidden_states,
 )
-from flashhead_dist.index import ensure_index, load_manifest
-from flashhead_dist.measure.agreement import spread_over_sources
-from flashhead_dist.model_source import ModelSource, open_model
 
 _NUM_TIMING_STATES = 256
 

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flashhead_dist.collectives import Operation, Steps, TensorParallel, payload_bytes
 from flashhead_dist.errors import UserError
+from flashhead_dist.parallel import Operation, Steps, TensorParallel, payload_bytes
 from flashhead_kernels.candidates import check_finite
 from flashhead_kernels.dispatch import ops_for
 from flashhead_profiles.ranges import CHECK, HEAD, annotate

@@ -15,8 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from flashhead_dist.collectives import Exchange, Operation, Steps
 from flashhead_dist.heads.base import Head, HeadOutput, Want, empty_output
+from flashhead_dist.parallel import Exchange, Operation, Steps
 from flashhead_kernels.dispatch import ops_for
 
 T = TypeVar("T")

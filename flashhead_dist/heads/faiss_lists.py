@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.model_source.cache import cached_tensors
+from flashhead_dist.models.cache import cached_tensors
 
 _ITERATIONS = 10
 _POINTS_PER_LIST = 64

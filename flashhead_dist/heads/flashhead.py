@@ -16,11 +16,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flashhead_dist.collectives import Exchange, Operation, Steps, TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.merge import local_output, merge_candidates
 from flashhead_dist.index import IndexShard
+from flashhead_dist.parallel import Exchange, Operation, Steps, TensorParallel
 from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.dispatch import ops_for
 from flashhead_profiles.ranges import CANDIDATES, CENTROIDS, in_parts

@@ -16,11 +16,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from flashhead_dist.collectives import Steps
 from flashhead_dist.heads.base import HeadOutput, Want
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.heads.index_scan import IndexScan
 from flashhead_dist.heads.merge import merge_scanned
+from flashhead_dist.parallel import Steps
 from flashhead_kernels.candidates import Candidates
 
 

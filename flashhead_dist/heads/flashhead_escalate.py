@@ -24,7 +24,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flashhead_dist.collectives import Operation, Steps, TensorParallel, payload_bytes
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import KEY_BYTES, HeadOutput, Want
 from flashhead_dist.heads.flashhead import FlashHead
@@ -32,6 +31,7 @@ from flashhead_dist.heads.index_scan import IndexScan
 from flashhead_dist.heads.merge import merge_candidates, merge_judged, merge_scanned
 from flashhead_dist.index import IndexManifest, IndexShard
 from flashhead_dist.index.escalation import USUAL_SHARE
+from flashhead_dist.parallel import Operation, Steps, TensorParallel, payload_bytes
 from flashhead_kernels.candidates import Candidates
 
 _GREEDY = Want()

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flashhead_dist.collectives import Exchange, Operation, Steps, TensorParallel, payload_bytes
 from flashhead_dist.heads.base import HeadOutput, Want
 from flashhead_dist.heads.flashhead import IndexHead
 from flashhead_dist.heads.merge import merge_candidates
 from flashhead_dist.index import IndexShard
+from flashhead_dist.parallel import Exchange, Operation, Steps, TensorParallel, payload_bytes
 from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import pack_keys, unpack_keys

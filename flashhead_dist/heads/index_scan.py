@@ -11,11 +11,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from flashhead_dist.collectives import Steps, TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.merge import merge_candidates
 from flashhead_dist.index import IndexShard
+from flashhead_dist.parallel import Steps, TensorParallel
 from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.dispatch import ops_for
 from flashhead_profiles.ranges import CANDIDATES, annotate

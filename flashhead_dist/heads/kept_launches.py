@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flashhead_dist.model_source import cache_root
-from flashhead_dist.model_source.kept import KeptMeasurements
+from flashhead_dist.models import cache_root
+from flashhead_dist.models.kept import KeptMeasurements
 from flashhead_kernels import launch_choice
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flashhead_dist.collectives import Exchange, Operation, Steps
 from flashhead_dist.heads.base import HeadOutput, Want
+from flashhead_dist.parallel import Exchange, Operation, Steps
 from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.dispatch import ops_for
 from flashhead_profiles.ranges import RESULT, annotate

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flashhead_dist.collectives import Exchange, Operation, Steps
 from flashhead_dist.heads.closed_form import ClosedForm
+from flashhead_dist.parallel import Exchange, Operation, Steps
 from flashhead_kernels.keys import EMPTY_KEY, pack_keys, unpack_keys
 from flashhead_kernels.logits import GumbelNoise
 from flashhead_kernels.sampling_dispatch import sampling_ops_for

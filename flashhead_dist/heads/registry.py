@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, VocabShard
 from flashhead_dist.heads.dense import DenseAllReduce, DenseGather, DenseLocalMax
@@ -27,7 +26,8 @@ from flashhead_dist.heads.index_scan import IndexScan
 from flashhead_dist.heads.kept_launches import keep_launches
 from flashhead_dist.index import IndexManifest, IndexShard, load_manifest, load_shard
 from flashhead_dist.index.row_block import with_row_dtype
-from flashhead_dist.model_source import ModelSource, cache_root
+from flashhead_dist.models import ModelSource, cache_root
+from flashhead_dist.parallel import TensorParallel
 from flashhead_kernels.cpu_memory import empty_on_large_pages
 from flashhead_kernels.dispatch import ops_for
 

@@ -21,7 +21,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from flashhead_dist.collectives import Exchange, Operation, Steps, TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, Want
 from flashhead_dist.heads.closed_form import (
@@ -35,6 +34,7 @@ from flashhead_dist.heads.closed_form import (
 from flashhead_dist.heads.emulated import EmulatedHead, run_in_lock_step
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated
 from flashhead_dist.heads.nucleus import draw_from_nucleus, within_mass
+from flashhead_dist.parallel import Exchange, Operation, Steps, TensorParallel
 from flashhead_kernels.keys import unpack_keys
 from flashhead_kernels.logits import FinalLogits, GumbelNoise
 from flashhead_kernels.sampling_dispatch import sampling_ops_for

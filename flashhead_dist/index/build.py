@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from flashhead_dist import __version__
-from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index.choose import choose, measure_fidelity
 from flashhead_dist.index.cluster import cluster_tokens
 from flashhead_dist.index.escalation import calibrate_escalation
@@ -25,7 +24,8 @@ from flashhead_dist.index.options import HeadIndexError, IndexOptions
 from flashhead_dist.index.progress import Counter, Report, progress_bars
 from flashhead_dist.index.shrinkage import calibrate_shrinkage
 from flashhead_dist.index.store import check_target, save_index
-from flashhead_dist.model_source import ModelSource
+from flashhead_dist.models import ModelSource
+from flashhead_dist.states import HiddenStates
 from flashhead_kernels.cpu_threads import compute_threads
 
 _READ_ROWS = 1 << 14

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index.layout import IndexTensors
+from flashhead_dist.states import HiddenStates
 from flashhead_kernels.cpu import dense_candidates, unpack_keys
 from flashhead_kernels.matmul_shortlist import matmul_is_faster
 from flashhead_kernels.quantize import QuantizedCentroids

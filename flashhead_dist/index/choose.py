@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index.calibrate import (
     Found,
     choose_alpha,
@@ -20,6 +19,7 @@ from flashhead_dist.index.calibrate import (
 from flashhead_dist.index.layout import IndexTensors
 from flashhead_dist.index.options import ALPHAS, IndexOptions
 from flashhead_dist.index.progress import Counter, Report
+from flashhead_dist.states import HiddenStates
 from flashhead_kernels.cpu_threads import compute_threads
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index.calibrate import Advance
 from flashhead_dist.index.layout import IndexTensors
 from flashhead_dist.index.manifest import IndexManifest, change_manifest, load_manifest
 from flashhead_dist.index.shrinkage import spread_over_sources
+from flashhead_dist.states import HiddenStates
 from flashhead_kernels.dispatch import ops_for
 
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from flashhead_dist.hidden_states import (
+from flashhead_dist.index.build import build_index
+from flashhead_dist.index.options import IndexOptions
+from flashhead_dist.models import ModelSource, cache_root
+from flashhead_dist.models.cache import locked
+from flashhead_dist.states import (
     HiddenStates,
     collect_hidden_states,
     synthetic_hidden_states,
 )
-from flashhead_dist.index.build import build_index
-from flashhead_dist.index.options import IndexOptions
-from flashhead_dist.model_source import ModelSource, cache_root
-from flashhead_dist.model_source.cache import locked
 
 _LAYOUT_VERSION = 1
 """Part of the default path: raise it where the builder makes another index of the same options."""

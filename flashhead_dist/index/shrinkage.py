@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index.calibrate import Advance
 from flashhead_dist.index.layout import IndexTensors
+from flashhead_dist.states import HiddenStates
 from flashhead_kernels.logits import PLAIN
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
 

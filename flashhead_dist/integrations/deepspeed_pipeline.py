@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flashhead_dist.collectives import TensorParallel
+from flashhead_dist.bench.memory import release_memory
 from flashhead_dist.decode.loop import Choose, DecodeTimes
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError
@@ -28,7 +28,7 @@ from flashhead_dist.integrations.pipeline_bubble import StageTimes
 from flashhead_dist.integrations.pipeline_links import Links
 from flashhead_dist.integrations.pipeline_loop import StageLoop
 from flashhead_dist.integrations.pipeline_stage import PipelineStage
-from flashhead_dist.measure.memory import release_memory
+from flashhead_dist.parallel import TensorParallel
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.integrations.deepspeed_comm import import_deepspeed
-from flashhead_dist.model_source.int4_linear import unpack_linears
+from flashhead_dist.models.int4_linear import unpack_linears
 
 
 class NoHead(nn.Module):

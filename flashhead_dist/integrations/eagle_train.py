@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashhead_dist.hidden_states.body import run_body
-from flashhead_dist.hidden_states.split import Passage
 from flashhead_dist.integrations.eagle import EagleDraft
+from flashhead_dist.states.body import run_body
+from flashhead_dist.states.split import Passage
 
 BATCH_TOKENS = 1024
 _NOISE = 0.1

@@ -26,7 +26,7 @@ from flashhead_dist.heads.index_scan import IndexScan
 from flashhead_dist.heads.sampling import token_log_probs
 from flashhead_dist.index import ensure_index
 from flashhead_dist.integrations.transformers import replace_head
-from flashhead_dist.model_source import open_model
+from flashhead_dist.models import open_model
 
 try:
     from lm_eval.api.registry import register_model

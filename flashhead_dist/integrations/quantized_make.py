@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.model_source import ModelSource, cache_root
-from flashhead_dist.model_source.cache import make_once
+from flashhead_dist.models import ModelSource, cache_root
+from flashhead_dist.models.cache import make_once
 
 GROUP_SIZE = 32
 """Columns that share a scale, by default: divides the layers of every size that Gemma-3 has."""

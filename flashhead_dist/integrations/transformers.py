@@ -17,7 +17,6 @@ from accelerate.hooks import remove_hook_from_module  # type: ignore[import-unty
 from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 from torch import nn
 
-from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.index import load_manifest, load_shard
@@ -36,6 +35,7 @@ from flashhead_dist.integrations.transformers_generation import (
 from flashhead_dist.integrations.transformers_head import RetrievalHead
 from flashhead_dist.integrations.transformers_rows import LogitRows
 from flashhead_dist.integrations.transformers_tail import measure_final_logits
+from flashhead_dist.parallel import TensorParallel
 
 FullLogits = Literal["closed_form", "error"]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import exp, hypot, log
 from typing import Literal
 
-from flashhead_dist.measure.records import Record
+from flashhead_dist.bench.records import Record
 from flashhead_dist.report.runs import Run
 
 Verdict = Literal["better", "worse", "within noise", "same"]

@@ -17,8 +17,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
+from flashhead_dist.bench.records import Record
 from flashhead_dist.errors import UserError
-from flashhead_dist.measure.records import Record
 from flashhead_dist.report.comparison import LOWER_IS_BETTER, Change
 from flashhead_dist.report.runs import Run
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from flashhead_dist.measure.records import Record
+from flashhead_dist.bench.records import Record
 from flashhead_dist.report.runs import Run
 
 

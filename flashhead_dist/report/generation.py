@@ -7,14 +7,14 @@ from typing import Any
 
 from rich.table import Table
 
-from flashhead_dist.generation.compare import (
+from flashhead_dist.decode.compare import (
     Measured,
     against_dense,
     identical_share,
     middle,
     p90,
 )
-from flashhead_dist.generation.traffic import Traffic
+from flashhead_dist.decode.traffic import Traffic
 from flashhead_dist.integrations.pipeline_bubble import measured_bubble
 
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flashhead_dist.measure.records import Record
+from flashhead_dist.bench.records import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashhead_dist.bench.records import Record, cannot_write
 from flashhead_dist.errors import UserError
-from flashhead_dist.measure.records import Record, cannot_write
 from flashhead_dist.report.plot_frame import (
     PROJECTED_GROUND,
     by_batch,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flashhead_dist.measure.records import Record
+from flashhead_dist.bench.records import Record
 from flashhead_dist.report.plots import write_plots
 from flashhead_dist.report.summary import write_summary
 from flashhead_dist.report.tables import head_table, latency_tables

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashhead_dist.bench.records import RECORDS_NAME, Record, read_records
+from flashhead_dist.bench.run_folder import ENVIRONMENT_NAME, PIPELINE_NAME
 from flashhead_dist.errors import UserError
-from flashhead_dist.measure.records import RECORDS_NAME, Record, read_records
-from flashhead_dist.measure.run_folder import ENVIRONMENT_NAME, PIPELINE_NAME
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # What all records of one run share.

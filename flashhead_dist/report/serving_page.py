@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from flashhead_dist.bench.run_folder import ENVIRONMENT_NAME
 from flashhead_dist.errors import UserError
-from flashhead_dist.measure.run_folder import ENVIRONMENT_NAME
 from flashhead_dist.report.chart import Chart
 from flashhead_dist.report.page import Report, make_page
 from flashhead_dist.report.plots import size_axis

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flashhead_dist.measure.records import cannot_write
+from flashhead_dist.bench.records import cannot_write
 from flashhead_topology.choices import Choice, all_choices
 from flashhead_topology.drawing import short_drawing, text_drawing
 from flashhead_topology.picture import write_picture

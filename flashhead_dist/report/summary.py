@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from flashhead_dist.measure.records import Record, cannot_write
+from flashhead_dist.bench.records import Record, cannot_write
 
 SUMMARY_NAME = "summary.csv"
 

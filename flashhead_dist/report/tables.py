@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from rich import box
 from rich.table import Table
 
-from flashhead_dist.measure.records import Record
+from flashhead_dist.bench.records import Record
 
 UNKNOWN = "-"
 _Cells = Callable[[Record], tuple[str, ...]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flashhead_dist.measure.records import Record
+from flashhead_dist.bench.records import Record
 
 _PRODUCT = "flashhead"
 _BASELINE = "dense_local_max"

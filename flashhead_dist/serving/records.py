@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from flashhead_dist.bench.records import cannot_write
 from flashhead_dist.errors import UserError
-from flashhead_dist.measure.records import cannot_write
 from flashhead_dist.serving.client import Served
 
 SERVING_NAME = "serving.jsonl"

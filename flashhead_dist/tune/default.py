@@ -13,7 +13,7 @@ import torch
 from flashhead_dist.index import build_index, load_manifest
 from flashhead_dist.index.manifest import IndexManifest, change_manifest
 from flashhead_dist.index.options import HeadIndexError, IndexOptions
-from flashhead_dist.model_source import ModelSource
+from flashhead_dist.models import ModelSource
 from flashhead_dist.tune.front import Record, Target
 from flashhead_dist.tune.nested import resize
 from flashhead_dist.tune.points import index_options

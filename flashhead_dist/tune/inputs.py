@@ -6,15 +6,15 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashhead_dist.hidden_states import (
+from flashhead_dist.index.options import IndexOptions
+from flashhead_dist.models import ModelSource, open_model
+from flashhead_dist.states import (
     HiddenStates,
     collect_hidden_states,
     synthetic_hidden_states,
 )
-from flashhead_dist.hidden_states.hold_out import HoldOut, parse_hold_out
-from flashhead_dist.hidden_states.texts import Document, read_texts, shipped_texts
-from flashhead_dist.index.options import IndexOptions
-from flashhead_dist.model_source import ModelSource, open_model
+from flashhead_dist.states.hold_out import HoldOut, parse_hold_out
+from flashhead_dist.states.texts import Document, read_texts, shipped_texts
 from flashhead_dist.tune.journal import Journal
 from flashhead_dist.tune.pins import frequent_tokens
 

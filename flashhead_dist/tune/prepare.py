@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashhead_dist.evaluate.truth import dense_truth
-from flashhead_dist.hidden_states.hold_out import Parts, divide, set_aside
 from flashhead_dist.index.cluster import cluster_tokens
 from flashhead_dist.index.metric import cluster_space, second_moment
 from flashhead_dist.index.options import IndexOptions
 from flashhead_dist.index.progress import Report
-from flashhead_dist.model_source import ModelSource
-from flashhead_dist.model_source.cache import publish
+from flashhead_dist.models import ModelSource
+from flashhead_dist.models.cache import publish
+from flashhead_dist.states.hold_out import Parts, divide, set_aside
 from flashhead_dist.tune.inputs import Inputs
 from flashhead_dist.tune.scene import Scene, join
 from flashhead_kernels.cpu_threads import compute_threads

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from flashhead_dist.index.options import IndexOptions
-from flashhead_dist.model_source import ModelSource
+from flashhead_dist.models import ModelSource
 from flashhead_dist.tune.front import Record
 from flashhead_dist.tune.journal import Journal
 from flashhead_dist.tune.measure import Choices, measure_family

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashhead_dist.hidden_states import HiddenStates
-from flashhead_dist.hidden_states.hold_out import Parts
+from flashhead_dist.states import HiddenStates
+from flashhead_dist.states.hold_out import Parts
 from flashhead_dist.tune.points import Shape
 
 TOP = 10

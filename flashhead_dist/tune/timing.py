@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashhead_dist.collectives import TensorParallel
+from flashhead_dist.bench.timing import compute_step, step_clock, summarise, time_interleaved
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.registry import HeadBuilder
-from flashhead_dist.hidden_states import HiddenStates
 from flashhead_dist.index import build_index
 from flashhead_dist.index.options import IndexOptions
-from flashhead_dist.measure.timing import compute_step, step_clock, summarise, time_interleaved
-from flashhead_dist.model_source import ModelSource
+from flashhead_dist.models import ModelSource
+from flashhead_dist.parallel import TensorParallel
+from flashhead_dist.states import HiddenStates
 from flashhead_dist.tune.nested import resize
 from flashhead_dist.tune.points import Point, Shape, index_options
 from flashhead_dist.tune.scene import Scene

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.heads.registry import HeadBuilder
-from flashhead_dist.model_source import open_model
+from flashhead_dist.models import open_model
+from flashhead_dist.parallel import TensorParallel
 from flashhead_kernels import launch_choice
 
 sys.path.append(str(Path(__file__).parents[2] / "kernels"))

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.registry import HeadBuilder
-from flashhead_dist.hidden_states import HiddenStates, synthetic_hidden_states
 from flashhead_dist.index import IndexOptions, build_index
-from flashhead_dist.model_source import ModelSource, open_model
+from flashhead_dist.models import ModelSource, open_model
+from flashhead_dist.parallel import TensorParallel
+from flashhead_dist.states import HiddenStates, synthetic_hidden_states
 from flashhead_kernels import launch_choice
 
 sys.path.append(str(Path(__file__).parents[2] / "kernels"))

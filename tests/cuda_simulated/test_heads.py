@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
 from flashhead_dist.heads.registry import HEAD_NAMES, HeadBuilder, emulate_head
+from flashhead_dist.parallel import TensorParallel
 from flashhead_kernels import launch_choice
 from flashhead_kernels.exchange_choice import ExchangeChoice, ExchangeMethod
 from flashhead_kernels.exchange_layout import SIGNAL_STRIDE, num_words

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from flashhead_dist.collectives import TensorParallel
-from flashhead_dist.measure import bandwidth, crossover, device_counts
-from flashhead_dist.measure.cell import Effort
-from flashhead_dist.measure.control import Control
-from flashhead_dist.measure.environment import make_provenance
-from flashhead_dist.measure.plan import Inputs, Plan
-from flashhead_dist.measure.records import Record
-from flashhead_dist.measure.setup import decide_setup
-from flashhead_dist.measure.sweep import Sweep
+from flashhead_dist.bench import bandwidth, crossover, device_counts
+from flashhead_dist.bench.cell import Effort
+from flashhead_dist.bench.control import Control
+from flashhead_dist.bench.environment import make_provenance
+from flashhead_dist.bench.plan import Inputs, Plan
+from flashhead_dist.bench.records import Record
+from flashhead_dist.bench.setup import decide_setup
+from flashhead_dist.bench.sweep import Sweep
+from flashhead_dist.parallel import TensorParallel
 from flashhead_topology.probe import probe_machine
 from tests.cuda_simulated.conftest import Small
 

@@ -11,7 +11,7 @@ import torch
 
 from flashhead_dist.index import IndexOptions, build_index
 from flashhead_dist.integrations.transformers import replace_head
-from flashhead_dist.model_source import open_model
+from flashhead_dist.models import open_model
 from tests.cuda_simulated.conftest import HIDDEN_SIZE, OPTIONS, VOCAB_SIZE, Small
 
 if TYPE_CHECKING:

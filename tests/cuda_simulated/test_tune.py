@@ -15,7 +15,7 @@ from flashhead_dist.tune.scene import Scene
 from flashhead_dist.tune.simulate import Simulator
 from flashhead_dist.tune.timing import layout_of, time_points
 from tests.cuda_simulated.conftest import HIDDEN_SIZE, OPTIONS, Small
-from tests.dist.tune_scene import make_scene
+from tests.tune.tune_scene import make_scene
 
 if TYPE_CHECKING:
     from simulated_cuda import SimulatedCuda

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flashhead_dist.model_source import open_model
+from flashhead_dist.models import open_model
 from tests.launch.ground import LAUNCH, NUM_GROUPS, VOCAB_SIZE, Ground, Refused, build_small
 from tests.launch.scripts import load_script
 

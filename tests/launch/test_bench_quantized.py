@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from flashhead_dist.model_source import open_model
+from flashhead_dist.models import open_model
 from tests.launch.ground import LAUNCH, build_small
 from tests.launch.scripts import load_script
 from tests.launch.small_llama import save_small_llama

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.dist.transformers_models import make_index, make_model
+from tests.integrations.transformers_models import make_index, make_model
 from tests.launch.scripts import load_script
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "bench_transformers.py"

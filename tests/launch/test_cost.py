@@ -12,9 +12,9 @@ from types import ModuleType
 
 import pytest
 
+from flashhead_dist.bench.head_shape import head_shape_of
 from flashhead_dist.index import IndexOptions, build_index, load_manifest
-from flashhead_dist.measure.head_shape import head_shape_of
-from flashhead_dist.model_source import open_model
+from flashhead_dist.models import open_model
 from flashhead_topology.head_cost import HeadShape, step_cost
 from flashhead_topology.systems import list_systems, load_system
 from tests.launch.ground import LAUNCH

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.evaluate.fidelity import evaluate_fidelity
 from flashhead_dist.evaluate.truth import dense_truth
 from flashhead_dist.heads.flashhead_escalate import Escalation
 from flashhead_dist.heads.registry import build_head
-from flashhead_dist.hidden_states import synthetic_hidden_states
 from flashhead_dist.index import ensure_index, load_manifest
-from flashhead_dist.model_source import open_model
+from flashhead_dist.models import open_model
+from flashhead_dist.parallel import TensorParallel
+from flashhead_dist.states import synthetic_hidden_states
 from tests.launch.ground import LAUNCH
 from tests.launch.scripts import load_script
 

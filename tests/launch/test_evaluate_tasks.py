@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from flashhead_dist.decode.engine import Engine
 from flashhead_dist.evaluate.tasks.mt_bench import MtBench
-from flashhead_dist.generation.engine import Engine
 from flashhead_dist.index import load_manifest
-from flashhead_dist.model_source import open_model
+from flashhead_dist.models import open_model
 from tests.launch.ground import LAUNCH, build_small
 from tests.launch.scripts import load_script
 from tests.launch.small_llama import save_small_llama

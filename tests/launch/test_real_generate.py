@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from flashhead_dist.generation.prompts import builtin_prompts
-from flashhead_dist.model_source import open_model
+from flashhead_dist.decode.prompts import builtin_prompts
+from flashhead_dist.models import open_model
 from tests.launch.ground import LAUNCH
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(3600)]

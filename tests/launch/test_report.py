@@ -13,7 +13,7 @@ from types import ModuleType
 import pandas as pd
 import pytest
 
-from flashhead_dist.measure.records import Record
+from flashhead_dist.bench.records import Record
 from tests.launch.ground import LAUNCH
 from tests.launch.scripts import load_script
 from tests.report.made_up import changed, golden, write_run

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from flashhead_dist.measure.records import read_records
+from flashhead_dist.bench.records import read_records
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "scale.py"
 SYNTHETIC = ("--synthetic", "3000,64")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flashhead_dist.model_source import open_model
+from flashhead_dist.models import open_model
 from tests.launch.ground import (
     VOCAB_SIZE,
     Ground,

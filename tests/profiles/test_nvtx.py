@@ -29,7 +29,7 @@ for step in range(2):
 """
 HEAD = """
 import torch
-from flashhead_dist.collectives import TensorParallel
+from flashhead_dist.parallel import TensorParallel
 from flashhead_dist.heads.dense import DenseLocalMax
 
 head = DenseLocalMax(TensorParallel.single(), torch.randn(32, 8), 32)

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flashhead_dist.measure.records import Record, RecordWriter, read_records
+from flashhead_dist.bench.records import Record, RecordWriter, read_records
 from flashhead_dist.report.runs import Run, load_run
 
-GOLDEN = Path(__file__).parents[1] / "dist" / "data" / "records.jsonl"
+GOLDEN = Path(__file__).parent / "data" / "records.jsonl"
 """3 heads at tp 1 and 2, measured, and tp 8, projected; batch 1 and 4."""
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flashhead_dist.measure.records import Record
+from flashhead_dist.bench.records import Record
 from flashhead_dist.report.comparison import Change, compare_runs, differences, latency_noise
 from flashhead_dist.report.runs import load_runs
 from flashhead_dist.report.sections.compared import comparison_section, noise_bar

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flashhead_dist.measure.records import Record
+from flashhead_dist.bench.records import Record
 from flashhead_dist.report.gain import gains, turning_point
 from flashhead_dist.report.verdict import verdict
 from tests.report.made_up import changed, run_of

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
+from flashhead_dist.bench.device_counts import DeviceCount
+from flashhead_dist.bench.records import read_records
 from flashhead_dist.errors import UserError
-from flashhead_dist.measure.device_counts import DeviceCount
-from flashhead_dist.measure.records import read_records
 from flashhead_dist.report.runs import Run
 from flashhead_dist.report.sections.device_counts import device_counts_section
 from flashhead_dist.report.sections.profile import kernels_section, ranges_section
 
-DATA = Path(__file__).parents[1] / "dist" / "data" / "records.jsonl"
+DATA = Path(__file__).parent / "data" / "records.jsonl"
 COUNTERS = """"Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum","dram__bytes_write.sum"
 "","ns","byte","byte"
 "dots_kernel","20000","22000000","0"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from flashhead_dist.measure.records import Record
-from flashhead_dist.measure.split import Quantiles, SlowRank
+from flashhead_dist.bench.records import Record
+from flashhead_dist.bench.split import Quantiles, SlowRank
 from flashhead_dist.report.runs import Run
 from flashhead_dist.report.sections.ranks import ranks_section, slow_ranks
 from flashhead_dist.report.sections.roofline import roofline_section

@@ -25,8 +25,8 @@ NVTX_LISTENER = Path(__file__).parents[1] / "profiles" / "nvtx_listener.c"
 @pytest.fixture(scope="session")
 def model() -> Path:
     """The folder of the default model, assembled where it is not in the cache."""
-    from flashhead_dist.model_source.cache import cache_root
-    from flashhead_dist.model_source.default_model import default_model_folder
+    from flashhead_dist.models.cache import cache_root
+    from flashhead_dist.models.default_model import default_model_folder
 
     return default_model_folder(cache_root())
 
@@ -35,7 +35,7 @@ def model() -> Path:
 def index() -> Path:
     """The default model's index, built where it is not in the cache (minutes)."""
     from flashhead_dist.index import ensure_index
-    from flashhead_dist.model_source import open_model
+    from flashhead_dist.models import open_model
 
     return ensure_index(open_model(None))
 

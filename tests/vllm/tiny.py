@@ -19,7 +19,7 @@ import sys, torch
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 from flashhead_dist.index import IndexOptions, build_index
-from flashhead_dist.model_source import open_model
+from flashhead_dist.models import open_model
 folder, index = map(Path, sys.argv[1:3])
 torch.manual_seed(int(sys.argv[3]))
 config = LlamaConfig(vocab_size={vocab}, hidden_size={hidden}, intermediate_size=128,

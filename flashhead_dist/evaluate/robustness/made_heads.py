@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flashhead_dist.model_source import ModelSource
+from flashhead_dist.models import ModelSource
 
 _VERSION = 1
 _CODES = 64

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flashhead_dist.evaluate.robustness.made_heads import MadeHead
-from flashhead_dist.hidden_states import HiddenStates
+from flashhead_dist.states import HiddenStates
 
 SOURCES = ("frequent", "any-token", "odd-rows", "no-token")
 _TARGET_LOGIT = 30.0

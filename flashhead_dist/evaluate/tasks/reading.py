@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.tasks.task import Item, Task
-from flashhead_dist.hidden_states.texts import shipped_texts
+from flashhead_dist.states.texts import shipped_texts
 
 
 def read_items(task: Task, data: Path) -> tuple[list[Item], int]:

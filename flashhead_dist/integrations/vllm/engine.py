@@ -17,11 +17,11 @@ from vllm.distributed import get_tp_group
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-from flashhead_dist.collectives import TensorParallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.integrations.vllm.needs import RequestNeed, RowNeed
 from flashhead_dist.integrations.vllm.options import FlashHeadOptions, options_of
 from flashhead_dist.integrations.vllm.refusals import refuse
+from flashhead_dist.parallel import TensorParallel
 
 if TYPE_CHECKING:
     from flashhead_dist.index import IndexManifest, IndexShard

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashhead_dist.collectives import Exchange, Operation, Steps
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.integrations.vllm.needs import Rest
+from flashhead_dist.parallel import Exchange, Operation, Steps
 from flashhead_kernels.logits import FinalLogits
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashhead_dist.collectives import TensorParallel
+from flashhead_dist.bench.control import Control
+from flashhead_dist.bench.kept_crossover import find_crossover_of, settle_crossover
 from flashhead_dist.integrations.vllm.head import RowsHead
 from flashhead_dist.integrations.vllm.needs import Rest, RowNeed
 from flashhead_dist.integrations.vllm.options import MEASURE, NEVER, FlashHeadOptions
-from flashhead_dist.measure.control import Control
-from flashhead_dist.measure.kept_crossover import find_crossover_of, settle_crossover
+from flashhead_dist.parallel import TensorParallel
 
 logger = logging.getLogger("vllm.flashhead")
 

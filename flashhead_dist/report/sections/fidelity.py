@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import sqrt
 
-from flashhead_dist.measure.records import Record
+from flashhead_dist.bench.records import Record
 from flashhead_dist.report.chart import Chart
 from flashhead_dist.report.plot_frame import style_of
 from flashhead_dist.report.runs import Run

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from flashhead_dist.bench.run_folder import PIPELINE_NAME
 from flashhead_dist.errors import UserError
-from flashhead_dist.measure.run_folder import PIPELINE_NAME
 from flashhead_dist.report.chart import Chart
 from flashhead_dist.report.plots import size_axis
 from flashhead_dist.report.runs import Run

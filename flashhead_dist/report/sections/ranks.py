@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from flashhead_dist.measure.records import Record
-from flashhead_dist.measure.split import PARTS
+from flashhead_dist.bench.records import Record
+from flashhead_dist.bench.split import PARTS
 from flashhead_dist.report.chart import Chart
 from flashhead_dist.report.plot_frame import PROJECTED_GROUND
 from flashhead_dist.report.runs import Run

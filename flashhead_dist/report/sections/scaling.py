@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flashhead_dist.measure.records import Record
+from flashhead_dist.bench.records import Record
 from flashhead_dist.report.chart import Chart
 from flashhead_dist.report.plot_frame import style_of
 from flashhead_dist.report.plots import projected_ground, side_by_side, size_axis

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flashhead_dist.measure.records import Record
-from flashhead_dist.measure.split import COMPUTE_PARTS
+from flashhead_dist.bench.records import Record
+from flashhead_dist.bench.split import COMPUTE_PARTS
 from flashhead_dist.report.chart import Chart
 from flashhead_dist.report.plot_frame import PROJECTED_GROUND
 from flashhead_dist.report.runs import Run

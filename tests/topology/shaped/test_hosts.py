@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from flashhead_dist.measure.records import read_records
+from flashhead_dist.bench.records import read_records
 from flashhead_topology.systems import load_system
 from tests.topology.shaped.agents import Agents, succeeded
 from tests.topology.shaped.network import HERE, Link, ShapedNetwork, wait_for

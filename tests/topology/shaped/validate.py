@@ -28,7 +28,7 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 import yaml
 
-from flashhead_dist.measure.records import Record, read_records
+from flashhead_dist.bench.records import Record, read_records
 from flashhead_topology.head_cost import HeadShape, step_cost
 from flashhead_topology.system import System
 from flashhead_topology.systems import load_system

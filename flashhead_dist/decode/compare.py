@@ -1,0 +1,177 @@
+"""Decoding prompts with several variants in turn, so that all of them meet the same machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+
+from flashhead_dist.decode.engine import DENSE, Decoded, Engine, Variant
+from flashhead_dist.decode.sequences import CheckCounts, DecodeState
+from flashhead_dist.errors import UserError
+from flashhead_dist.integrations.pipeline_bubble import StageTimes
+from flashhead_profiles.ranges import CAPTURE, annotate
+
+_WARMUP_TOKENS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to decode. prompts: token ids; batch_size: prompts in one batch, or micro-batch;
+    in_flight: micro-batches at once, where there are pipeline stages."""
+
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    batch_size: int = 1
+    in_flight: int = 1
+    stop_token_ids: frozenset[int] = frozenset()
+    pad_token_id: int = 0
+
+    def check(self, vocab_size: int, context_length: int | None) -> None:
+        """Raise UserError for a prompt that is empty, or that does not fit the model."""
+        for number, prompt in enumerate(self.prompts, start=1):
+            if not prompt:
+                raise UserError(f"prompt {number} has no tokens: write something in it")
+            total = len(prompt) + self.max_new_tokens
+            if context_length is not None and total > context_length:
+                raise UserError(
+                    f"prompt {number} has {len(prompt)} tokens and {self.max_new_tokens} new ones "
+                    f"are asked for, more than the model's context of {context_length}: shorten "
+                    f"it, or give fewer --max-new-tokens"
+                )
+            if max(prompt) >= vocab_size:
+                raise UserError(
+                    f"prompt {number} holds token {max(prompt)}, beyond the head's {vocab_size}"
+                )
+
+
+@dataclass
+class Measured:
+    """What one variant has done so far.
+
+    tokens: of each prompt, in order. ttft_s, tpot_s: of each batch; a batch of one token has no
+    TPOT. run_s: whole runs, one after another; head_s, check_s: parts of them. stages: of every
+    run, by pipeline stage.
+    """
+
+    variant: Variant
+    tokens: list[list[int]] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    ttft_s: list[float] = field(default_factory=list)
+    tpot_s: list[float] = field(default_factory=list)
+    run_s: float = 0.0
+    head_s: float = 0.0
+    check_s: float = 0.0
+    counts: CheckCounts = field(default_factory=CheckCounts)
+    stages: list[list[StageTimes]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all prompts so far."""
+        return sum(map(len, self.tokens))
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all sequences together."""
+        return self.num_tokens / self.run_s
+
+
+def middle(values: Sequence[float]) -> float:
+    """The median; NaN of nothing."""
+    return median(values) if values else float("nan")
+
+
+def p90(values: Sequence[float]) -> float:
+    """The 90th percentile, between values; the only value of one, NaN of nothing."""
+    if len(values) < 2:
+        return middle(values)
+    return quantiles(values, n=10, method="inclusive")[-1]
+
+
+def identical_share(tokens: Sequence[Sequence[int]], truth: Sequence[Sequence[int]]) -> float:
+    """Share of the truth's tokens that `tokens` has in the same place of the same text.
+
+    After a difference the texts usually part for good.
+    """
+    total = sum(map(len, truth))
+    pairs = zip(tokens, truth, strict=True)
+    same = sum(a == b for one, other in pairs for a, b in zip(one, other, strict=False))
+    return same / total if total else float("nan")
+
+
+def warm_up(engine: Engine, variants: Sequence[Variant], request: Request) -> None:
+    """Decode a few tokens with each variant, unmeasured: kernels are compiled, weights touched."""
+    first = list(request.prompts[: request.batch_size])
+    count = min(_WARMUP_TOKENS, request.max_new_tokens)
+    for variant in variants:
+        states = [
+            DecodeState(first, max_new_tokens=count, check_every=min(variant.check_every, 2))
+            for _ in range(min(2, request.in_flight))
+        ]
+        engine.decode(variant, states)
+
+
+def compare(
+    engine: Engine,
+    measured: Sequence[Measured],
+    request: Request,
+    *,
+    on_states: Callable[[Variant, list[DecodeState], int], Callable[[int], None] | None],
+) -> Iterator[None]:
+    """Decode all prompts with every variant, pausing after each batch.
+
+    The variants take turns batch by batch, in an order that rotates.
+
+    measured: one a variant, filled in. on_states: told of the states about to be decoded and the
+        first one's first prompt; what it returns is called with the number of a state that may
+        have released tokens.
+    """
+    span = request.batch_size * request.in_flight
+    for turn, start in enumerate(range(0, len(request.prompts), span)):
+        for place in range(len(measured)):
+            entry = measured[(place + turn) % len(measured)]
+            states = _states(request, start, start + span, entry.variant.check_every)
+            step = on_states(entry.variant, states, start)
+            with annotate(CAPTURE, engine.layout.tp_size):
+                decoded = engine.decode(entry.variant, states, step)
+            _record(entry, decoded, states)
+            yield
+
+
+def _states(request: Request, start: int, stop: int, check_every: int) -> list[DecodeState]:
+    stop = min(stop, len(request.prompts))
+    return [
+        DecodeState(
+            request.prompts[first : min(first + request.batch_size, stop)],
+            max_new_tokens=request.max_new_tokens,
+            stop_token_ids=request.stop_token_ids,
+            pad_token_id=request.pad_token_id,
+            first_sequence=first,
+            check_every=check_every,
+        )
+        for first in range(start, stop, request.batch_size)
+    ]
+
+
+def _record(entry: Measured, decoded: Decoded, states: Sequence[DecodeState]) -> None:
+    for state, times in zip(states, decoded.times, strict=True):
+        for row in range(state.batch_size):
+            entry.tokens.append(state.tokens(row))
+            entry.reasons.append(str(state.finish_reason(row)))
+        entry.ttft_s.append(times.first_token_s)
+        if state.num_steps > 1:
+            entry.tpot_s.append(times.per_output_token_s(state.num_steps))
+        entry.head_s += times.head_s
+        entry.check_s += times.check_s
+        for name, count in vars(state.counts).items():
+            setattr(entry.counts, name, getattr(entry.counts, name) + count)
+    totals = [times.total_s for times in decoded.times]
+    # Stages have all micro-batches in flight at once, and each total is from the common start.
+    entry.run_s += max(totals) if decoded.stages else sum(totals)
+    if decoded.stages:
+        entry.stages.append(decoded.stages)
+
+
+def against_dense(measured: Sequence[Measured]) -> Measured | None:
+    """The unchecked dense variant, where it is among them."""
+    return next((item for item in measured if item.variant == Variant(DENSE)), None)

@@ -1,0 +1,262 @@
+"""One rank of a model that decodes with several heads in turn, on any layout of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashhead_dist.decode.body import TransformersBody
+from flashhead_dist.decode.cpu_attention import fuse_attention
+from flashhead_dist.decode.cpu_linear import stream_linears
+from flashhead_dist.decode.cpu_mlp import fuse_mlps
+from flashhead_dist.decode.cpu_norm import fuse_norms
+from flashhead_dist.decode.embedding import share_embedding
+from flashhead_dist.decode.loop import Choose, DecodeTimes, decode
+from flashhead_dist.decode.sequences import DecodeState
+from flashhead_dist.errors import UserError
+from flashhead_dist.heads.base import Head
+from flashhead_dist.heads.dense import DenseLocalMax
+from flashhead_dist.heads.flashhead_escalate import Escalation
+from flashhead_dist.heads.named import NamedHead
+from flashhead_dist.heads.registry import HeadBuilder
+from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
+from flashhead_dist.integrations.deepspeed_comm import DeepSpeedCalls
+from flashhead_dist.integrations.deepspeed_pipeline import PipelineDecoder
+from flashhead_dist.integrations.deepspeed_tp import drop_head, shard_body
+from flashhead_dist.integrations.pipeline_bubble import StageTimes
+from flashhead_dist.models import ModelSource
+from flashhead_dist.models.int4_linear import unpack_linears
+from flashhead_dist.parallel import TensorParallel
+
+DENSE = DenseLocalMax.name
+"""The head whose text the others are compared with, and that lossless mode repeats."""
+_CONFIRMING = "confirming"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A head, and how often a dense pass checks it: every `check_every` tokens, 0 for never.
+
+    num_probes, index: of this head alone; the engine's where None.
+    """
+
+    head: str
+    check_every: int = 0
+    num_probes: int | None = None
+    index: Path | None = None
+
+    @property
+    def named(self) -> NamedHead:
+        """The head without its checks, which are the engine's to make."""
+        return NamedHead(self.head, self.num_probes, self.index)
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        own = self.named.label
+        return f"{own} --lossless {self.check_every}" if self.check_every else own
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`pp_size` pipeline stages of `tp_size` ranks; rank = stage * tp_size + place in the stage."""
+
+    pp_size: int = 1
+    tp_size: int = 1
+
+    def check(self, world_size: int) -> None:
+        """Raise UserError unless that is how many ranks there are."""
+        if self.pp_size < 1 or self.tp_size < 1:
+            raise UserError(
+                f"--pp-size {self.pp_size} and --tp-size {self.tp_size} must be 1 or more"
+            )
+        if self.pp_size * self.tp_size != world_size:
+            raise UserError(
+                f"--pp-size {self.pp_size} x --tp-size {self.tp_size} needs "
+                f"{self.pp_size * self.tp_size} ranks, but {world_size} started: give torchrun "
+                f"--nproc-per-node {self.pp_size * self.tp_size}, or other sizes"
+            )
+
+    @property
+    def head_ranks(self) -> range:
+        """The ranks that hold the head: those of the last stage."""
+        return range((self.pp_size - 1) * self.tp_size, self.pp_size * self.tp_size)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What one decoding took: of each state, and of each pipeline stage where there are any."""
+
+    times: list[DecodeTimes]
+    stages: list[StageTimes]
+
+
+class Engine:
+    """The model's body and the heads over it, as this rank holds them.
+
+    `tokenizer`, `context_length` (tokens, prompt and text together; None where the model names
+    none), `stop_token_ids` and `pad_token_id` are the model's.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelSource,
+        index_dir: Path | None,
+        variants: Sequence[Variant],
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        parameters: SamplingParameters,
+        num_probes: int | None = None,
+        escalation: Escalation | None = None,
+        layers_per_stage: Sequence[int] | None = None,
+    ) -> None:
+        """Loads nothing yet: see `load`.
+
+        escalation: of flashhead_escalate; what each index was calibrated to where None.
+        """
+        self._layers_per_stage = layers_per_stage
+        self.model, self.layout, self.device, self.dtype = model, layout, device, dtype
+        self.parameters = parameters
+        self.tokenizer: Any = None
+        self.context_length: int | None = None
+        self.stop_token_ids: frozenset[int] = frozenset()
+        self.pad_token_id = 0
+        self._index_dir, self._num_probes = index_dir, num_probes
+        self._escalation = escalation
+        self._named = list(dict.fromkeys(variant.named for variant in variants))
+        self._checks = any(variant.check_every for variant in variants)
+        self._heads: dict[str, Head] = {}
+        self._body: Any = None
+        self._pipeline: PipelineDecoder | None = None
+
+    def load(self) -> None:
+        """Read the model and its heads; every rank calls it at once.
+
+        Raises:
+            UserError: what cannot be read, does not fit, or cannot be sharded like this.
+        """
+        if self.layout.pp_size > 1:
+            self._pipeline = PipelineDecoder(
+                self._load_body,
+                pp_size=self.layout.pp_size,
+                tp_size=self.layout.tp_size,
+                layers_per_stage=self._layers_per_stage,
+                device=self.device,
+            )
+            if self._pipeline.is_last:
+                self._build_heads(self._pipeline.tp)
+            return
+        group = dist.group.WORLD if self.layout.tp_size > 1 else None
+        tp, lookups = TensorParallel.single(self.device), TensorParallel.single(self.device)
+        if group is not None:
+            tp = TensorParallel.from_group(group, self.device, calls=DeepSpeedCalls())
+            calls = DeepSpeedCalls("embedding")
+            lookups = TensorParallel.from_group(group, self.device, calls=calls)
+        self._build_heads(tp)
+        body = self._load_body()
+        # One set of rows in memory for both ends of a tied model.
+        for head in self._heads.values():
+            if share_embedding(body, head, lookups):
+                break
+        drop_head(body)
+        if group is not None:
+            body = shard_body(body, group, self.dtype)
+        self._body = body.to(self.device)
+        stream_linears(self._body, self._body.get_decoder())
+        fuse_norms(self._body)
+        fuse_attention(self._body)
+        fuse_mlps(self._body)
+
+    def _build_heads(self, tp: TensorParallel) -> None:
+        folders = dict.fromkeys([self._index_dir, *(head.index for head in self._named)])
+        builders = {
+            folder: HeadBuilder(
+                tp=tp,
+                model=self.model,
+                index_dir=folder,
+                dtype=self.dtype,
+                device=self.device,
+                escalation=self._escalation,
+            )
+            for folder in folders
+        }
+        for head in self._named:
+            probes = None if head.name == DENSE else head.num_probes or self._num_probes
+            builder = builders[head.index or self._index_dir]
+            self._heads[head.label] = builder.build(head.name, num_probes=probes)
+        if self._checks:
+            self._heads[_CONFIRMING] = builders[self._index_dir].build_confirming()
+        for label in self._heads:
+            self._try_out(label)
+
+    def _try_out(self, label: str) -> None:
+        """Choose a token once, so that what a head cannot serve is said before a body waits."""
+        choose = self._chooser(label)
+        assert choose is not None
+        nothing = torch.zeros(1, dtype=torch.int64)
+        hidden = torch.zeros(1, self.model.hidden_size, dtype=self.dtype, device=self.device)
+        choose(hidden, nothing, nothing)
+
+    def _load_body(self) -> Any:
+        body, self.tokenizer = self.model.load_body(self.dtype)
+        if self.device.type != "cpu":
+            unpack_linears(body, self.dtype)
+        self.context_length = getattr(body.get_decoder().config, "max_position_embeddings", None)
+        stops = body.generation_config.eos_token_id
+        self.stop_token_ids = frozenset([stops] if isinstance(stops, int) else stops or [])
+        self.pad_token_id = self.tokenizer.pad_token_id or 0
+        return body
+
+    def head(self, label: str) -> Head | None:
+        """This rank's part of a head; None on a stage that holds none, or if it is not loaded."""
+        return self._heads.get(label)
+
+    def decode(
+        self,
+        variant: Variant,
+        states: Sequence[DecodeState],
+        on_step: Callable[[int], None] | None = None,
+    ) -> Decoded:
+        """Decode `states` to their end, the same ones on every rank.
+
+        One after the other, or where there are pipeline stages all in flight at once.
+        on_step: called with the number of a state that may have released tokens.
+        """
+        choose = self._chooser(variant.named.label)
+        confirm = self._chooser(_CONFIRMING) if variant.check_every else None
+        if self._pipeline is not None:
+            times = self._pipeline.decode(states, choose, confirm=confirm, on_step=on_step)
+            return Decoded(times.micro_batches, times.stages)
+        assert choose is not None
+        found = []
+        for number, state in enumerate(states):
+            body = TransformersBody(self._body, recording=state.check_every > 0)
+            step = None if on_step is None else _bind(on_step, number)
+            found.append(decode(body, state, choose, confirm=confirm, on_step=step))
+        return Decoded(found, [])
+
+    def _chooser(self, label: str) -> Choose | None:
+        head = self._heads.get(label)
+        if head is None:
+            # A stage of the pipeline that holds no head.
+            return None
+        softcap = self.model.final_logit_softcap or 0.0
+
+        def choose(hidden: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
+            return choose_tokens(
+                head, hidden, positions, sequences, self.parameters, softcap=softcap
+            )
+
+        return choose
+
+
+def _bind(on_step: Callable[[int], None], number: int) -> Callable[[], None]:
+    return lambda: on_step(number)
