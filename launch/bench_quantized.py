@@ -41,7 +41,7 @@ from flashhead_dist.heads.sampling import SamplingParameters
 from flashhead_dist.index import ensure_index
 from flashhead_dist.integrations.quantized_make import GROUP_SIZE, default_w4a16_folder
 from flashhead_dist.models import ModelSource, open_model
-from flashhead_dist.report.progress import SweepProgress
+from flashhead_dist.progress import progress
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 from rank_parser import DTYPES
@@ -113,9 +113,9 @@ class Bodies:
 
     def decode(self, request: Request) -> None:
         """Decode every prompt four times, the body that goes first alternating."""
-        with SweepProgress(len(request.prompts), visible=True) as progress:
+        with progress("starting", total=len(request.prompts), visible=True) as advance:
             for number, prompt in enumerate(request.prompts):
-                progress.stage(f"prompt {number + 1} of {len(request.prompts)}")
+                advance.stage(f"prompt {number + 1} of {len(request.prompts)}")
                 order = list(self.engines) if number % 2 else list(self.engines)[::-1]
                 for body in order:
                     one = replace(request, prompts=[prompt])

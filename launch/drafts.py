@@ -42,7 +42,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.index import ensure_index
 from flashhead_dist.integrations.eagle_decode import DraftCounts
 from flashhead_dist.models import open_model
-from flashhead_dist.report.progress import SweepProgress
+from flashhead_dist.progress import progress
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 from rank_parser import integers
@@ -106,14 +106,14 @@ def run(arguments: argparse.Namespace, num_cores: int) -> tuple[list[Drafted], l
         first = tokenizer(prompts[0].text).input_ids
         for entry in heads.measured:
             heads.decode(first, entry.label, arguments.num_drafts, 4)
-        with SweepProgress(len(prompts), visible=True) as progress:
-            progress.stage("prompt 1")
+        with progress("starting", total=len(prompts), visible=True) as advance:
+            advance.stage("prompt 1")
             turns = heads.compare(
                 tokenizer, prompts, arguments.num_drafts, arguments.max_new_tokens
             )
             for number, _ in enumerate(turns, start=2):
                 if number <= len(prompts):
-                    progress.stage(f"prompt {number} of {len(prompts)}")
+                    advance.stage(f"prompt {number} of {len(prompts)}")
     return heads.measured, prompts, source.name
 
 

@@ -27,8 +27,8 @@ from flashhead_dist.heads.registry import HEAD_NAMES, needs_index
 from flashhead_dist.heads.sampling import SamplingParameters
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.models import ModelSource, open_model
+from flashhead_dist.progress import progress
 from flashhead_dist.report.present import report_console
-from flashhead_dist.report.progress import SweepProgress
 from flashhead_dist.report.tasks import task_notes, task_tables
 from flashhead_topology.probe import probe_machine
 from rank_parser import DTYPES
@@ -193,8 +193,8 @@ def _answer(
     """Answer the items that have no record yet, and append theirs batch by batch."""
     if all((item.task, item.id) in record.finished for own in items.values() for item in own):
         return
-    with SweepProgress(1, visible=True) as progress:
-        progress.stage(f"loading {engine.model.name}")
+    with progress("starting", total=1, visible=True) as advance:
+        advance.stage(f"loading {engine.model.name}")
         engine.load()
     # Batches are of all items, finished or not: a run that was ended goes on with the same ones.
     every = [
@@ -207,10 +207,10 @@ def _answer(
         for task, batch in every
         if (missing := [item for item in batch if (item.task, item.id) not in record.finished])
     ]
-    with SweepProgress(len(waiting), visible=True) as progress:
+    with progress("starting", total=len(waiting), visible=True) as advance:
         for turn, (task, batch) in enumerate(waiting):
             done = len(record.finished)
-            progress.stage(f"{task.title}, {len(batch)} items; {done} kept so far")
+            advance.stage(f"{task.title}, {len(batch)} items; {done} kept so far")
             record.append(answer_batch(engine, variants, task, batch, options, turn=turn))
 
 

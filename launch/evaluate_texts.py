@@ -32,7 +32,7 @@ from flashhead_dist.heads.registry import HEAD_NAMES, build_head, needs_index
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.parallel import TensorParallel
-from flashhead_dist.report.progress import SweepProgress
+from flashhead_dist.progress import progress
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 
@@ -189,12 +189,12 @@ def _compare(
     records = list({(r.key, r.prompt): r for r in known}.values())
     done = {(r.key, r.prompt) for r in records}
     stops = decoder.stop_token_ids
-    with SweepProgress(len(batches) * (1 + len(contenders)), visible=True) as progress:
+    with progress("starting", total=len(batches) * (1 + len(contenders)), visible=True) as advance:
         for number, batch in enumerate(batches, start=1):
-            progress.stage(f"dense texts, batch {number} of {len(batches)}")
+            advance.stage(f"dense texts, batch {number} of {len(batches)}")
             texts = decoder.dense_texts(batch)
             for contender in contenders:
-                progress.stage(f"{contender.label}, batch {number} of {len(batches)}")
+                advance.stage(f"{contender.label}, batch {number} of {len(batches)}")
                 if (contender.key, batch.first) in done:
                     continue
                 found = compare_texts(
@@ -217,11 +217,11 @@ def _verify(
     equal: dict[str, list[bool]] = {contender.key: [] for contender in contenders}
     found = {(r.key, r.prompt): r for r in records}
     chosen = [batch for batch in batches if batch.first < count]
-    with SweepProgress(len(chosen) * len(contenders), visible=bool(chosen)) as progress:
+    with progress("starting", total=len(chosen) * len(contenders), visible=bool(chosen)) as advance:
         for batch in chosen:
             dense = decoder.dense_texts(batch)
             for contender in contenders:
-                progress.stage(f"decoding with {contender.label} from prompt {batch.first + 1}")
+                advance.stage(f"decoding with {contender.label} from prompt {batch.first + 1}")
                 tokens, _ = decoder.decode(batch, heads[contender.key])
                 for row in range(len(tokens)):
                     record = found[contender.key, batch.first + row]

@@ -28,13 +28,13 @@ from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
 from flashhead_dist.heads.registry import needs_index
 from flashhead_dist.index import ensure_index
 from flashhead_dist.models import ModelSource, open_model
+from flashhead_dist.progress import progress
 from flashhead_dist.report.generation import (
     generation_document,
     generation_notes,
     generation_table,
 )
 from flashhead_dist.report.present import report_console
-from flashhead_dist.report.progress import SweepProgress
 from flashhead_dist.report.streaming import stream_text
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
@@ -84,8 +84,8 @@ class _Run:
             self._run(self._engine(model, index, setup), prompts, control, setup)
 
     def _run(self, engine: Engine, prompts: Sequence[str], control: Control, setup: Setup) -> None:
-        with SweepProgress(2, visible=control.is_first) as progress:
-            progress.stage(f"loading {engine.model.name}")
+        with progress("starting", total=2, visible=control.is_first) as advance:
+            advance.stage(f"loading {engine.model.name}")
             with control.phase():
                 engine.load()
             with control.phase():
@@ -93,7 +93,7 @@ class _Run:
                 log_path = self.arguments.out if control.is_first else None
                 self.log = TextLog(engine.tokenizer, log_path)
             self._change_over(engine, control, request.batch_size)
-            progress.stage("warming up")
+            advance.stage("warming up")
             warm_up(engine, self.arguments.variants, request)
         measured, traffic = self._measure(engine, request, prompts, control)
         # Only ranks of the last stage know what the head took.
@@ -178,17 +178,17 @@ class _Run:
         streams = len(variants) == 1 and not arguments.json and control.is_first
         span = request.batch_size * request.in_flight
         num_runs = len(variants) * -(-len(prompts) // span)
-        progress = SweepProgress(num_runs, visible=control.is_first and not streams)
+        shown = progress("starting", total=num_runs, visible=control.is_first and not streams)
 
         def begin(
             variant: Variant, states: list[DecodeState], first: int
         ) -> Callable[[int], None] | None:
             log.begin(variant, states, first)
-            progress.stage(f"{variant.label}, prompt {first + 1} of {len(prompts)}")
+            advance.stage(f"{variant.label}, prompt {first + 1} of {len(prompts)}")
             return stream_text(engine.tokenizer, prompts, states, first) if streams else None
 
         measured = [Measured(variant) for variant in variants]
-        with progress:
+        with shown as advance:
             for _ in compare(engine, measured, request, on_states=begin):
                 log.end()
         traffic: dict[str, Traffic] = {}

@@ -51,8 +51,8 @@ from flashhead_dist.heads.kept_launches import describe_launches, keep_launches
 from flashhead_dist.index import load_manifest
 from flashhead_dist.models import ModelSource
 from flashhead_dist.parallel import TensorParallel, split_tensor_parallel
+from flashhead_dist.progress import progress
 from flashhead_dist.report.present import print_report, report_console, write_report
-from flashhead_dist.report.progress import SweepProgress
 from flashhead_dist.report.standing import write_standing
 from flashhead_dist.report.write import write_page
 from flashhead_kernels.cpu_threads import compute_threads
@@ -107,7 +107,7 @@ class _Run:
             with control.phase():
                 path = folder / RECORDS_NAME if control.is_first else Path(os.devnull)
                 writer = stack.enter_context(RecordWriter(path))
-            progress = SweepProgress(plan.num_stages, visible=control.is_first)
+            shown = progress("starting", total=plan.num_stages, visible=control.is_first)
             sweep = Sweep(
                 plan=plan,
                 inputs=_inputs(model, workload),
@@ -125,7 +125,7 @@ class _Run:
                     world_size=self.world.size,
                 ),
                 write=writer.write,
-                progress=stack.enter_context(progress),
+                progress=stack.enter_context(shown),
             )
             stack.enter_context(compute_threads(setup.threads_per_rank))
             sizes = setup.group_sizes(plan.tp_sizes, self.world.size)

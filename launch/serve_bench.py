@@ -38,8 +38,8 @@ from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.models.cache import cache_root
 from flashhead_dist.models.default_model import default_model_folder
+from flashhead_dist.progress import progress
 from flashhead_dist.report.present import report_console
-from flashhead_dist.report.progress import SweepProgress
 from flashhead_dist.report.serving import serving_document, serving_notes, serving_table
 from flashhead_dist.report.write import write_page
 from flashhead_dist.serving.bench import Plan, Turn, run_bench
@@ -187,8 +187,10 @@ class _Run:
         def measured(turn: Turn, served: Served) -> None:
             append_record(_record(turn, served, plan, machine, about), folder)
 
-        with SweepProgress(plan.num_calls + 2 * len(plan.tp_sizes), visible=True) as progress:
-            run_bench(plan, server, folder, measured=measured, stage=progress.stage)
+        with progress(
+            "starting", total=plan.num_calls + 2 * len(plan.tp_sizes), visible=True
+        ) as advance:
+            run_bench(plan, server, folder, measured=measured, stage=advance.stage)
         summary = summarise(read_serving(folder))
         page = write_page(folder) if find_spec("matplotlib") and find_spec("jinja2") else None
         console = report_console()

@@ -42,7 +42,7 @@ from rich.console import Console
 from flashhead_dist.bench.watch import INTERRUPTED
 from flashhead_dist.errors import UserError
 from flashhead_dist.index.progress import progress_bars
-from flashhead_dist.report.progress import SweepProgress
+from flashhead_dist.progress import progress
 from flashhead_dist.states import save_hidden_states
 from flashhead_dist.tune import default, grid
 from flashhead_dist.tune.front import Record, Target, choose, parse_target, undominated
@@ -185,13 +185,13 @@ def _tune(arguments: argparse.Namespace) -> dict[str, Any]:
         if likely is not None and likely in ours and likely not in ours_front:
             ours_front = [*ours_front, likely]
         layouts = {layout_of(record, scene.shape) for record in ours_front}
-        with SweepProgress(len(layouts), visible=True) as progress:
+        with progress("starting", total=len(layouts), visible=True) as advance:
             timed = time_front(
                 [*ours_front, *(r for r in front if r not in ours_front)],
                 scene, inputs.model, journal,
                 batch_sizes=arguments.batch_sizes, iterations=arguments.iters,
                 threads=arguments.timed_threads, device=arguments.device,
-                on_layout=lambda name: progress.stage(f"timing {name}"),
+                on_layout=lambda name: advance.stage(f"timing {name}"),
             )  # fmt: skip
     chosen, refusal = _choose(arguments, target, records, ours, timed)
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -255,10 +255,10 @@ def _simulate(
         raise UserError(f"--only {arguments.only!r} finds no family: leave it out to see them all")
     choices = grid.choices(scene.num_groups, quick=arguments.quick)
     frequent = frequent_of(inputs.model, max(count for _, count in choices.pins))
-    with SweepProgress(len(families), visible=True) as progress:
+    with progress("starting", total=len(families), visible=True) as advance:
         records = simulate_all(
             scene, families, choices, frequent, journal, threads,
-            on_family=lambda name: progress.stage(f"simulating {name}"),
+            on_family=lambda name: advance.stage(f"simulating {name}"),
         )  # fmt: skip
     return prepared, frequent, records
 
