@@ -4,15 +4,14 @@
     python launch/serve_bench.py --tp-sizes 1 --concurrency 1 --rounds 5 --new-tokens 64
     python launch/serve_bench.py --model DIR --index DIR --python /opt/vllm/bin/python --json
 
-Both servers of a tp size are up at once, the one whose turn it is not is frozen, and vLLM's own
-benchmark client sends the same prompts to each, greedy, without an end of text. `make test-vllm`
-makes an environment that has vLLM (.venv-vllm); this script itself runs with or without it.
+Both servers of a tp size are up at once, the idle one is frozen, and vLLM's own benchmark client
+sends the same prompts to each, greedy, without an end of text. `make test-vllm` makes an
+environment that has vLLM (.venv-vllm); this script itself runs with or without it.
 
 Writes serving.jsonl (a line a call of the client), environment.json, the servers' logs and
 report/report.html to RUNS_DIR/<date>_<host class>_<commit>/ and prints a table: tokens a second,
-TTFT and TPOT (p50, p99), and how many greedy texts are the dense server's. Ctrl-C ends the servers
-and keeps what was measured; launch/report.py FOLDER makes the page of that. docs/vllm.md has the
-protocol.
+TTFT and TPOT (p50, p99), and the share of greedy texts equal to the dense server's. Ctrl-C ends the
+servers and keeps the records; launch/report.py FOLDER makes their page. Protocol: docs/vllm.md.
 
 Exit codes: 0, 2 for a mistake in what was given or a server that does not start, 130 after Ctrl-C.
 """
@@ -27,7 +26,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from flashhead_dist.bench.environment import software_versions, source_commit
 from flashhead_dist.bench.run_folder import make_run_folder
@@ -35,46 +34,28 @@ from flashhead_dist.bench.watch import INTERRUPTED
 from flashhead_dist.decode.prompts import read_prompts
 from flashhead_dist.errors import UserError
 from flashhead_dist.index import ensure_index, load_manifest
-from flashhead_dist.models import ModelSource, open_model
+from flashhead_dist.models import open_model
 from flashhead_dist.models.cache import cache_root
 from flashhead_dist.models.default_model import default_model_folder
 from flashhead_dist.progress import progress
 from flashhead_dist.report.present import report_console
 from flashhead_dist.report.serving import serving_document, serving_notes, serving_table
 from flashhead_dist.report.write import write_page
-from flashhead_dist.serving.bench import Plan, Turn, run_bench
-from flashhead_dist.serving.client import Served
-from flashhead_dist.serving.installed import find_python, vllm_versions
+from flashhead_dist.serving.bench import FLASHHEAD, HEADS, Plan, Served, Turn, run_bench
 from flashhead_dist.serving.records import (
-    FLASHHEAD,
     SCHEMA_VERSION,
     SERVING_NAME,
     ServingRecord,
     append_record,
     read_serving,
+    summarise,
 )
-from flashhead_dist.serving.server import ServerOptions
-from flashhead_dist.serving.summary import summarise
-from flashhead_topology.machine import Machine, oversubscription
+from flashhead_dist.serving.server import ServerOptions, find_python, vllm_versions
+from flashhead_topology.machine import oversubscription
 from flashhead_topology.probe import probe_machine
 from rank_parser import integers
 
 _ENVIRONMENT = Path(__file__).resolve().parent.parent / ".venv-vllm" / "bin" / "python"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark and return an exit code."""
-    arguments = _parser().parse_args(argv)
-    run = _Run(arguments)
-    try:
-        run.measure()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"\nerror: interrupted.{run.parting_words()}", file=sys.stderr)
-        return INTERRUPTED
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,95 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Run:
-    """From arguments to a printed table."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.folder: Path | None = None
-
-    def parting_words(self) -> str:
-        """Where what was measured is."""
-        path = self.folder / SERVING_NAME if self.folder else None
-        if path is None or not path.exists():
-            return " Nothing was measured yet."
-        return f" The records so far are in {path}; launch/report.py {self.folder} shows them."
-
-    def measure(self) -> None:
-        """Do it all; raises UserError."""
-        arguments = self.arguments
-        options = check(arguments)
-        python = find_python(arguments.python, _ENVIRONMENT)
-        versions = software_versions() | vllm_versions(python)
-        machine = probe_machine()
-        plan = Plan(
-            prompts=tuple(read_prompts(arguments.prompts)),
-            new_tokens=arguments.new_tokens,
-            least_requests=arguments.requests,
-            tp_sizes=tuple(sorted(set(arguments.tp_sizes))),
-            concurrencies=tuple(sorted(set(arguments.concurrency))),
-            rounds=arguments.rounds,
-        )
-        source, model = _model(arguments.model)
-        index = arguments.index or ensure_index(source)
-        about = {
-            "system": machine.host_class,
-            "device": machine.gpus[0].name if machine.gpus else machine.cpu_model,
-            "dtype": arguments.dtype,
-            "model": source.name,
-            "model_hash": source.weight_hash,
-            "index_hash": load_manifest(index).index_hash,
-            "versions": versions,
-            "commit": source_commit(),
-        }
-        self.folder = _make_folder(arguments, machine, about)
-
-        def server(head: str, tp_size: int) -> ServerOptions:
-            # Off where an index lies beside the model, too.
-            on: dict[str, Any] | Literal[False] = False
-            if head == FLASHHEAD:
-                on = {"index": str(index.resolve()), **options}
-            return ServerOptions(
-                python=python,
-                model=model,
-                tp_size=tp_size,
-                flashhead=on,
-                dtype=arguments.dtype,
-                device="cuda" if machine.gpus else "cpu",
-                cores=machine.num_cores,
-                kv_cache_mb=arguments.kv_cache_mb,
-                more=("--no-enable-prefix-caching", *arguments.server_arguments.split()),
-            )
-
-        self._run(plan, server, machine, about)
-
-    def _run(self, plan: Plan, server: Any, machine: Machine, about: dict[str, Any]) -> None:
-        assert self.folder is not None
-        folder = self.folder
-
-        def measured(turn: Turn, served: Served) -> None:
-            append_record(_record(turn, served, plan, machine, about), folder)
-
-        with progress(
-            "starting", total=plan.num_calls + 2 * len(plan.tp_sizes), visible=True
-        ) as advance:
-            run_bench(plan, server, folder, measured=measured, stage=advance.stage)
-        summary = summarise(read_serving(folder))
-        page = write_page(folder) if find_spec("matplotlib") and find_spec("jinja2") else None
-        console = report_console()
-        console.print(serving_table(summary))
-        for note in [*serving_notes(summary), *_oversubscribed(plan, machine)]:
-            console.print(f"- {note}", markup=False, highlight=False)
-        for path in (folder / SERVING_NAME, page):
-            if path is not None:
-                print(f"wrote {path}")
-        if self.arguments.json:
-            document = {"run": str(folder), **about, "rows": serving_document(summary)}
-            print(json.dumps(document))
-
-
 def check(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The plugin's further options; raises UserError for what is wrong at once."""
+    """The plugin's further options; raises UserError for a value that cannot be right."""
     for flag in ("rounds", "new_tokens", "requests", "kv_cache_mb"):
         value = getattr(arguments, flag)
         if value < 1:
@@ -229,47 +123,116 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _model(given: str | None) -> tuple[ModelSource, Path]:
-    """The model, and the folder that vLLM reads it from."""
-    if given is None:
-        return open_model(None), default_model_folder(cache_root())
-    return open_model(given), Path(given).expanduser().resolve()
+def measure(arguments: argparse.Namespace, folders: list[Path]) -> None:
+    """Run the benchmark and print its results; raises UserError.
 
-
-def _make_folder(arguments: argparse.Namespace, machine: Machine, about: dict[str, Any]) -> Path:
+    folders: receives the run folder once it exists.
+    """
+    plugin_options = check(arguments)
+    python = find_python(arguments.python, _ENVIRONMENT)
+    versions = software_versions() | vllm_versions(python)
+    machine = probe_machine()
+    plan = Plan(
+        prompts=tuple(read_prompts(arguments.prompts)),
+        new_tokens=arguments.new_tokens,
+        least_requests=arguments.requests,
+        tp_sizes=tuple(sorted(set(arguments.tp_sizes))),
+        concurrencies=tuple(sorted(set(arguments.concurrency))),
+        rounds=arguments.rounds,
+    )
+    source = open_model(arguments.model)
+    model = Path(arguments.model).expanduser().resolve() if arguments.model else None
+    model = model or default_model_folder(cache_root())
+    index = arguments.index or ensure_index(source)
+    about = {
+        "system": machine.host_class,
+        "device": machine.gpus[0].name if machine.gpus else machine.cpu_model,
+        "dtype": arguments.dtype,
+        "model": source.name,
+        "model_hash": source.weight_hash,
+        "index_hash": load_manifest(index).index_hash,
+        "versions": versions,
+        "commit": source_commit(),
+    }
     environment = {
         "machine": machine.as_dict(),
-        "versions": about["versions"],
+        "versions": versions,
         "commit": about["commit"],
         "arguments": {name: str(value) for name, value in vars(arguments).items()},
     }
-    now = datetime.now(UTC)
-    commit = about["commit"]
-    return make_run_folder(arguments.runs_dir, machine.host_class, commit, environment, now)
-
-
-def _record(
-    turn: Turn, served: Served, plan: Plan, machine: Machine, about: dict[str, Any]
-) -> ServingRecord:
-    return ServingRecord(
-        schema_version=SCHEMA_VERSION,
-        time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-        **asdict(turn),
-        num_requests=len(served.texts),
-        new_tokens=plan.new_tokens,
-        oversubscribed=_fit(turn.tp_size, machine).oversubscribed,
-        **about,
-        **asdict(served),
+    folder = make_run_folder(
+        arguments.runs_dir, machine.host_class, about["commit"], environment, datetime.now(UTC)
     )
+    folders.append(folder)
+    oversubscribed = {
+        size: oversubscription(size, machine.num_cores, len(machine.gpus)).oversubscribed
+        for size in plan.tp_sizes
+    }
+
+    def server(head: str, tp_size: int) -> ServerOptions:
+        on = {"index": str(index.resolve()), **plugin_options}
+        return ServerOptions(
+            python=python,
+            model=model,
+            tp_size=tp_size,
+            # False: an index in the model's folder would switch FlashHead on.
+            flashhead=on if head == FLASHHEAD else False,
+            dtype=arguments.dtype,
+            device="cuda" if machine.gpus else "cpu",
+            cores=machine.num_cores,
+            kv_cache_mb=arguments.kv_cache_mb,
+            more=("--no-enable-prefix-caching", *arguments.server_arguments.split()),
+        )
+
+    def on_result(turn: Turn, served: Served) -> None:
+        record = ServingRecord(
+            schema_version=SCHEMA_VERSION,
+            time_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+            **turn._asdict(),
+            num_requests=len(served.texts),
+            new_tokens=plan.new_tokens,
+            oversubscribed=oversubscribed[turn.tp_size],
+            **about,
+            **asdict(served),
+        )
+        append_record(record, folder)
+
+    num_stages = sum(len(HEADS) + len(plan.turns(size)) for size in plan.tp_sizes)
+    with progress("starting", total=num_stages) as advance:
+        run_bench(plan, server, folder, on_result=on_result, on_stage=advance.stage)
+    summary = summarise(read_serving(folder))
+    page = write_page(folder) if find_spec("matplotlib") and find_spec("jinja2") else None
+    console = report_console()
+    console.print(serving_table(summary))
+    sizes = [size for size, is_over in oversubscribed.items() if is_over]
+    warnings = [f"OVERSUBSCRIBED at tp {size}: its times mean nothing." for size in sizes]
+    for note in [*serving_notes(summary), *warnings]:
+        console.print(f"- {note}", markup=False, highlight=False)
+    for path in (folder / SERVING_NAME, page):
+        if path is not None:
+            print(f"wrote {path}")
+    if arguments.json:
+        print(json.dumps({"run": str(folder), **about, "rows": serving_document(summary)}))
 
 
-def _fit(tp_size: int, machine: Machine) -> Any:
-    return oversubscription(tp_size, machine.num_cores, len(machine.gpus), threads_per_rank=1)
-
-
-def _oversubscribed(plan: Plan, machine: Machine) -> list[str]:
-    over = [size for size in plan.tp_sizes if _fit(size, machine).oversubscribed]
-    return [f"OVERSUBSCRIBED at tp {size}: its times mean nothing." for size in over]
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and return an exit code."""
+    folders: list[Path] = []
+    try:
+        measure(_parser().parse_args(argv), folders)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        message = "Nothing was measured yet."
+        for path in (folder / SERVING_NAME for folder in folders):
+            if path.exists():
+                message = (
+                    f"The records so far are in {path}; launch/report.py {path.parent} shows them."
+                )
+        print(f"\nerror: interrupted. {message}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
 
 
 if __name__ == "__main__":

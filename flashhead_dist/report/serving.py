@@ -8,13 +8,13 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
-from flashhead_dist.serving.records import DENSE, FLASHHEAD
+from flashhead_dist.serving.bench import DENSE, FLASHHEAD
 
 _UNKNOWN = "-"
 
 
 def serving_table(summary: pd.DataFrame) -> Table:
-    """A line a `tp_size`, concurrency and head; see `flashhead_dist.serving.summary`."""
+    """A line a `tp_size`, concurrency and head; see `flashhead_dist.serving.records`."""
     table = Table(title="vLLM's server by head: measured", title_justify="left")
     for name in ("tp", "concurrency", "head"):
         table.add_column(name, justify="left" if name == "head" else "right")

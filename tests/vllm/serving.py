@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from flashhead_dist.serving.client import parse_counters
+from flashhead_dist.serving.bench import parse_counters
 from flashhead_dist.serving.server import SERVED_NAME, Server, ServerOptions
 
 NEEDS_VLLM = [
