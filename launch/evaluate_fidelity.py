@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.evaluate.divergence import evaluate_divergence
+from flashhead_dist.evaluate.divergence import evaluate_divergence, predict_tokens
 from flashhead_dist.evaluate.fidelity import evaluate_fidelity
-from flashhead_dist.evaluate.likelihood import predict_tokens
 from flashhead_dist.evaluate.truth import dense_truth
 from flashhead_dist.heads.closed_form import SAMPLING_HEADS
 from flashhead_dist.heads.registry import HEAD_NAMES, check_head_names, emulate_head, needs_index
@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             head, states, truth, divergence=divergence, device=arguments.device
         )
     _write_csv(arguments.csv, fidelity.by_source)
-    return fidelity.to_json() | {
+    return asdict(fidelity) | {
         "model": model.name,
         "weight_hash": model.weight_hash,
         "synthetic": model.synthetic,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.evaluate.robustness.made_heads import HeadSpec, robustness_specs
-from flashhead_dist.evaluate.robustness.trial import try_head
+from flashhead_dist.evaluate.robustness import HeadSpec, robustness_specs, try_head
 from flashhead_dist.index import IndexOptions
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 f"[{number}/{len(specs)}] {spec.name}, {spec.vocab_size:,} x {spec.hidden_size}",
                 markup=False, highlight=False,
             )  # fmt: skip
-            trials.append(try_head(spec, options=options, num_states=arguments.states).to_json())
+            trial = try_head(spec, options=options, num_states=arguments.states)
+            trials.append(asdict(trial))
             _write_csv(arguments.csv, trials)
     return {"divisor": arguments.divisor, "trials": trials}
 

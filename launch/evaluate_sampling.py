@@ -12,7 +12,7 @@ from rich.table import Table
 
 from flashhead_dist import corpus
 from flashhead_dist.errors import UserError
-from flashhead_dist.evaluate.likelihood import evaluate_likelihood, predict_tokens
+from flashhead_dist.evaluate.divergence import evaluate_likelihood, predict_tokens
 from flashhead_dist.evaluate.sampling import evaluate_sampling
 from flashhead_dist.heads.closed_form import SAMPLING_HEADS, require_sampling_head
 from flashhead_dist.heads.registry import build_head, emulate_head
@@ -168,7 +168,7 @@ def _likelihood(arguments: argparse.Namespace) -> dict[str, Any]:
     for path, own in zip(paths, documents, strict=True):
         predicted = predict_tokens(model, own, max_tokens=arguments.tokens)
         found = evaluate_likelihood(head, model, predicted)
-        texts.append({"text": path.stem, **found.to_json()})
+        texts.append({"text": path.stem, **found})
     return {
         "model": model.name,
         "head": "flashhead",

@@ -19,9 +19,8 @@ from flashhead_dist.decode.answers import AskOptions, answer_batch, batches
 from flashhead_dist.decode.engine import DENSE, Engine, Layout, Variant
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.tasks import TASK_NAMES, Item, Task, find_tasks
-from flashhead_dist.evaluate.tasks.reading import read_items
-from flashhead_dist.evaluate.tasks.records import TaskRun
-from flashhead_dist.evaluate.tasks.summary import summarise
+from flashhead_dist.evaluate.tasks.base import read_items
+from flashhead_dist.evaluate.tasks.records import TaskRun, summarise
 from flashhead_dist.heads.named import named_head
 from flashhead_dist.heads.registry import HEAD_NAMES, needs_index
 from flashhead_dist.heads.sampling import SamplingParameters

@@ -9,29 +9,41 @@ tokens and every m_c),
 
 so that one pass over the output embedding, summed by cluster, gives it without a logit vector of
 the vocabulary's length. `heads.closed_form` says what Q is.
+
+`predict_tokens` runs a model over texts, and `evaluate_likelihood` compares the perplexities of the
+tokens that follow under both distributions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.closed_form import ClosedForm, closed_form
 from flashhead_dist.heads.emulated import EmulatedHead
 from flashhead_dist.models import ModelSource
+from flashhead_dist.states import HiddenStates, require_finite
+from flashhead_dist.states.body import body_dtype, run_body
+from flashhead_dist.states.split import Passage
+from flashhead_dist.states.texts import Document
 from flashhead_kernels.logits import FinalLogits
 
 _STATES = 512
 _ROWS = 8192
 _FORM_STATES = 64
 _HEADROOM = 40.0
-"""Nats above the reference at which sums of exponentials are scaled anew."""
+"""Nats above the reference at which sums of exponentials are rescaled."""
+_CONTEXT, _LEAST_CONTEXT = 512, 64
 
 
 @dataclass(frozen=True)
@@ -193,3 +205,110 @@ def _compare(
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor:
     return torch.cat([part for part in parts if part is not None])
+
+
+@dataclass(frozen=True)
+class PredictedTokens:
+    """N hidden states by source and document, and the token int64 `[N]` that follows each."""
+
+    hidden_states: HiddenStates
+    token_ids: Tensor
+
+
+def predict_tokens(
+    model: ModelSource,
+    documents: list[Document],
+    *,
+    max_tokens: int,
+    evenly: bool = False,
+    origin: str = "texts",
+    progress: bool = True,
+) -> PredictedTokens:
+    """Run the body over windows of up to 512 tokens, taken from all sources in turn.
+
+    evenly: a source's documents take turns too, so that few tokens still come from many documents.
+    origin: name of the texts.
+
+    Raises:
+        UserError: texts with no token to predict, or a model without a body.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    body, tokenizer = model.load_body(body_dtype(device))
+    passages = _windows(tokenizer, documents, max_tokens, evenly=evenly)
+    if not passages:
+        raise UserError("the texts hold no token that follows another: give longer texts")
+    states = run_body(body, passages, device=device, progress=progress)
+    sources = tuple(sorted({passage.source for passage in passages}))
+    hidden = HiddenStates(
+        states=torch.cat(states),
+        source_ids=torch.tensor([sources.index(p.source) for p in passages for _ in p.positions]),
+        sources=sources,
+        origin=f"{model.name} ({str(body.dtype).removeprefix('torch.')}) over {origin}",
+        documents=torch.tensor([p.document for p in passages for _ in p.positions]),
+    )
+    require_finite(hidden.states, hidden.origin)
+    following = torch.tensor([token for p in passages for token in p.token_ids[1:]])
+    return PredictedTokens(hidden, following)
+
+
+def evaluate_likelihood(
+    head: Head, model: ModelSource, predicted: PredictedTokens, *, progress: bool = True
+) -> dict[str, Any]:
+    """Perplexities under the closed form of `head` and the dense head of `model`, and their ratio.
+
+    `worst_ratio` is that of the source whose ratio is farthest from 1.
+    """
+    hidden = predicted.hidden_states
+    both = evaluate_divergence(head, model, hidden.states, predicted.token_ids, progress=progress)
+    dense, own = both.dense_log_probs, both.head_log_probs
+    assert dense is not None
+    assert own is not None
+    ratios = {}
+    for number, source in enumerate(hidden.sources):
+        rows = hidden.source_ids == number
+        ratios[source] = math.exp(float(dense[rows].mean() - own[rows].mean()))
+    return {
+        "num_tokens": len(own),
+        "perplexity": math.exp(-float(own.mean())),
+        "dense_perplexity": math.exp(-float(dense.mean())),
+        "ratio": math.exp(float(dense.mean() - own.mean())),
+        "ratio_by_source": ratios,
+        "worst_ratio": max(ratios.values(), key=lambda ratio: abs(math.log(ratio))),
+    }
+
+
+def _windows(
+    tokenizer: Any, documents: list[Document], max_tokens: int, *, evenly: bool
+) -> list[Passage]:
+    """Windows from all sources in turn, until they predict `max_tokens` tokens."""
+    context = _CONTEXT
+    if evenly:
+        context = min(_CONTEXT, max(_LEAST_CONTEXT, max_tokens // len(documents)))
+    windows: dict[str, list[tuple[int, int, list[int]]]] = defaultdict(list)
+    for number, document in enumerate(documents):
+        for place, tokens in enumerate(_cut(tokenizer, document.text, context)):
+            windows[document.source].append((place if evenly else 0, number, tokens))
+    for own in windows.values():
+        own.sort(key=lambda window: window[0])
+    chosen: list[Passage] = []
+    left = max_tokens
+    while left > 0 and any(windows.values()):
+        for source in sorted(windows):
+            if windows[source] and left > 0:
+                _, number, tokens = windows[source].pop(0)
+                count = min(left, len(tokens) - 1)
+                chosen.append(
+                    Passage(source, "test", number, tokens[: count + 1], list(range(count)))
+                )
+                left -= count
+    return chosen
+
+
+def _cut(tokenizer: Any, text: str, context: int) -> Iterator[list[int]]:
+    tokens = list(tokenizer(text).input_ids)
+    first = [tokens.pop(0)] if tokens and tokens[0] == tokenizer.bos_token_id else []
+    room = context - len(first)
+    for start in range(0, len(tokens), room):
+        window = first + tokens[start : start + room]
+        if len(window) > 1:
+            yield window

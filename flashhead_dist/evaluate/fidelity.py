@@ -9,20 +9,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pandas as pd
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.evaluate.by_source import (
+from flashhead_dist.evaluate.divergence import Divergence
+from flashhead_dist.evaluate.intervals import (
     DENSE_LOG_PROB,
     HEAD_LOG_PROB,
     clusters_of,
     figures_by_source,
 )
-from flashhead_dist.evaluate.divergence import Divergence
 from flashhead_dist.evaluate.truth import DenseTruth
 from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.emulated import EmulatedHead
@@ -55,8 +54,7 @@ class Fidelity(Agreement):
     kl_nats: mean divergence of the closed form from the dense softmax; None where not asked for.
     perplexity, dense_perplexity: of the tokens that follow; None where they are unknown.
     bytes_share: weight bytes that all ranks read for one row, over the dense head's in bf16.
-    by_source: rows of `by_source.figures_by_source`, all states last; intervals are 95 %, by a
-        bootstrap of `interval_clusters`.
+    by_source: rows of `intervals.figures_by_source`; NaN is None.
     """
 
     head: str
@@ -74,10 +72,6 @@ class Fidelity(Agreement):
     payload_bytes_per_row: int
     interval_clusters: str
     by_source: list[dict[str, Any]]
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict of every field."""
-        return asdict(self)
 
 
 def evaluate_agreement(
@@ -108,16 +102,16 @@ def evaluate_fidelity(
 ) -> Fidelity:
     """Run `head` over every state and compare; on real ranks every rank gives the same answer.
 
-    divergence: of the head's closed form for the same states, where it has one and it is wanted.
+    divergence: of the head's closed form for the same states, where it has one.
 
     Raises:
         UserError: no states, a hidden size that does not fit, or NaN or inf (named by source).
     """
     _check(hidden_states, head.hidden_size, head.name)
     output = run_head(head, hidden_states, device=device, progress=progress)
-    agreement = evaluate_agreement(output.token_ids, hidden_states, truth)
-    kept = truth.token_ids.shape[1]
-    contained = (truth.token_ids[:, :, None] == output.token_ids[:, None, :kept]).any(-1)
+    contained = (
+        truth.token_ids[:, :, None] == output.token_ids[:, None, : truth.token_ids.shape[1]]
+    ).any(-1)
     mass = torch.ones(len(hidden_states), dtype=torch.float64)
     if output.candidate_logsumexp is not None:
         mass = (output.candidate_logsumexp.double() - truth.logsumexp.double()).exp().clamp(max=1)
@@ -134,34 +128,32 @@ def evaluate_fidelity(
         if divergence.dense_log_probs is not None and divergence.head_log_probs is not None:
             figures[DENSE_LOG_PROB] = divergence.dense_log_probs
             figures[HEAD_LOG_PROB] = divergence.head_log_probs
-    frame = figures_by_source(figures, hidden_states)
-    whole = frame.iloc[-1]
-    dense_bytes = head.vocab_size * head.hidden_size * DENSE_BYTES_PER_WEIGHT
+    by_source = [
+        {str(name): None if value != value else value for name, value in row.items()}
+        for row in figures_by_source(figures, hidden_states).to_dict("records")
+    ]
+    overall = by_source[-1]
+    read_bytes = head.read_bytes_per_row
+    if isinstance(head, Head):
+        read_bytes = sum(head.tp.gather_objects(read_bytes))
     return Fidelity(
-        **asdict(agreement),
+        **asdict(evaluate_agreement(output.token_ids, hidden_states, truth)),
         head=head.name,
-        tp_size=head.tp_size if isinstance(head, EmulatedHead) else head.tp.tp_size,
+        tp_size=head.tp.tp_size if isinstance(head, Head) else head.tp_size,
         emulated=isinstance(head, EmulatedHead),
-        num_states=len(hidden_states.states),
+        num_states=len(hidden_states),
         top10_containment=float(contained.double().mean()),
         candidate_mass=float(mass.mean()),
         logz_error=None if errors is None else float(errors.mean()),
         logz_error_p99=None if errors is None else float(errors.abs().quantile(0.99)),
-        kl_nats=_of(whole, "kl_nats"),
-        dense_perplexity=_of(whole, "dense_perplexity"),
-        perplexity=_of(whole, "perplexity"),
-        bytes_share=_read_bytes(head) / dense_bytes,
+        kl_nats=overall.get("kl_nats"),
+        dense_perplexity=overall.get("dense_perplexity"),
+        perplexity=overall.get("perplexity"),
+        bytes_share=read_bytes / (head.vocab_size * head.hidden_size * DENSE_BYTES_PER_WEIGHT),
         payload_bytes_per_row=head.payload_bytes_per_row,
         interval_clusters=clusters_of(hidden_states)[1],
-        by_source=[
-            {str(k): None if v != v else v for k, v in row.items()}
-            for row in frame.to_dict("records")
-        ],
+        by_source=by_source,
     )
-
-
-def _of(row: pd.Series[Any], name: str) -> float | None:
-    return float(row[name]) if name in row.index else None
 
 
 def run_head(
@@ -194,14 +186,8 @@ def run_head(
 
 
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    return torch.cat(present).cpu() if present else None
-
-
-def _read_bytes(head: Head | EmulatedHead) -> int:
-    if isinstance(head, EmulatedHead):
-        return head.read_bytes_per_row
-    return sum(head.tp.gather_objects(head.read_bytes_per_row))
+    given = [part for part in parts if part is not None]
+    return torch.cat(given).cpu() if given else None
 
 
 def _check(hidden_states: HiddenStates, hidden_size: int, head: str) -> None:

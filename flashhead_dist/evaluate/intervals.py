@@ -1,25 +1,36 @@
-"""Confidence intervals of shares, means and medians, for samples that come in clusters.
+"""Confidence intervals for samples in clusters, and figures of a head by source with intervals.
 
-Hidden states of one document are alike, so the unit that is drawn is the document: a cluster
+Hidden states of one document are correlated, so bootstrap samples draw documents: a cluster
 bootstrap (Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8) with
-percentile limits. With a handful of documents its intervals are too narrow, as percentile limits of
-few units are, and where no state differs it has no width at all. A share's interval is therefore at
-least Wilson's over the states (Wilson, JASA 22, 1927), which has a width even at 0 and 1.
+percentile limits. With few documents its intervals are too narrow, and where no state differs the
+width is zero. A share's interval is therefore at least Wilson's over the states (Wilson, JASA 22,
+1927), which has a width even at 0 and 1.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from flashhead_dist.states import HiddenStates
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 LEVEL = 0.95
 DRAWS = 2000
+BLOCK = 64
+"""States that are drawn together where documents are unknown."""
+ALL = "all"
+SHARES = ("top1_agreement", "top10_containment")
+"""Figures whose interval is at least Wilson's over the states."""
+DENSE_LOG_PROB, HEAD_LOG_PROB = "dense_log_prob", "head_log_prob"
 _MOST_WEIGHTS = 1 << 22
 """Of one block of draws: 32 MiB."""
 
@@ -102,7 +113,74 @@ def bootstrap_median(values: Array, *, seed: int = 0) -> Interval:
     return Interval(float(ordered[(len(ordered) - 1) // 2]), float(low), float(high))
 
 
-def blocks_of(count: int, size: int = 64) -> Array:
-    """Cluster numbers int `[count]` where documents are unknown: runs of `size` states."""
-    numbers: Array = np.arange(count) // size
-    return numbers
+def clusters_of(hidden_states: HiddenStates) -> tuple[Array, str]:
+    """Clusters of the bootstrap: the number int `[N]` of each state's, and what a cluster is.
+
+    A cluster is a document; where documents are unknown or a source has only one, which would give
+    an interval without width, it is a run of BLOCK states of a source.
+    """
+    sources = hidden_states.source_ids.numpy()
+    documents = hidden_states.documents
+    known = np.zeros(len(sources), np.int64) if documents is None else documents.numpy()
+    numbers = np.zeros(len(sources), dtype=np.int64)
+    single = False
+    for source in np.unique(sources):
+        own = np.flatnonzero(sources == source)
+        _, parts = np.unique(known[own], return_inverse=True)
+        if parts.max(initial=0) == 0:
+            parts, single = np.arange(len(own)) // BLOCK, True
+        numbers[own] = source * len(sources) + parts
+    if documents is None:
+        return numbers, f"blocks of {BLOCK} states"
+    return numbers, "documents" + (f" (blocks of {BLOCK} states where one)" if single else "")
+
+
+def figures_by_source(
+    figures: Mapping[str, Tensor], hidden_states: HiddenStates, *, seed: int = 0
+) -> pd.DataFrame:
+    """One row per source, all states last: mean figures with `_low` and `_high` limits.
+
+    figures: by name, a float64 `[N]` with the figure of each state. `dense_log_prob` and
+    `head_log_prob` become perplexities and their ratio (head over dense) by paired samples.
+    `clusters` counts clusters; with one cluster, limits are NaN except for SHARES.
+    """
+    values = pd.DataFrame({name: figure.double().numpy() for name, figure in figures.items()})
+    clusters, _ = clusters_of(hidden_states)
+    sources = hidden_states.source_ids.numpy()
+    rows = []
+    for number, source in [*enumerate(hidden_states.sources), (None, ALL)]:
+        own = np.full(len(sources), True) if number is None else sources == number
+        if own.any():
+            row = _row(values[own], clusters[own], sources[own], seed)
+            rows.append({"source": source, "states": int(own.sum())} | row)
+    return pd.DataFrame(rows)
+
+
+def _row(values: pd.DataFrame, clusters: Array, strata: Array, seed: int) -> dict[str, Any]:
+    table = values.to_numpy()
+    num_clusters = len(np.unique(clusters))
+    means = pd.Series(table.mean(0), values.columns)
+    samples = pd.DataFrame(cluster_means(table, clusters, strata, seed=seed), columns=means.index)
+    found: dict[str, Interval] = {}
+    for name in means.index.drop([DENSE_LOG_PROB, HEAD_LOG_PROB], errors="ignore"):
+        found[name] = _interval(means[name], samples[name], num_clusters)
+        if name in SHARES:
+            least = wilson(float(values[name].sum()), len(values))
+            found[name] = least if num_clusters < 2 else found[name].widened(least)
+    if DENSE_LOG_PROB in means:
+        for data in (means, samples):
+            data["dense_perplexity"] = np.exp(-data[DENSE_LOG_PROB])
+            data["perplexity"] = np.exp(-data[HEAD_LOG_PROB])
+            data["perplexity_ratio"] = np.exp(data[DENSE_LOG_PROB] - data[HEAD_LOG_PROB])
+        for name in ("dense_perplexity", "perplexity", "perplexity_ratio"):
+            found[name] = _interval(means[name], samples[name], num_clusters)
+    row: dict[str, Any] = {"clusters": num_clusters}
+    for name, interval in found.items():
+        row |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return row
+
+
+def _interval(value: float, samples: pd.Series[float], num_clusters: int) -> Interval:
+    if num_clusters < 2:
+        return Interval(float(value), math.nan, math.nan)
+    return percentile_interval(float(value), samples.to_numpy())

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from flashhead_dist.evaluate.tasks import Task
-from flashhead_dist.evaluate.tasks.summary import share_with_interval
+from flashhead_dist.evaluate.tasks.records import share_with_interval
 
 
 def task_tables(rows: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> list[Table]:

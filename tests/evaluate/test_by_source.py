@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 
-from flashhead_dist.evaluate.by_source import clusters_of, figures_by_source
+from flashhead_dist.evaluate.intervals import clusters_of, figures_by_source
 from flashhead_dist.models import open_model
 from flashhead_dist.states import HiddenStates
 

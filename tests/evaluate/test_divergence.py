@@ -12,8 +12,11 @@ import torch
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate import divergence
-from flashhead_dist.evaluate.divergence import evaluate_divergence
-from flashhead_dist.evaluate.likelihood import evaluate_likelihood, predict_tokens
+from flashhead_dist.evaluate.divergence import (
+    evaluate_divergence,
+    evaluate_likelihood,
+    predict_tokens,
+)
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.closed_form import closed_form
 from flashhead_dist.heads.registry import build_head, emulate_head
@@ -166,5 +169,5 @@ def test_perplexity_of_texts_by_document(model: ModelSource, tied_index: Path) -
     rows = model.read_rows(0, 1013)
     logits = (rows[before] / 2).double() @ rows.double().T
     dense = logits.log_softmax(1).gather(1, found.token_ids.unsqueeze(1)).mean()
-    assert likelihood.dense_perplexity == pytest.approx(math.exp(-float(dense)), rel=1e-4)
-    assert likelihood.num_tokens == 7
+    assert likelihood["dense_perplexity"] == pytest.approx(math.exp(-float(dense)), rel=1e-4)
+    assert likelihood["num_tokens"] == 7

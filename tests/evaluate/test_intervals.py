@@ -9,7 +9,6 @@ import pytest
 
 from flashhead_dist.evaluate.intervals import (
     DRAWS,
-    blocks_of,
     bootstrap_median,
     cluster_means,
     percentile_interval,
@@ -87,7 +86,3 @@ def test_a_median_of_censored_values_is_a_value_or_no_number_at_all() -> None:
     most = bootstrap_median(np.array([5.0] + [math.inf] * 9))
     assert most.value == most.low == math.inf
     assert bootstrap_median(np.array([7.0])).high == 7.0
-
-
-def test_blocks_are_runs() -> None:
-    assert blocks_of(5, 2).tolist() == [0, 0, 1, 1, 2]

@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from flashhead_dist.evaluate.robustness.made_heads import (
+from flashhead_dist.evaluate.robustness import (
     LLAMA_3,
     QWEN_3,
+    SOURCES,
     HeadSpec,
+    made_states,
     make_head,
     robustness_specs,
+    try_head,
 )
-from flashhead_dist.evaluate.robustness.made_states import SOURCES, made_states
-from flashhead_dist.evaluate.robustness.trial import try_head
 from flashhead_dist.index import IndexOptions, build_index, load_shard
 from flashhead_dist.index.options import CentroidKind
 

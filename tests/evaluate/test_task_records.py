@@ -12,8 +12,7 @@ import pytest
 from flashhead_dist.decode.answers import first_difference
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.tasks import find_tasks
-from flashhead_dist.evaluate.tasks.records import RECORDS_NAME, TaskRun
-from flashhead_dist.evaluate.tasks.summary import summarise
+from flashhead_dist.evaluate.tasks.records import RECORDS_NAME, TaskRun, summarise
 
 DENSE, HEAD = "dense_local_max", "flashhead"
 

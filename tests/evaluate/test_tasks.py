@@ -10,10 +10,13 @@ import pytest
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.tasks import TASK_NAMES, Item, Task, find_tasks
-from flashhead_dist.evaluate.tasks.gsm8k import final_number, normal_number
-from flashhead_dist.evaluate.tasks.math500 import last_boxed
-from flashhead_dist.evaluate.tasks.mmlu_pro import stated_letter
-from flashhead_dist.evaluate.tasks.reading import read_items
+from flashhead_dist.evaluate.tasks.base import read_items
+from flashhead_dist.evaluate.tasks.questions import (
+    final_number,
+    last_boxed,
+    normal_number,
+    stated_letter,
+)
 from flashhead_dist.states.texts import shipped_texts
 
 LINES: dict[str, dict[str, Any]] = {

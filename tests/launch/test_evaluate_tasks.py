@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flashhead_dist.decode.engine import Engine
-from flashhead_dist.evaluate.tasks.mt_bench import MtBench
+from flashhead_dist.evaluate.tasks.questions import MtBench
 from flashhead_dist.index import load_manifest
 from flashhead_dist.models import open_model
 from tests.launch.ground import LAUNCH, build_small

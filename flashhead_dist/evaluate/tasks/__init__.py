@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.evaluate.tasks.gsm8k import Gsm8k
-from flashhead_dist.evaluate.tasks.ifeval import IfEval
-from flashhead_dist.evaluate.tasks.math500 import Math500
-from flashhead_dist.evaluate.tasks.mmlu_pro import MmluPro
-from flashhead_dist.evaluate.tasks.mt_bench import MtBench
-from flashhead_dist.evaluate.tasks.task import Item, Judgement, Task
+from flashhead_dist.evaluate.tasks.base import Item, Judgement, Task, read_items
+from flashhead_dist.evaluate.tasks.questions import Gsm8k, IfEval, Math500, MmluPro, MtBench
 
-__all__ = ["TASK_NAMES", "Item", "Judgement", "Task", "find_tasks"]
+__all__ = ["TASK_NAMES", "Item", "Judgement", "Task", "find_tasks", "read_items"]
 
 _TASKS: dict[str, Task] = {
     task.name: task for task in (Gsm8k(), Math500(), MmluPro(), IfEval(), MtBench())
