@@ -41,7 +41,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.registry import HEAD_NAMES, HeadBuilder, check_head_names, needs_index
 from flashhead_dist.index import ensure_index
-from flashhead_dist.integrations.deepspeed_pipeline import PipelineDecoder
+from flashhead_dist.integrations.pipeline import PipelineDecoder
 from flashhead_dist.integrations.pipeline_bubble import (
     continuous_bubble,
     flushed_bubble,
@@ -223,14 +223,14 @@ class _Decode:
             )
             for number in range(num_micro_batches)
         ]
-        times = self.pipeline.decode(states, self._choose, flushed=flushed)
-        total_s = max(stage.total_s for stage in times.stages)
+        _, stages = self.pipeline.decode(states, self._choose, flushed=flushed)
+        total_s = max(stage.total_s for stage in stages)
         return {
             "tokens_per_s": num_micro_batches * size * self.arguments.new_tokens / total_s,
-            "stage_idle_shares": [stage.idle_share for stage in times.stages],
-            "stage_step_ms": [1e3 * median(stage.compute_s) for stage in times.stages],
-            "measured_bubble": measured_bubble(times.stages),
-            "ideal_bubble": ideal_bubble(times.stages, flushed=flushed),
+            "stage_idle_shares": [stage.idle_share for stage in stages],
+            "stage_step_ms": [1e3 * median(stage.compute_s) for stage in stages],
+            "measured_bubble": measured_bubble(stages),
+            "ideal_bubble": ideal_bubble(stages, flushed=flushed),
         }
 
     def _choose(self, hidden: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:

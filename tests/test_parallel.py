@@ -15,7 +15,7 @@ import torch.distributed as dist
 from flashhead_dist import parallel
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.emulated import gloo_ring_sum, run_in_lock_step
-from flashhead_dist.integrations import deepspeed_comm
+from flashhead_dist.integrations import deepspeed
 from flashhead_dist.parallel import (
     Exchange,
     Operation,
@@ -195,9 +195,9 @@ def test_a_deepspeed_that_knows_no_name_of_torchs_all_gather_is_refused(
         has_all_gather_into_tensor=lambda: False,
         all_gather_into_tensor=lambda *arguments, **options: None,
     )
-    monkeypatch.setattr(deepspeed_comm, "import_deepspeed", lambda: SimpleNamespace(comm=comm))
+    monkeypatch.setattr(deepspeed, "import_deepspeed", lambda: SimpleNamespace(comm=comm))
     with pytest.raises(UserError, match="update deepspeed"):
-        deepspeed_comm.DeepSpeedCalls().all_gather(torch.zeros(2), torch.zeros(1), None)
+        deepspeed.DeepSpeedCalls().all_gather(torch.zeros(2), torch.zeros(1), None)
 
 
 def test_payload_counts_the_whole_gathered_buffer() -> None:

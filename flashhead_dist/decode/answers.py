@@ -126,7 +126,7 @@ def _answer(
             check_every=variant.check_every,
         )
         stopper = _Stopper(engine.tokenizer, task, state)
-        times = engine.decode(variant, [state], stopper.look).times[0]
+        (times,), _ = engine.decode(variant, [state], stopper.look)
         found.first_token_s += times.first_token_s
         found.later_s += times.total_s - times.first_token_s
         found.later_tokens += sum(len(state.tokens(row)) - 1 for row in range(len(items)))

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 
-from flashhead_dist.decode.engine import DENSE, Decoded, Engine, Variant
+from flashhead_dist.decode.engine import DENSE, Engine, Variant
+from flashhead_dist.decode.loop import DecodeTimes
 from flashhead_dist.decode.sequences import CheckCounts, DecodeState
 from flashhead_dist.errors import UserError
 from flashhead_dist.integrations.pipeline_bubble import StageTimes
@@ -133,8 +134,8 @@ def compare(
             states = _states(request, start, start + span, entry.variant.check_every)
             step = on_states(entry.variant, states, start)
             with annotate(CAPTURE, engine.layout.tp_size):
-                decoded = engine.decode(entry.variant, states, step)
-            _record(entry, decoded, states)
+                times, stages = engine.decode(entry.variant, states, step)
+            _record(entry, times, stages, states)
             yield
 
 
@@ -153,8 +154,13 @@ def _states(request: Request, start: int, stop: int, check_every: int) -> list[D
     ]
 
 
-def _record(entry: Measured, decoded: Decoded, states: Sequence[DecodeState]) -> None:
-    for state, times in zip(states, decoded.times, strict=True):
+def _record(
+    entry: Measured,
+    all_times: Sequence[DecodeTimes],
+    stages: list[StageTimes],
+    states: Sequence[DecodeState],
+) -> None:
+    for state, times in zip(states, all_times, strict=True):
         for row in range(state.batch_size):
             entry.tokens.append(state.tokens(row))
             entry.reasons.append(str(state.finish_reason(row)))
@@ -165,11 +171,11 @@ def _record(entry: Measured, decoded: Decoded, states: Sequence[DecodeState]) ->
         entry.check_s += times.check_s
         for name, count in vars(state.counts).items():
             setattr(entry.counts, name, getattr(entry.counts, name) + count)
-    totals = [times.total_s for times in decoded.times]
+    totals = [times.total_s for times in all_times]
     # Stages have all micro-batches in flight at once, and each total is from the common start.
-    entry.run_s += max(totals) if decoded.stages else sum(totals)
-    if decoded.stages:
-        entry.stages.append(decoded.stages)
+    entry.run_s += max(totals) if stages else sum(totals)
+    if stages:
+        entry.stages.append(stages)
 
 
 def against_dense(measured: Sequence[Measured]) -> Measured | None:

@@ -27,7 +27,7 @@ from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
 from flashhead_dist.index import IndexOptions, ensure_index
 from flashhead_dist.index.locate import default_states
-from flashhead_dist.integrations.deepspeed_tp import drop_head
+from flashhead_dist.integrations.deepspeed import drop_head
 from flashhead_dist.integrations.draft_vocabulary import frequent_token_ids, over_whole_vocabulary
 from flashhead_dist.integrations.eagle import EagleDraft, load_draft
 from flashhead_dist.integrations.eagle_decode import DraftCounts, decode_with_draft

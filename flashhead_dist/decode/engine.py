@@ -26,9 +26,8 @@ from flashhead_dist.heads.flashhead_escalate import Escalation
 from flashhead_dist.heads.named import NamedHead
 from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
-from flashhead_dist.integrations.deepspeed_comm import DeepSpeedCalls
-from flashhead_dist.integrations.deepspeed_pipeline import PipelineDecoder
-from flashhead_dist.integrations.deepspeed_tp import drop_head, shard_body
+from flashhead_dist.integrations.deepspeed import DeepSpeedCalls, drop_head, shard_body
+from flashhead_dist.integrations.pipeline import PipelineDecoder
 from flashhead_dist.integrations.pipeline_bubble import StageTimes
 from flashhead_dist.models import ModelSource
 from flashhead_dist.models.int4_linear import unpack_linears
@@ -87,14 +86,6 @@ class Layout:
     def head_ranks(self) -> range:
         """The ranks that hold the head: those of the last stage."""
         return range((self.pp_size - 1) * self.tp_size, self.pp_size * self.tp_size)
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What one decoding took: of each state, and of each pipeline stage where there are any."""
-
-    times: list[DecodeTimes]
-    stages: list[StageTimes]
 
 
 class Engine:
@@ -224,24 +215,24 @@ class Engine:
         variant: Variant,
         states: Sequence[DecodeState],
         on_step: Callable[[int], None] | None = None,
-    ) -> Decoded:
+    ) -> tuple[list[DecodeTimes], list[StageTimes]]:
         """Decode `states` to their end, the same ones on every rank.
 
-        One after the other, or where there are pipeline stages all in flight at once.
+        One after the other; with pipeline stages all in flight at once. Returns times of each
+        state, and of each pipeline stage where there are any.
         on_step: called with the number of a state that may have released tokens.
         """
         choose = self._chooser(variant.named.label)
         confirm = self._chooser(_CONFIRMING) if variant.check_every else None
         if self._pipeline is not None:
-            times = self._pipeline.decode(states, choose, confirm=confirm, on_step=on_step)
-            return Decoded(times.micro_batches, times.stages)
+            return self._pipeline.decode(states, choose, confirm=confirm, on_step=on_step)
         assert choose is not None
         found = []
         for number, state in enumerate(states):
             body = TransformersBody(self._body, recording=state.check_every > 0)
             step = None if on_step is None else _bind(on_step, number)
             found.append(decode(body, state, choose, confirm=confirm, on_step=step))
-        return Decoded(found, [])
+        return found, []
 
     def _chooser(self, label: str) -> Choose | None:
         head = self._heads.get(label)

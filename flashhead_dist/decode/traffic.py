@@ -8,7 +8,7 @@ from typing import Any
 
 from flashhead_dist.decode.engine import Engine, Variant
 from flashhead_dist.decode.sequences import DecodeState
-from flashhead_dist.integrations.deepspeed_comm import (
+from flashhead_dist.integrations.deepspeed import (
     HEAD_PREFIX,
     LoggedCollective,
     communication_log,

@@ -1,4 +1,4 @@
-"""How long the stages of a pipeline must idle: by formula, and by replaying measured compute.
+"""Idle time of pipeline stages (the bubble): by formula, and by replaying measured compute.
 
 Letters: p stages, m micro-batches, n steps (tokens) of each.
 
@@ -61,9 +61,9 @@ def measured_bubble(stages: Sequence[StageTimes]) -> float:
 
 
 def ideal_bubble(stages: Sequence[StageTimes], *, flushed: bool) -> float:
-    """Mean idle share if the measured compute were all there is: messages free, no jitter added.
+    """Mean idle share of the measured compute if messages took no time.
 
-    Where the stages are not equal, this is what to compare a measured bubble with.
+    The reference for a measured bubble where the stages are unequal.
     """
     total_s = replay([stage.compute_s for stage in stages], stages[0].micro_batches, flushed)
     return 1 - sum(stage.busy_s for stage in stages) / (len(stages) * total_s)
@@ -72,11 +72,11 @@ def ideal_bubble(stages: Sequence[StageTimes], *, flushed: bool) -> float:
 def replay(
     compute_s: Sequence[Sequence[float]], micro_batches: Sequence[int], flushed: bool
 ) -> float:
-    """When the last stage ends, if stage s takes `compute_s[s][i]` for the i-th micro-batch step.
+    """End time of the last stage, if stage s takes `compute_s[s][i]` for the i-th micro-batch step.
 
     micro_batches: whose step the i-th is; ascending within a round over all that still run. A step
-    starts when its stage is free, the stage before has done it, and, at the first stage, its token
-    is known: the end of that micro-batch's step before; flushed: of every step of earlier rounds.
+    starts when its stage is free, the stage before has done it, and, at the first stage, that
+    micro-batch's step before has ended; flushed: all steps of earlier rounds have.
     """
     free_s = [0.0] * len(compute_s)
     known_s: dict[int, float] = {}

@@ -127,7 +127,7 @@ class Transport:
 
 @dataclass
 class Posted:
-    """As `pipeline_links.Posted`."""
+    """As `pipeline_stage.Posted`."""
 
     transport: Transport
     stage: int
@@ -142,7 +142,7 @@ class Posted:
 
 
 class ThreadLinks:
-    """As `pipeline_links.Links`, for one of the threads."""
+    """As `pipeline_stage.Links`, for one of the threads."""
 
     def __init__(self, transport: Transport, stage: int) -> None:
         self.transport = transport

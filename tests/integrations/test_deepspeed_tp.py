@@ -28,8 +28,12 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.index import IndexOptions, build_index
-from flashhead_dist.integrations.deepspeed_comm import DeepSpeedCalls, communication_log
-from flashhead_dist.integrations.deepspeed_tp import drop_head, shard_body
+from flashhead_dist.integrations.deepspeed import (
+    DeepSpeedCalls,
+    communication_log,
+    drop_head,
+    shard_body,
+)
 from flashhead_dist.models import open_model
 from flashhead_dist.parallel import TensorParallel
 

@@ -122,7 +122,7 @@ def run_layout(
     kind: str, pp_size: int, tp_size: int, layers: tuple[int, ...] | None
 ) -> dict[str, Any]:
     """What a rank knows at the end of several runs over one layout."""
-    from flashhead_dist.integrations.deepspeed_pipeline import PipelineDecoder
+    from flashhead_dist.integrations.pipeline import PipelineDecoder
 
     pipeline = PipelineDecoder(
         lambda: tiny(kind), pp_size=pp_size, tp_size=tp_size, layers_per_stage=layers
@@ -144,10 +144,10 @@ def run_layout(
     results: dict[Any, Any] = {"num_layers": pipeline.num_layers}
     for name, choose, confirm, flushed, options in plan:
         batches = states(**options)
-        times = pipeline.decode(batches, choose, confirm=confirm, flushed=flushed)
+        _, stages = pipeline.decode(batches, choose, confirm=confirm, flushed=flushed)
         results[name] = tokens(batches)
         results[name, "counts"] = [vars(batch.counts) for batch in batches]
-        results[name, "steps"] = [len(stage.compute_s) for stage in times.stages]
+        results[name, "steps"] = [len(stage.compute_s) for stage in stages]
     return results
 
 

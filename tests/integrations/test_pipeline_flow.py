@@ -18,8 +18,8 @@ from torch import Tensor
 from flashhead_dist.decode.loop import Choose
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError
-from flashhead_dist.integrations.deepspeed_pipeline import PipelineDecoder
-from flashhead_dist.integrations.pipeline_links import HIDDEN_LOG_NAME, TOKENS_LOG_NAME
+from flashhead_dist.integrations.pipeline import PipelineDecoder
+from flashhead_dist.integrations.pipeline_stage import HIDDEN_LOG_NAME, TOKENS_LOG_NAME
 
 HIDDEN = 32
 PATIENCE_S = 30
@@ -70,7 +70,7 @@ def overlapping(
     rank: int, world_size: int, folder: Path, flushed: bool
 ) -> tuple[list[list[int]], dict[tuple[str, int], int]]:
     """Decode such that the head ends a turn only once the first stage has begun the one after."""
-    from flashhead_dist.integrations.deepspeed_comm import communication_log
+    from flashhead_dist.integrations.deepspeed import communication_log
 
     pipeline = PipelineDecoder(tiny, pp_size=2)
     batches = states(6)
@@ -140,7 +140,7 @@ def test_the_death_of_a_stage_ends_the_others_and_their_text_is_kept(tmp_path: P
     for rank in range(3):
         environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}
         environment |= {"RANK_TIMEOUT_S": "600"}
-        script = Path(__file__).with_name("rank_main.py")
+        script = Path(__file__).parents[1] / "rank_main.py"
         processes.append(
             subprocess.Popen(
                 [sys.executable, script, tmp_path, __file__, "dying"],

@@ -19,8 +19,7 @@ from flashhead_dist.integrations.pipeline_bubble import (
     flushed_bubble,
     replay,
 )
-from flashhead_dist.integrations.pipeline_loop import StageLoop
-from flashhead_dist.integrations.pipeline_stage import StageInput
+from flashhead_dist.integrations.pipeline_stage import StageInput, StageLoop
 from tests.integrations.pipeline_transport import (
     DeadlockError,
     ThreadLinks,

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from flashhead_dist.decode.sequences import DecodeState
-from flashhead_dist.integrations.deepspeed_pipeline import PipelineDecoder
+from flashhead_dist.integrations.pipeline import PipelineDecoder
 from flashhead_profiles.recorder import recording
 
 HIDDEN, TOKENS = 32, 5

@@ -60,7 +60,7 @@ def heads(tp: TensorParallel, index: Path) -> dict[str, Choose]:
 def rank_texts(
     rank: int, world_size: int, layouts: list[tuple[int, int]], index: Path
 ) -> list[dict[str, Texts]]:
-    from flashhead_dist.integrations.deepspeed_pipeline import PipelineDecoder
+    from flashhead_dist.integrations.pipeline import PipelineDecoder
 
     found = []
     for pp_size, tp_size in layouts:
