@@ -54,8 +54,7 @@ from flashhead_topology.fit import fit_level
 from flashhead_topology.machine import oversubscription
 from flashhead_topology.probe import probe_machine
 from flashhead_topology.slow_links import slow_links
-from flashhead_topology.system import System, SystemFileError
-from flashhead_topology.systems import save_system
+from flashhead_topology.systems import System, SystemFileError, save_system
 from rank_parser import RankParser
 from ranks import Ranks, World, refuse_together, run_ranks
 

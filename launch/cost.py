@@ -29,8 +29,7 @@ from flashhead_dist.index import load_manifest
 from flashhead_dist.report.cost_tables import cost_table, sources_table, systems_table
 from flashhead_dist.report.present import report_console
 from flashhead_topology.head_cost import HEAD_NAMES, HeadShape, StepCost, step_cost
-from flashhead_topology.system import System, SystemFileError
-from flashhead_topology.systems import list_systems, load_system
+from flashhead_topology.systems import System, SystemFileError, list_systems, load_system
 from rank_parser import integers
 
 _DEFAULT_HEADS = "dense_gather,dense_local_max,flashhead"

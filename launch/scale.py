@@ -43,8 +43,8 @@ from flashhead_dist.bench.plan import Inputs, Plan
 from flashhead_dist.bench.records import RECORDS_NAME, RecordWriter
 from flashhead_dist.bench.run_folder import make_run_folder, write_environment
 from flashhead_dist.bench.setup import Setup, decide_setup
-from flashhead_dist.bench.standing import describe_standing, gather_topology
 from flashhead_dist.bench.sweep import Sweep
+from flashhead_dist.bench.topology import describe_topology, gather_topology, write_topology
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.workload import Request, Workload, prepare_workload
 from flashhead_dist.heads.kept_launches import describe_launches, keep_launches
@@ -53,11 +53,10 @@ from flashhead_dist.models import ModelSource
 from flashhead_dist.parallel import TensorParallel, split_tensor_parallel
 from flashhead_dist.progress import progress
 from flashhead_dist.report.present import print_report, report_console, write_report
-from flashhead_dist.report.standing import write_standing
 from flashhead_dist.report.write import write_page
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.drawing import short_drawing
-from flashhead_topology.place import Topology
+from flashhead_topology.hardware import Topology
 from flashhead_topology.probe import probe_machine
 from rank_parser import DTYPES
 from ranks import Ranks, World, refuse_together, run_ranks
@@ -98,7 +97,7 @@ class _Run:
             setup = self._decide()
         environment, folder = self._begin(setup, control)
         topology = gather_topology(control, setup)
-        environment["topology"] = describe_standing(topology)
+        environment["topology"] = describe_topology(topology)
         workload, model = self._prepare(setup, control)
         ranks.open_group(setup.placement.backend, setup.device)
         plan = self._plan(setup, model)
@@ -223,7 +222,7 @@ class _Run:
             "crossovers": crossovers,
             "launches": describe_launches(),
         }
-        standing = f"The ranks stand on {short_drawing(topology)}."
+        standing = f"Hardware: {short_drawing(topology)}."
         found = crossover_notes(sweep.crossovers, sweep.records)
         notes = [standing, *notes, *sweep.notes, *found]
         write_environment(folder, environment)
@@ -235,7 +234,7 @@ class _Run:
                 "plots are SKIPPED: pip install 'flashhead-dist[report]' to draw them.",
             ]
         paths = write_report(sweep.records, folder, plots=plots)
-        paths += write_standing(topology, folder, picture=plots)
+        paths += write_topology(topology, folder, picture=plots)
         if plots:
             paths.append(write_page(folder))
         print_report(sweep.records, notes, paths, report_console())

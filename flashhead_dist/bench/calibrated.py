@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from flashhead_dist.bench.setup import Setup
 from flashhead_topology.fit import Fit
-from flashhead_topology.system import Level, Source, System
+from flashhead_topology.systems import Level, Source, System
 
 
 def calibrated_system(

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from flashhead_topology.head_cost import StepCost
-from flashhead_topology.system import Level, System
+from flashhead_topology.systems import Level, System
 
 _PARTS = {
     "centroids": "head/centroids",

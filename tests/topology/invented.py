@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from flashhead_topology.place import Interface, PathKind, PeerPath, Place, Topology
+from flashhead_topology.hardware import Interface, PathKind, PeerPath, RankHardware, Topology
 
 NDR = tuple(
     Interface(f"mlx5_{n}", "infiniband", 400e9, "InfiniBand", n // 4, (f"ib{n}",)) for n in range(8)
@@ -14,11 +14,11 @@ NDR = tuple(
 MANAGEMENT = Interface("eno1", "ethernet", 10e9, numa_node=0, network_names=("eno1",))
 
 
-def h100_places(host: str = "a", first_rank: int = 0, num_ranks: int = 8) -> list[Place]:
+def h100_places(host: str = "a", first_rank: int = 0, num_ranks: int = 8) -> list[RankHardware]:
     """A node of 8 H100 on NVLink through switches, 2 NUMA nodes of 56 cores, 8 NDR adapters."""
     uuids = [f"GPU-{host}-{n}" for n in range(8)]
     return [
-        Place(
+        RankHardware(
             rank=first_rank + n,
             host=host,
             device_type="cuda",
@@ -34,7 +34,7 @@ def h100_places(host: str = "a", first_rank: int = 0, num_ranks: int = 8) -> lis
     ]
 
 
-def l40_places(num_ranks: int = 4) -> list[Place]:
+def l40_places(num_ranks: int = 4) -> list[RankHardware]:
     """Four L40 on PCIe: two under each CPU, each pair under one switch; 100 Gbit/s Ethernet."""
     uuids = [f"GPU-l40-{n}" for n in range(4)]
 
@@ -42,7 +42,7 @@ def l40_places(num_ranks: int = 4) -> list[Place]:
         return "switch" if first // 2 == second // 2 else "system"
 
     return [
-        Place(
+        RankHardware(
             rank=n,
             host="l40",
             device_type="cuda",
@@ -58,10 +58,10 @@ def l40_places(num_ranks: int = 4) -> list[Place]:
     ]
 
 
-def laptop_places(num_ranks: int = 2) -> list[Place]:
+def laptop_places(num_ranks: int = 2) -> list[RankHardware]:
     """A laptop: no CUDA GPU, 8 logical CPUs in one NUMA node, wireless with no stated speed."""
     return [
-        Place(
+        RankHardware(
             rank=n,
             host="laptop",
             device_type="cpu",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flashhead_topology.drawing import alike_hosts, missing_facts, short_drawing, text_drawing
-from flashhead_topology.place import Topology
+from flashhead_topology.hardware import Topology
 from tests.topology.invented import (
     FOUR_L40,
     H100_NODE,
@@ -86,8 +86,8 @@ def test_the_legend_explains_exactly_what_is_used(topology: Topology) -> None:
     for meaning, symbol in meanings.items():
         used = any(
             topology.symbol(a.rank, b.rank).startswith(symbol)
-            for a in topology.places
-            for b in topology.places
+            for a in topology.ranks
+            for b in topology.ranks
         )
         assert (meaning in text) == used
 
@@ -110,7 +110,7 @@ def test_many_ranks_of_a_host_are_counted() -> None:
 
 def test_what_is_missing_is_said_once_for_all_ranks() -> None:
     (line,) = missing_facts(LAPTOP)
-    assert line == "speed of ranks 0-1: " + LAPTOP.places[0].missing["speed"]
+    assert line == "speed of ranks 0-1: " + LAPTOP.ranks[0].missing["speed"]
     assert line in text_drawing(LAPTOP)
     assert missing_facts(H100_NODE) == []
     assert "missing:" not in text_drawing(H100_NODE)
@@ -126,7 +126,7 @@ def test_the_picture_has_every_rank_and_nothing_cut_off(topology: Topology) -> N
     pytest.importorskip("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from flashhead_topology.picture import topology_figure
+    from flashhead_topology.drawing import topology_figure
 
     figure = topology_figure(topology)
     canvas = FigureCanvasAgg(figure)
@@ -139,7 +139,7 @@ def test_the_picture_has_every_rank_and_nothing_cut_off(topology: Topology) -> N
         assert (box.x1 <= width, box.y1 <= height) == (True, True), text.get_text()
     words = "\n".join(text.get_text() for text in texts)
     for hosts in alike_hosts(topology):
-        for place in hosts[0].places:
+        for place in hosts[0].ranks:
             assert f"rank {place.rank}\n" in words
     assert ("network of" in words) == (len(topology.hosts) > 1)
     assert ("NV18 between all" in words) == (topology in (H100_NODE, TWO_NODES, UNLIKE, CLUSTER))
@@ -149,7 +149,7 @@ def test_the_picture_has_every_rank_and_nothing_cut_off(topology: Topology) -> N
 
 def test_the_picture_is_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from flashhead_topology.picture import write_picture
+    from flashhead_topology.drawing import write_picture
 
     write_picture(LAPTOP, tmp_path / "topology.png")
     assert (tmp_path / "topology.png").read_bytes().startswith(b"\x89PNG")

@@ -8,7 +8,7 @@ import pytest
 
 from flashhead_topology.collective_cost import collective_time_s
 from flashhead_topology.fit import Sample, fit_level, predict_s
-from flashhead_topology.system import Level
+from flashhead_topology.systems import Level
 
 SIZES = [8, 64, 4096, 1 << 15, 1 << 18, 1 << 21, 1 << 24]
 ETHERNET = Level("network", 64, 120e-6, 8e-9, base_s=60e-6)

@@ -12,8 +12,7 @@ import pytest
 
 from flashhead_topology.collective_cost import collective_time_s
 from flashhead_topology.head_cost import HEAD_NAMES, HeadShape, StepCost, step_cost
-from flashhead_topology.system import Level, System
-from flashhead_topology.systems import list_systems, load_system
+from flashhead_topology.systems import Level, System, list_systems, load_system
 
 GEMMA = HeadShape.with_default_index(262_144, 640)
 NODE = Level("node", 8, alpha_s=1e-6, beta_s_per_byte=1e-11, base_s=4e-6, one_shot_alpha_s=3e-6)

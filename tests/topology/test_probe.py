@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from flashhead_topology import probe
-from flashhead_topology.nvml_paths import read_gpu_links
-from flashhead_topology.place import Interface, Place, Topology
-from flashhead_topology.sysfs import (
+from flashhead_topology.hardware import Interface, RankHardware, Topology
+from flashhead_topology.probe import (
     numa_node_of_pci,
     numa_nodes_of,
     parse_cpu_list,
+    read_gpu_links,
     read_interfaces,
 )
 from tests.topology.invented import (
@@ -107,14 +107,14 @@ def test_an_inactive_adapter_is_no_way_out(root: Path) -> None:
 
 def test_nothing_is_known_of_an_empty_root(tmp_path: Path) -> None:
     assert read_interfaces(tmp_path) == ()
-    place = probe.probe_place(0, "a", "cpu", root=tmp_path)
+    place = probe.probe_rank(0, "a", "cpu", root=tmp_path)
     assert place.interfaces == place.numa_nodes == ()
     assert set(place.missing) == {"interfaces", "numa_nodes"}
     assert all(len(reason) > 20 for reason in place.missing.values())
 
 
 def test_this_machine_says_what_it_is() -> None:
-    place = probe.probe_place(3, "here", "cpu")
+    place = probe.probe_rank(3, "here", "cpu")
     assert place.rank == 3
     assert place.cores
     assert place.device_name
@@ -171,10 +171,10 @@ def test_a_gpu_that_nvml_does_not_know_is_an_error_and_nvml_is_closed() -> None:
     assert nvml.open == 0
 
 
-def probed_gpu(monkeypatch: pytest.MonkeyPatch, root: Path, nvml: Any) -> Place:
+def probed_gpu(monkeypatch: pytest.MonkeyPatch, root: Path, nvml: Any) -> RankHardware:
     monkeypatch.setattr(probe, "_cuda_device", lambda index: ("NVIDIA H100", f"GPU-{index}"))
     monkeypatch.setattr(probe, "import_module", lambda name: nvml)
-    return probe.probe_place(1, "a", "cuda", 0, root=root)
+    return probe.probe_rank(1, "a", "cuda", 0, root=root)
 
 
 def test_a_gpu_rank_says_where_its_gpu_is(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
@@ -187,12 +187,12 @@ def test_a_gpu_rank_says_where_its_gpu_is(monkeypatch: pytest.MonkeyPatch, root:
 def test_a_gpu_rank_without_a_driver_says_why(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     place = probed_gpu(monkeypatch, root, FakeNvml(2, refuses=("nvmlInit",)))
     assert (place.paths, place.pcie, place.numa_nodes) == ((), None, ())
-    assert "NVML gives nothing (nvmlInit is not supported)" in place.missing["paths"]
+    assert "nvmlInit is not supported" in place.missing["paths"]
 
 
 @pytest.mark.parametrize("topology", [H100_NODE, FOUR_L40, TWO_NODES, LAPTOP])
 def test_a_topology_survives_being_gathered(topology: Topology) -> None:
-    documents = [place.as_dict() for place in topology.places]
+    documents = [place.as_dict() for place in topology.ranks]
     assert Topology.gathered(documents) == topology
     described = topology.as_dict()
     assert described["num_hosts"] == len(topology.hosts)
@@ -207,18 +207,16 @@ def test_relations_between_ranks() -> None:
     assert TWO_NODES.symbol(0, 8) == "NET"
     assert TWO_NODES.symbol(8, 9) == "NV18"
     assert LAPTOP.symbol(0, 1) == "MEM"
-    assert H100_NODE.relations(range(8)) == {"nvlink"}
-    assert TWO_NODES.relations([0, 9]) == {"network"}
 
 
 def test_an_unknown_path_is_not_taken_for_another() -> None:
     places = h100_places()
-    bare = Place(8, "a", "cuda", "NVIDIA H100 80GB HBM3", "GPU-new")
+    bare = RankHardware(8, "a", "cuda", "NVIDIA H100 80GB HBM3", "GPU-new")
     assert Topology((*places, bare)).relation(8, 0) == "unknown"
 
 
 @pytest.mark.parametrize("ranks", [[], [1], [0, 2], [1, 0]])
-def test_ranks_without_a_place_are_refused(ranks: list[int]) -> None:
+def test_missing_ranks_are_refused(ranks: list[int]) -> None:
     places = h100_places()
-    with pytest.raises(ValueError, match="give one place for each"):
+    with pytest.raises(ValueError, match="give one for each"):
         Topology(tuple(places[rank] for rank in ranks))

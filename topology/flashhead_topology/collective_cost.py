@@ -27,7 +27,7 @@ from math import log2
 from typing import Literal, get_args
 
 from flashhead_topology.gloo_ring import Hop, all_gather_phases, all_reduce_phases, ring_s
-from flashhead_topology.system import Level, levels_within
+from flashhead_topology.systems import Level, levels_within
 
 CollectiveOperation = Literal["all_reduce", "all_gather", "send_recv", "one_shot"]
 OPERATIONS: tuple[CollectiveOperation, ...] = get_args(CollectiveOperation)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashhead_topology.collective_cost import CollectiveOperation, collective_time_s
-from flashhead_topology.system import Level
+from flashhead_topology.systems import Level
 
 _NAMES = ("base_s", "alpha_s", "beta_s_per_byte")
 _MOST_ROUNDS = 20

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from flashhead_topology.collective_cost import collective_time_s
 from flashhead_topology.head_shape import HeadShape, HeadWork, Part, Sent
 from flashhead_topology.head_work import HEAD_NAMES, head_work, scan_work
-from flashhead_topology.system import Level, System
+from flashhead_topology.systems import Level, System
 
 __all__ = ["HEAD_NAMES", "HeadShape", "StepCost", "step_cost"]
 

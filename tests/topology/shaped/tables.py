@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from flashhead_topology.system import System
+from flashhead_topology.systems import System
 from tests.topology.shaped.comparison import (
     Cell,
     by_kind,

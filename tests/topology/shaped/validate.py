@@ -30,8 +30,7 @@ import yaml
 
 from flashhead_dist.bench.records import Record, read_records
 from flashhead_topology.head_cost import HeadShape, step_cost
-from flashhead_topology.system import System
-from flashhead_topology.systems import load_system
+from flashhead_topology.systems import System, load_system
 from tests.topology.shaped.agents import Agents, succeeded
 from tests.topology.shaped.comparison import GATHER, Cell, by_kind, calibrated_on, mean_error
 from tests.topology.shaped.network import HERE, Link, ShapedNetwork, compile_relay, obstacle

@@ -1,19 +1,19 @@
-"""What each rank of a run stands on, gathered into one frozen description of the whole.
+"""The hardware of each rank of a run, gathered into one frozen description.
 
-Made by `probe` on a real machine, by hand in tests. A fact that is not known is None or left out,
-and `missing` says why; nothing is made up.
+Made by `probe` on a real machine, by hand in tests. An unknown fact is None or omitted, and
+`missing` says why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from flashhead_topology.machine import DeviceType
 
 PathKind = Literal["nvlink", "switch", "switches", "host_bridge", "node", "system"]
-"""The nearest that two GPUs have in common, as NVML tells it: NVLink, one PCIe switch, several, a
+"""The nearest that two GPUs have in common, as NVML reports it: NVLink, one PCIe switch, several, a
 host bridge (a CPU's root port), a NUMA node, or only the link between NUMA nodes."""
 
 Relation = Literal["self", "memory", "network", "unknown"] | PathKind
@@ -36,7 +36,7 @@ SYMBOLS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Interface:
-    """One way out of a host.
+    """A network interface or adapter.
 
     kind: `ethernet`, or `infiniband` for an adapter that InfiniBand's drivers own (Ethernet with
         RDMA too; `link_layer` tells them apart).
@@ -67,13 +67,13 @@ class PeerPath:
 
 
 @dataclass(frozen=True)
-class Place:
-    """What one rank stands on.
+class RankHardware:
+    """The hardware of one rank.
 
-    host: a name that ranks share exactly where they share a kernel and a network.
-    uuid: of the GPU; empty on a CPU. numa_nodes: of the GPU, or those of the cores on a CPU.
+    host: a name that ranks share exactly if they share a kernel and a network namespace.
+    uuid: of the GPU; empty on a CPU. numa_nodes: of the GPU, or of the cores on a CPU.
     cores: logical CPUs that the process may use, by number. pcie: generation and lanes in use.
-    missing: reasons by the name of what is not known.
+    missing: reasons by the name of the unknown fact.
     """
 
     rank: int
@@ -93,8 +93,8 @@ class Place:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> Place:
-        """The place of a JSON form."""
+    def from_dict(cls, document: Mapping[str, Any]) -> RankHardware:
+        """The hardware of a JSON form."""
         given = dict(document)
         given["paths"] = tuple(PeerPath(**item) for item in given["paths"])
         given["interfaces"] = tuple(
@@ -112,47 +112,47 @@ class Host:
     """The ranks of one host, in rank order. `number` counts hosts in the order of their ranks."""
 
     number: int
-    places: tuple[Place, ...]
+    ranks: tuple[RankHardware, ...]
 
     @property
-    def ranks(self) -> tuple[int, ...]:
+    def rank_numbers(self) -> tuple[int, ...]:
         """Global ranks."""
-        return tuple(place.rank for place in self.places)
+        return tuple(rank.rank for rank in self.ranks)
 
     @property
     def interfaces(self) -> tuple[Interface, ...]:
-        """Ways out of it, as its first rank sees them."""
-        return self.places[0].interfaces
+        """Network interfaces, as its first rank sees them."""
+        return self.ranks[0].interfaces
 
 
 @dataclass(frozen=True)
 class Topology:
-    """What all ranks of a run stand on, in rank order."""
+    """The hardware of all ranks, in rank order."""
 
-    places: tuple[Place, ...]
+    ranks: tuple[RankHardware, ...]
 
     def __post_init__(self) -> None:
-        ranks = [place.rank for place in self.places]
+        ranks = [rank.rank for rank in self.ranks]
         if ranks != list(range(len(ranks))) or not ranks:
-            raise ValueError(f"ranks are {ranks}: give one place for each of 0, 1, ...")
+            raise ValueError(f"ranks are {ranks}: give one for each of 0, 1, ...")
 
     @classmethod
     def gathered(cls, documents: Sequence[Mapping[str, Any]]) -> Topology:
-        """The topology of every rank's `Place.as_dict()`, in rank order."""
-        return cls(tuple(Place.from_dict(document) for document in documents))
+        """The topology of every rank's `RankHardware.as_dict()`, in rank order."""
+        return cls(tuple(RankHardware.from_dict(document) for document in documents))
 
     @property
     def hosts(self) -> tuple[Host, ...]:
         """Hosts in the order of their first ranks."""
-        by_name: dict[str, list[Place]] = {}
-        for place in self.places:
-            by_name.setdefault(place.host, []).append(place)
-        return tuple(Host(n, tuple(places)) for n, places in enumerate(by_name.values()))
+        by_name: dict[str, list[RankHardware]] = {}
+        for rank in self.ranks:
+            by_name.setdefault(rank.host, []).append(rank)
+        return tuple(Host(n, tuple(ranks)) for n, ranks in enumerate(by_name.values()))
 
     @property
     def device_type(self) -> DeviceType:
         """`cuda` where every rank has a GPU."""
-        on_gpus = all(place.device_type == "cuda" for place in self.places)
+        on_gpus = all(rank.device_type == "cuda" for rank in self.ranks)
         return "cuda" if on_gpus else "cpu"
 
     def relation(self, first: int, second: int) -> Relation:
@@ -160,7 +160,7 @@ class Topology:
         path = self.path(first, second)
         if path is not None:
             return path.kind
-        here, there = self.places[first], self.places[second]
+        here, there = self.ranks[first], self.ranks[second]
         if here.host != there.host:
             return "network"
         if first == second or (here.uuid and here.uuid == there.uuid):
@@ -170,7 +170,7 @@ class Topology:
 
     def path(self, first: int, second: int) -> PeerPath | None:
         """The path between the GPUs of two ranks of a host; None where there is none known."""
-        here, there = self.places[first], self.places[second]
+        here, there = self.ranks[first], self.ranks[second]
         if here.host != there.host or not there.uuid:
             return None
         return next((path for path in here.paths if path.peer == there.uuid), None)
@@ -181,17 +181,10 @@ class Topology:
         links = str(path.num_links) if path is not None and path.num_links else ""
         return SYMBOLS[self.relation(first, second)] + links
 
-    def relations(self, ranks: Sequence[int]) -> set[Relation]:
-        """What lies between any two of `ranks`."""
-        return {self.relation(a, b) for a in ranks for b in ranks if a != b}
-
     def as_dict(self) -> dict[str, Any]:
         """JSON form, hosts by number in place of their names."""
-        numbers = {host.places[0].host: host.number for host in self.hosts}
+        numbers = {host.ranks[0].host: host.number for host in self.hosts}
         return {
             "num_hosts": len(self.hosts),
-            "places": [place.as_dict() | {"host": numbers[place.host]} for place in self.places],
+            "places": [rank.as_dict() | {"host": numbers[rank.host]} for rank in self.ranks],
         }
-
-
-PATH_KINDS: tuple[PathKind, ...] = get_args(PathKind)
