@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -206,21 +206,9 @@ _SYSTEM_FIGURES = (
 )
 _SOURCE_KEYS = ("kind", "source", "note", "relative_error")
 _SYSTEM_KEYS = {
-    "schema_version",
-    "name",
-    "description",
-    "processor",
-    "device",
-    "device_type",
-    "algorithm",
-    "levels",
-    *_SYSTEM_FIGURES,
-}
-
-LoadLink = Callable[[str, int], Level]
-"""The level that a shipped link makes of so many ranks."""
-LoadProcessor = Callable[[str], dict[str, Any]]
-"""The device and the figures of a shipped processor."""
+    "schema_version", "name", "description", "processor", "device", "device_type", "algorithm",
+    "levels", *_SYSTEM_FIGURES,
+}  # fmt: skip
 
 
 def system_document(system: System) -> dict[str, Any]:
@@ -262,9 +250,7 @@ def _figures_out(
     return figures
 
 
-def parse_system(
-    document: dict[str, Any], load_link: LoadLink, load_processor: LoadProcessor
-) -> System:
+def _parse_system(document: dict[str, Any]) -> System:
     """The system of a mapping; what it says itself goes before what its processor says.
 
     Raises:
@@ -292,14 +278,14 @@ def parse_system(
         description=str(document.get("description") or ""),
         device_type=cast(DeviceType, str(document.get("device_type", "cuda"))),
         algorithm=None if document.get("algorithm") is None else _text(document, "algorithm"),
-        levels=tuple(parse_level(item, load_link) for item in levels),
+        levels=tuple(_parse_level(item) for item in levels),
         sources=sources,
         **figures,
     )
 
 
-def parse_level(document: dict[str, Any], load_link: LoadLink) -> Level:
-    """The level of a mapping; raises as `parse_system` does."""
+def _parse_level(document: dict[str, Any]) -> Level:
+    """The level of a mapping; raises as `_parse_system` does."""
     ranks = document.get("ranks")
     if isinstance(ranks, bool) or not isinstance(ranks, int):
         raise ValueError(f"ranks of a level is {ranks!r}: give a whole number")
@@ -330,21 +316,17 @@ def _figures_in(
             )
         _refuse_unknown(entry, {"value", *_SOURCE_KEYS}, f"{where}{name}")
         figures[name] = _number(entry["value"], f"{where}{name}")
-        sources[name] = _source(entry, f"{where}{name}")
+        error = entry.get("relative_error")
+        try:
+            sources[name] = Source(
+                kind=entry["kind"],
+                source=str(entry["source"]),
+                note=str(entry.get("note") or ""),
+                relative_error=None if error is None else _number(error, "relative_error"),
+            )
+        except ValueError as problem:
+            raise ValueError(f"{where}{name}: {problem}") from problem
     return figures, sources
-
-
-def _source(entry: dict[str, Any], where: str) -> Source:
-    error = entry.get("relative_error")
-    try:
-        return Source(
-            kind=entry["kind"],
-            source=str(entry["source"]),
-            note=str(entry.get("note") or ""),
-            relative_error=None if error is None else _number(error, "relative_error"),
-        )
-    except ValueError as problem:
-        raise ValueError(f"{where}: {problem}") from problem
 
 
 def _number(value: object, what: str) -> float:
@@ -370,20 +352,6 @@ def _refuse_unknown(document: dict[str, Any], known: set[str], where: str) -> No
         place = f" in {where}" if where else ""
         raise ValueError(f"{unknown[0]!r}{place} is unknown: use {', '.join(sorted(known))}")
 
-
-__all__ = [
-    "Level",
-    "Source",
-    "SourceKind",
-    "System",
-    "SystemFileError",
-    "levels_within",
-    "list_systems",
-    "load_link",
-    "load_processor",
-    "load_system",
-    "save_system",
-]
 
 _FOLDER = Path(__file__).parent / "systems"
 _LINKS = _FOLDER / "links"
@@ -414,7 +382,7 @@ def load_system(name_or_path: str | Path) -> System:
         path = _FOLDER / f"{text}.yaml"
     document = _read(path)
     try:
-        return parse_system(document, load_link, load_processor)
+        return _parse_system(document)
     except (ValueError, TypeError) as error:
         raise SystemFileError(f"{path} is no system: {error}") from error
 
@@ -427,7 +395,7 @@ def load_link(name: str, ranks: int) -> Level:
     """
     document = _read_shipped(_LINKS, name, "link")
     try:
-        return parse_level({"name": name, "ranks": ranks, **document}, load_link)
+        return _parse_level({"name": name, "ranks": ranks, **document})
     except (ValueError, TypeError) as error:
         raise SystemFileError(f"link {name} joins no {ranks} ranks: {error}") from error
 
