@@ -49,8 +49,8 @@ from bench_report import (
     write_files,
 )
 from bench_shapes import GROUPS, MODELS, SCALE_GROUP, SMALLEST_VOCABULARY, Shape
-from bench_timing import make_clock
 from flashhead_kernels.dispatch import ops_for
+from flashhead_kernels.timing import clock_of
 
 _ROOT = Path(__file__).resolve().parent.parent
 _INTERRUPTED = 130
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MistakeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    clock = make_clock(torch.device(arguments.device))
+    clock = clock_of(torch.device(arguments.device))
     bench = Bench(name, clock, ops, arguments.iters, seed=0)
     found: list[Measurement] = []
     ended, code, complete = "", 0, False

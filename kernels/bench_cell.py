@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from bench_shapes import Shape, make_shard, rotation_count
-from bench_timing import Clock, Run, copy_gb_per_s, gb_per_s, keep_results
 from bench_ways import (
     FLASHHEAD,
     Checked,
@@ -28,6 +27,7 @@ from bench_ways import (
     make_ways,
     read_bytes,
 )
+from flashhead_kernels.timing import Clock, Run, time_steps
 
 _UNCHECKED = Checked(0, 0)
 
@@ -67,6 +67,12 @@ class Measurement:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+_CUDA_COPY_BYTES = 1 << 30
+_CPU_COPY_BYTES = 64 << 20
+_SIMULATED_COPY_BYTES = 1 << 16
+_COPIES_TIMED = 20
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,7 @@ def _prepare(bench: Bench, way: Way, copies: Sequence[Copy], states: Tensor) -> 
     ]
     if not (way.graph and clock.graphs):
         timing = f"{clock.label}, launches included" if clock.graphs else clock.label
-        return _Prepared(way, *keep_results(steps), timing, _UNCHECKED)
+        return _Prepared(way, *_keep_results(steps), timing, _UNCHECKED)
     try:
         return _Prepared(way, *clock.capture(steps), f"{clock.label}, graph replay", _UNCHECKED)
     except torch.OutOfMemoryError:
@@ -232,12 +238,38 @@ def _first_line(error: Exception) -> str:
 
 
 def _time(bench: Bench, prepared: Sequence[_Prepared], num_steps: int) -> dict[str, list[float]]:
-    """Microseconds a step by way; in every round each way runs once, in an order that rotates."""
-    times: dict[str, list[float]] = {ready.way.name: [] for ready in prepared}
-    for iteration in range(-bench.warm_up_rounds, bench.iterations):
-        first = iteration % max(1, len(prepared))
-        for ready in (*prepared[first:], *prepared[:first]):
-            elapsed = bench.clock.time_us(ready.run, launches=not ready.way.graph)
-            if iteration >= 0:
-                times[ready.way.name].append(elapsed / num_steps)
-    return times
+    """Microseconds a step by way."""
+
+    def timed(ready: _Prepared) -> Callable[[int], float]:
+        launches = not ready.way.graph
+        return lambda number: bench.clock.time_us(ready.run, launches=launches) / num_steps
+
+    steps = {ready.way.name: timed(ready) for ready in prepared}
+    time_steps(steps, bench.warm_up_rounds)
+    return time_steps(steps, bench.iterations)
+
+
+def _keep_results(steps: Sequence[Callable[[], Tensor]]) -> tuple[Run, list[Tensor]]:
+    """Steps one after the other: what runs them, and the list that a run fills anew."""
+    results: list[Tensor] = []
+
+    def run() -> None:
+        results.clear()
+        results.extend(step() for step in steps)
+
+    return run, results
+
+
+def copy_gb_per_s(clock: Clock) -> float:
+    """Bandwidth of a copy from the device's memory to itself, bytes read plus bytes written."""
+    num_bytes = _CUDA_COPY_BYTES if clock.graphs else _CPU_COPY_BYTES
+    num_bytes = _SIMULATED_COPY_BYTES if clock.simulated else num_bytes
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=clock.device).random_()
+    target = torch.empty_like(source)
+    times = [clock.time_us(lambda: target.copy_(source)) for _ in range(3 + _COPIES_TIMED)][3:]
+    return gb_per_s(2 * num_bytes, float(np.median(times)))
+
+
+def gb_per_s(num_bytes: float, microseconds: float) -> float:
+    """Decimal gigabytes a second."""
+    return num_bytes / microseconds / 1e3

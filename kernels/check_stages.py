@@ -33,9 +33,9 @@ from torch import Tensor
 import stress_exchange
 from bench_cell import Bench, measure_shard
 from bench_shapes import MODELS, Shape, Shard, empty_shard, make_shard, rotation_count
-from bench_timing import CudaClock
 from bench_ways import Checked
 from flashhead_kernels.dispatch import ops_for
+from flashhead_kernels.timing import StreamClock
 from head_calls import Call, checked_calls
 from simulated_cuda import simulated_cuda
 
@@ -225,7 +225,7 @@ def bench_stage(context: Context) -> dict[str, Any]:
     """What `bench.py` measures, for two models and batches, in few rounds."""
     bench = Bench(
         torch.cuda.get_device_name(_DEVICE),
-        CudaClock(_DEVICE, simulated=context.simulate),
+        StreamClock(_DEVICE, simulated=context.simulate),
         ops_for("cuda"),
         _TINY_ROUNDS if context.simulate else _ROUNDS,
         seed=0,
@@ -249,7 +249,7 @@ def bench_stage(context: Context) -> dict[str, Any]:
 
 def parts_stage(context: Context) -> dict[str, Any]:
     """Each kernel of a step alone, over weights rotated past the cache: where the time goes."""
-    clock, ops = CudaClock(_DEVICE, simulated=context.simulate), ops_for("cuda")
+    clock, ops = StreamClock(_DEVICE, simulated=context.simulate), ops_for("cuda")
     left_out: list[str] = []
     found: dict[str, Any] = {"parts": [], "failures": [], "left_out": left_out}
     for shape, tp_size, batch in context.within(_timed_cells(context), left_out):
@@ -269,17 +269,16 @@ def parts_stage(context: Context) -> dict[str, Any]:
 
 
 def _parts(
-    context: Context, clock: CudaClock, call: Call, ops: Any, shards: list[Shard]
+    context: Context, clock: StreamClock, call: Call, ops: Any, shards: list[Shard]
 ) -> dict[str, Any]:
     """Medians of the step and of each of its kernels, in microseconds."""
     launches = []
-    with torch.cuda.stream(clock.stream):
-        for shard in shards:
-            states = call.states(shard, seed=3)
-            call.run(ops, shard, states)  # whatever is measured or kept at first is so now
-            with _launches_kept() as kept:
-                call.run(ops, shard, states)
-            launches.append(kept)
+    for shard in shards:
+        states = call.states(shard, seed=3)
+        call.run(ops, shard, states)  # whatever is measured or kept at first is so now
+        with _launches_kept() as kept:
+            call.run(ops, shard, states)
+        launches.append(kept)
     names = [name for name, _ in launches[0]]
     runs = {
         f"{place}: {name}": [steps[place][1] for steps in launches]
@@ -291,9 +290,9 @@ def _parts(
     return {"step_us": _median_us(clock, whole, rounds) / len(shards), "kernels_us": times}
 
 
-def _median_us(clock: CudaClock, steps: list[Callable[[], Tensor]], rounds: int) -> float:
+def _median_us(clock: StreamClock, steps: list[Callable[[], Tensor]], rounds: int) -> float:
     replay, _ = clock.capture(steps)
-    times = sorted(clock.time_us(replay, launches=False) for _ in range(rounds))
+    times = sorted(clock.time_us(replay) for _ in range(rounds))
     return times[len(times) // 2]
 
 
@@ -344,7 +343,7 @@ def exchange_stage(context: Context) -> dict[str, Any]:
 
 def graph_stage(context: Context) -> dict[str, Any]:
     """Steps captured and replayed with other hidden states, and compute-sanitizer where it is."""
-    clock = CudaClock(_DEVICE, simulated=context.simulate)
+    clock = StreamClock(_DEVICE, simulated=context.simulate)
     found: dict[str, Any] = {"replayed": [], "failures": [], "left_out": []}
     shape, tp_size = cells(context)[0]
     shard = make_shard(shape, tp_size, _DEVICE, seed=0)

@@ -33,9 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from flashhead_dist.bench.records import RECORDS_NAME
-from flashhead_dist.bench.run_folder import write_pipeline
-from flashhead_dist.bench.setup import Setup, decide_setup
+from flashhead_dist.bench.environment import Setup, decide_setup
+from flashhead_dist.bench.records import RECORDS_NAME, write_pipeline
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head

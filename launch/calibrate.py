@@ -30,17 +30,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from flashhead_dist.bench.bandwidth import measure_bandwidth
-from flashhead_dist.bench.calibrated import calibrated_system
 from flashhead_dist.bench.control import Control
-from flashhead_dist.bench.link_timing import (
+from flashhead_dist.bench.environment import Setup, decide_setup
+from flashhead_dist.bench.links import (
     Point,
+    calibrated_system,
     launch_seconds,
     message_sizes,
     time_collectives,
     time_pairs,
 )
-from flashhead_dist.bench.setup import Setup, decide_setup
+from flashhead_dist.bench.memory import measure_bandwidth
 from flashhead_dist.errors import UserError
 from flashhead_dist.parallel import TensorParallel
 from flashhead_dist.report.calibration import (

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from flashhead_dist.bench.control import Control
-from flashhead_dist.bench.kept_crossover import find_crossover_of
-from flashhead_dist.bench.setup import Setup, decide_setup
+from flashhead_dist.bench.crossover import find_crossover_of
+from flashhead_dist.bench.environment import Setup, decide_setup
 from flashhead_dist.decode.compare import Measured, Request, compare, warm_up
 from flashhead_dist.decode.engine import Engine, Variant
 from flashhead_dist.decode.prompts import read_prompts

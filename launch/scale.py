@@ -36,19 +36,27 @@ import torch
 
 from flashhead_dist.bench.cell import Effort
 from flashhead_dist.bench.control import Control
-from flashhead_dist.bench.crossover_notes import crossover_notes
-from flashhead_dist.bench.environment import boot_id, describe_environment, make_provenance
+from flashhead_dist.bench.crossover import crossover_notes
+from flashhead_dist.bench.environment import (
+    Setup,
+    boot_id,
+    decide_setup,
+    describe_environment,
+    make_provenance,
+)
 from flashhead_dist.bench.head_shape import head_shape_of
-from flashhead_dist.bench.plan import Inputs, Plan
-from flashhead_dist.bench.records import RECORDS_NAME, RecordWriter
-from flashhead_dist.bench.run_folder import make_run_folder, write_environment
-from flashhead_dist.bench.setup import Setup, decide_setup
-from flashhead_dist.bench.sweep import Sweep
+from flashhead_dist.bench.records import (
+    RECORDS_NAME,
+    RecordWriter,
+    make_run_folder,
+    write_environment,
+)
+from flashhead_dist.bench.sweep import Inputs, Plan, Sweep
 from flashhead_dist.bench.topology import describe_topology, gather_topology, write_topology
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.workload import Request, Workload, prepare_workload
-from flashhead_dist.heads.kept_launches import describe_launches, keep_launches
 from flashhead_dist.index import load_manifest
+from flashhead_dist.measured_choices import describe_launches, keep_launches
 from flashhead_dist.models import ModelSource
 from flashhead_dist.parallel import TensorParallel, split_tensor_parallel
 from flashhead_dist.progress import progress

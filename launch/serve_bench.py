@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from flashhead_dist.bench.environment import software_versions, source_commit
-from flashhead_dist.bench.run_folder import make_run_folder
+from flashhead_dist.bench.records import make_run_folder
 from flashhead_dist.bench.watch import INTERRUPTED
 from flashhead_dist.decode.prompts import read_prompts
 from flashhead_dist.errors import UserError

@@ -1,8 +1,8 @@
 """One cell of the sweep: every head at one `tp_size` and batch size, on the ranks of one group.
 
 Where the ranks fit the machine, a latency is what the clock saw. Where they are oversubscribed, the
-clock sees ranks taking turns; then each rank's compute is measured again alone, one rank after the
-other, and the communication is taken from the cost model of `projection`.
+clock sees ranks taking turns; then each rank's compute is measured again in isolation, one rank
+after the other, and the communication is taken from the cost model of `links`.
 """
 
 from __future__ import annotations
@@ -12,39 +12,45 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from flashhead_dist.bench.alone import Recording, alone_step, record_step
 from flashhead_dist.bench.control import Control
-from flashhead_dist.bench.device_counts import ON_CPU, DeviceCount, count_on_devices
-from flashhead_dist.bench.graph import can_capture, graphed_step
+from flashhead_dist.bench.links import ExchangeCost, projected_communication_us
 from flashhead_dist.bench.memory import workspace_bytes
-from flashhead_dist.bench.projection import ExchangeCost, projected_communication_us
-from flashhead_dist.bench.split import RankParts, StepSplit
-from flashhead_dist.bench.split_timing import (
-    alone_work,
+from flashhead_dist.bench.split import (
+    RankParts,
+    StepSplit,
+    forward_work,
+    replayed_work,
     split_over_ranks,
     time_parts,
-    together_work,
 )
-from flashhead_dist.bench.timing import (
-    HostClock,
+from flashhead_dist.bench.timer import (
     Latency,
     RankTimes,
+    Recording,
     Step,
+    can_capture,
     forward_step,
+    graphed_step,
+    rank_times,
+    record_step,
+    replayed_step,
     step_clock,
     summarise,
-    time_interleaved,
 )
-from flashhead_dist.bench.wire import WireCounter
+from flashhead_dist.bench.wire import ON_CPU, DeviceCount, WireCounter, count_on_devices
 from flashhead_dist.heads.base import Head
 from flashhead_dist.parallel import Operation
+from flashhead_kernels.timing import HostClock, time_steps
 from flashhead_profiles.counters import CountedBytes
 from flashhead_profiles.ranges import CAPTURE, annotate
 
 MIN_ITERATIONS = 3
-_NUM_ALONE_BATCHES = 4
+_ROUNDS_AT_A_TIME = 8
+_MEDIAN_WITHIN = 0.02
+_NUM_ISOLATED_BATCHES = 4
 _BURST_S = 0.06
 _MAX_BURST_STEPS = 40
 _NUM_BURSTS = 5
@@ -52,11 +58,29 @@ _NUM_BURSTS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """How long to measure a cell: at most `iterations` rounds, and about `cell_seconds`."""
+    """How long to measure a cell: at most `iterations` rounds, and about `cell_seconds`.
+
+    It ends sooner once `median_is_known` of every head.
+    """
 
     iterations: int = 40
     warmup: int = 3
     cell_seconds: float = 15.0
+
+
+def median_is_known(times_us: Sequence[float]) -> bool:
+    """Whether the median is known to 2 %: the bounds of its 95 % confidence interval lie within.
+
+    The bounds are order statistics (binomial, by its normal approximation), whatever the
+    distribution; under eight times they are never known.
+    """
+    number = len(times_us)
+    below = int(np.floor(number / 2 - 0.98 * np.sqrt(number)))
+    if number < _ROUNDS_AT_A_TIME or below < 1:
+        return False
+    ordered = np.sort(times_us)
+    low, median, high = ordered[below - 1], np.median(ordered), ordered[number - below]
+    return bool(low >= (1 - _MEDIAN_WITHIN) * median and high <= (1 + _MEDIAN_WITHIN) * median)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +88,18 @@ class HeadCell:
     """What one cell says of one head. Bytes are of one step, over the batch's rows.
 
     wall: what the clock saw with all ranks at work.
-    alone: where oversubscribed, compute of ranks that ran alone; its communication is 0.
+    isolated: where oversubscribed, compute of ranks that ran by themselves, without communication.
     projected_communication_us: where oversubscribed and the model is known.
-    payload_bytes, sent_bytes: analytic, of one rank, as `collectives` defines them.
+    payload_bytes, sent_bytes: analytic, of one rank, as `parallel` defines them.
     counted: by the interface, all ranks together; None at `tp_size` 1.
-    split: where the time goes, from rounds of their own, alone where `alone` is.
+    split: where the time goes, from rounds of their own, isolated where `isolated` is.
     read_bytes_by_rank: weights that each rank reads in a step, analytic.
     workspace_bytes: of the rank that needs most, see `memory.workspace_bytes`; None on a CPU.
     device_counts: what the ranks' GPUs counted; empty for a `device_counts_reason`.
     """
 
     wall: Latency
-    alone: Latency | None
+    isolated: Latency | None
     projected_communication_us: float | None
     num_collectives: int
     payload_bytes: float
@@ -103,52 +127,53 @@ def measure_cell(
     Returns:
         The same on every rank, but for the analytic bytes, which are this rank's.
     """
-    any_head = next(iter(heads.values()))
-    num_recordings = _NUM_ALONE_BATCHES if oversubscribed else 0
+    tp = next(iter(heads.values())).tp
+    num_recordings = _NUM_ISOLATED_BATCHES if oversubscribed else 0
     recordings = {
         name: [record_step(head, batch) for batch in batches[:num_recordings]]
         for name, head in heads.items()
     }
-    device = any_head.tp.device
-    clock = step_clock(device, any_head.tp)
+    clock = step_clock(tp.device, tp)
     steps = {
         name: (graphed_step if can_capture(head) else forward_step)(head, batches, clock)
         for name, head in heads.items()
     }
-    wall = _time_together(steps, control, effort)
+    wall = _time_together(steps, control, effort, oversubscribed)
+    isolated: dict[str, Latency] = {}
     if oversubscribed:
-        alone, splits = _time_alone(heads, batches, recordings, control, effort)
+        isolated, splits = _time_isolated(heads, batches, recordings, control, effort)
     else:
-        alone = {}
         rounds = _split_rounds(next(iter(wall.values())).num_iterations)
-        work = together_work(heads, batches)
-        parts = time_parts(work, rounds, device, clock)
-        splits = split_over_ranks(parts, control, alone=False)
+        parts = time_parts(forward_work(heads, batches), rounds, tp.device, clock)
+        splits = split_over_ranks(parts, control, isolated=False)
     batch_size = batches[0].shape[0]
-    reads = control.gather({n: head.read_bytes_per_step(batch_size) for n, head in heads.items()})
-    workspaces = control.gather(
-        {n: workspace_bytes(device, partial(h.forward, batches[0])) for n, h in heads.items()}
+    ranks = control.gather(
+        {
+            name: [
+                head.read_bytes_per_step(batch_size),
+                workspace_bytes(tp.device, partial(head.forward, batches[0])),
+            ]
+            for name, head in heads.items()
+        }
     )
     cells: dict[str, HeadCell] = {}
     for name, head in heads.items():
         head.tp.reset()
         head.forward(batches[0])
-        account = (head.tp.num_collectives, float(head.tp.payload_bytes), head.tp.sent_bytes)
-        read_bytes = tuple(rank[name] for rank in reads)
+        sent_bytes, median_us = head.tp.sent_bytes, wall[name].median_us
+        workspaces = [rank[name][1] for rank in ranks if rank[name][1] is not None]
         cells[name] = HeadCell(
             wall=wall[name],
-            alone=alone.get(name),
+            isolated=isolated.get(name),
             projected_communication_us=_project(recordings[name][:1], head.tp.tp_size, costs),
-            num_collectives=account[0],
-            payload_bytes=account[1],
-            sent_bytes=account[2],
-            counted=_count(head, batches[0], wall[name].median_us, wire),
+            num_collectives=head.tp.num_collectives,
+            payload_bytes=float(head.tp.payload_bytes),
+            sent_bytes=sent_bytes,
+            counted=_count(head, batches[0], median_us, wire),
             split=splits[name],
-            read_bytes_by_rank=read_bytes,
-            workspace_bytes=max(
-                (rank[name] for rank in workspaces if rank[name] is not None), default=None
-            ),
-            **_device_counts(head, batches[0], wall[name].median_us, account[2], control),
+            read_bytes_by_rank=tuple(rank[name][0] for rank in ranks),
+            workspace_bytes=max(workspaces, default=None),
+            **_device_counts(head, batches[0], median_us, sent_bytes, control),
         )
     return cells
 
@@ -164,47 +189,82 @@ def _project(
 
 
 def _time_together(
-    steps: Mapping[str, Step], control: Control, effort: Effort
+    steps: Mapping[str, Step], control: Control, effort: Effort, oversubscribed: bool
 ) -> dict[str, Latency]:
-    warm = time_interleaved(steps, max(1, effort.warmup))
-    number = _agreed_iterations(warm, control, effort, effort.cell_seconds)
+    """All ranks at once; the same rounds of all heads, and the same on every rank.
+
+    Where ranks are oversubscribed the times are shown beside the latency that the isolated rounds
+    give, so that few are enough.
+    """
+    warm = rank_times(time_steps(steps, max(1, effort.warmup)))
+    limit = int(max(control.gather(_most_rounds(warm, effort, effort.cell_seconds))))
+    if oversubscribed:
+        limit = min(limit, _ROUNDS_AT_A_TIME)
+    ranks: list[dict[str, list[tuple[float, float]]]] = [{} for _ in control.ranks]
+    done = 0
     with annotate(CAPTURE, len(control.ranks)):
-        mine = time_interleaved(steps, number)
-    return _over_ranks(mine, control)
+        while done < limit:
+            number = min(_ROUNDS_AT_A_TIME, limit - done)
+            measured = control.gather(time_steps(steps, number, first=done))
+            done += number
+            for times, more in zip(ranks, measured, strict=True):
+                for name in steps:
+                    times.setdefault(name, []).extend(more[name])
+            slowest = {n: np.max([[us for us, _ in r[n]] for r in ranks], axis=0) for n in steps}
+            if all(median_is_known(times) for times in slowest.values()):
+                break
+    found = [rank_times(times) for times in ranks]
+    return {name: summarise([rank[name] for rank in found]) for name in steps}
 
 
-def _time_alone(
+def _time_isolated(
     heads: Mapping[str, Head],
     batches: Sequence[Tensor],
     recordings: Mapping[str, Sequence[Recording]],
     control: Control,
     effort: Effort,
 ) -> tuple[dict[str, Latency], dict[str, StepSplit]]:
-    """Each rank in its turn replays its steps while the others sleep in the store."""
-    steps = {
-        name: alone_step(head, batches[:_NUM_ALONE_BATCHES], recordings[name])
-        for name, head in heads.items()
-    }
-    work = alone_work(heads, batches, recordings)
+    """Each rank in its turn replays its steps while the others sleep in the store.
 
+    The first rank decides for all how many rounds there are.
+    """
+    steps = {name: replayed_step(head, batches, recordings[name]) for name, head in heads.items()}
+    work = replayed_work(heads, batches, recordings)
     mine: dict[str, RankTimes] = {}
     parts: dict[str, RankParts] = {}
     number = 0
     for turn in control.ranks:
         control.barrier()
         if turn == control.rank:
-            warm = time_interleaved(steps, 1)
+            warm = rank_times(time_steps(steps, 1))
+            limit = _most_rounds(warm, effort, effort.cell_seconds / len(control.ranks))
+            mine = _until_known(steps, number or limit, stop=control.is_first)
         if turn == control.ranks[0]:
-            # The first rank is alone while it chooses for all: the others wait for its word.
-            share_s = effort.cell_seconds / len(control.ranks)
-            chosen = _iterations(warm, effort, share_s) if control.is_first else None
+            chosen = len(next(iter(mine.values())).wall_us) if control.is_first else None
             number = int(control.broadcast(chosen))
         if turn == control.rank:
-            mine = time_interleaved(steps, number)
             device = next(iter(heads.values())).tp.device
             parts = time_parts(work, _split_rounds(number), device, HostClock())
     control.barrier()
-    return _over_ranks(mine, control), split_over_ranks(parts, control, alone=True)
+    ranks = control.gather({name: times.as_json() for name, times in mine.items()})
+    latencies = {
+        name: summarise([RankTimes.from_json(rank[name]) for rank in ranks]) for name in heads
+    }
+    return latencies, split_over_ranks(parts, control, isolated=True)
+
+
+def _until_known(steps: Mapping[str, Step], limit: int, *, stop: bool) -> dict[str, RankTimes]:
+    """`limit` rounds on this rank, or fewer where it may `stop` and the medians are known."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    done = 0
+    while done < limit:
+        number = min(_ROUNDS_AT_A_TIME, limit - done)
+        for name, more in time_steps(steps, number, first=done).items():
+            times[name] += more
+        done += number
+        if stop and all(median_is_known([us for us, _ in found]) for found in times.values()):
+            break
+    return rank_times(times)
 
 
 def _split_rounds(num_iterations: int) -> int:
@@ -212,22 +272,11 @@ def _split_rounds(num_iterations: int) -> int:
     return max(MIN_ITERATIONS, num_iterations // 2)
 
 
-def _agreed_iterations(
-    warm: Mapping[str, RankTimes], control: Control, effort: Effort, seconds: float
-) -> int:
-    return int(max(control.gather(_iterations(warm, effort, seconds))))
-
-
-def _iterations(warm: Mapping[str, RankTimes], effort: Effort, seconds: float) -> int:
+def _most_rounds(warm: Mapping[str, RankTimes], effort: Effort, seconds: float) -> int:
     """Rounds that fit into `seconds`, judged by the last warm-up round."""
     round_us = sum(times.wall_us[-1] for times in warm.values())
     fitting = int(seconds * 1e6 / max(round_us, 1.0))
     return min(effort.iterations, max(MIN_ITERATIONS, fitting))
-
-
-def _over_ranks(mine: Mapping[str, RankTimes], control: Control) -> dict[str, Latency]:
-    ranks = control.gather({name: times.as_json() for name, times in mine.items()})
-    return {name: summarise([RankTimes.from_json(rank[name]) for rank in ranks]) for name in mine}
 
 
 def _count(

@@ -1,4 +1,6 @@
-"""The record of one measurement, its file, and its reader. `docs/measuring.md` explains every key.
+"""The record of one measurement, the folder of a run, and their reader.
+
+`docs/measuring.md` explains every key.
 
 A run appends one line of JSON a record to `records.jsonl` and flushes it to the disk, so whatever
 ends the run leaves every earlier record readable.
@@ -9,16 +11,22 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import MISSING, asdict, dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from flashhead_dist.bench.device_counts import DeviceCount
 from flashhead_dist.bench.split import StepSplit
+from flashhead_dist.bench.wire import DeviceCount
 from flashhead_dist.errors import UserError
 
 SCHEMA_VERSION = 2
 RECORDS_NAME = "records.jsonl"
+ENVIRONMENT_NAME = "environment.json"
+PIPELINE_NAME = "pipeline.json"
+"""What launch/bench_pipeline.py leaves in the folder of a run, for its report."""
+BASELINE = "dense_local_max"
+"""The head that others are compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,3 +244,45 @@ def read_records(path: Path) -> list[Record]:
                 f"line {number} of {file} is not a record: {error}; remove it or measure again"
             ) from error
     return records
+
+
+def make_run_folder(
+    runs_dir: Path, host_class: str, commit: str, environment: dict[str, Any], now: datetime
+) -> Path:
+    """Make `runs_dir/<date>_<host class>_<commit>/` with its `environment.json`, and return it.
+
+    The date carries the time of day, and a number where two runs start within a second.
+
+    Raises:
+        UserError: the folder or the file cannot be written.
+    """
+    stem = f"{now:%Y-%m-%dT%H-%M-%S}_{host_class}_{commit}"
+    folder = runs_dir / stem
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while folder.exists():
+            number += 1
+            folder = runs_dir / f"{stem}_{number}"
+        folder.mkdir()
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    write_environment(folder, environment)
+    return folder
+
+
+def write_environment(folder: Path, environment: dict[str, Any]) -> None:
+    """Write `environment.json`, in the place of an earlier one; raises UserError on failure."""
+    _write(folder / ENVIRONMENT_NAME, environment)
+
+
+def write_pipeline(folder: Path, document: dict[str, Any]) -> None:
+    """Write `pipeline.json`, in the place of an earlier one; raises UserError on failure."""
+    _write(folder / PIPELINE_NAME, document)
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error

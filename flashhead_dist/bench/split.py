@@ -7,19 +7,31 @@ at different times; who enters last waits for nobody. So the shortest of the R d
 exchange is the wire's own time, and what the others take beyond it is waiting for the slowest rank
 (what Scalasca calls *wait at N x N*, found here without clocks that agree). Ranks leave an exchange
 at slightly different times too, which counts as waiting.
+
+Ranges are recorded in rounds of their own, so that the timed rounds stay as they are. A listener
+makes a retrieval head score its centroids and its candidates in two calls where it otherwise makes
+one, and costs some two microseconds a range, which `other` contains. On CUDA the step is launched
+from Python, whether or not the timed rounds replay it as a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from flashhead_profiles.ranges import CANDIDATES, CENTROIDS, EXCHANGE, STEP
-from flashhead_profiles.recorder import Span
+from flashhead_dist.bench.control import Control
+from flashhead_dist.bench.timer import Recording, replay_step
+from flashhead_dist.heads.base import Head
+from flashhead_kernels.timing import Clock, time_steps
+from flashhead_profiles.ranges import CANDIDATES, CENTROIDS, EXCHANGE, STEP, annotate
+from flashhead_profiles.recorder import Span, recording
 
 COMPUTE_PARTS = ("centroids", "candidates", "other")
 PARTS = (*COMPUTE_PARTS, "exchange", "waiting")
@@ -129,8 +141,8 @@ def split_together(ranks: Sequence[RankParts], method: str) -> StepSplit:
     return _split(parts, method)
 
 
-def split_alone(ranks: Sequence[RankParts], method: str) -> StepSplit:
-    """Split the N steps that each of R ranks replayed alone, without exchanges.
+def split_isolated(ranks: Sequence[RankParts], method: str) -> StepSplit:
+    """Split the N steps that each of R ranks replayed by itself, without exchanges.
 
     What a rank would wait is the longest compute of the same iteration less its own; the wire's
     time is not known.
@@ -222,3 +234,80 @@ def _quantiles(values: _Array) -> Quantiles:
 
 def _total(spans: Sequence[Span], name: str) -> float:
     return sum(span.duration_us for span in spans if span.name == name)
+
+
+_TOGETHER = (
+    "ranges recorded in rounds of their own, all ranks at work; waiting: what a rank's exchange "
+    "takes beyond the shortest of all ranks"
+)
+_ISOLATED = (
+    "ranges recorded while each rank replayed its part alone, all others asleep; waiting: "
+    "PROJECTED, the longest compute of the same iteration less the rank's own; exchange: not "
+    "measured, since ranks share cores"
+)
+
+
+def time_parts(
+    work: Mapping[str, Callable[[int], object]],
+    num_iterations: int,
+    device: torch.device,
+    clock: Clock,
+) -> dict[str, RankParts]:
+    """Run `num_iterations` rounds of `work(iteration)` of each head on this rank, in turn.
+
+    clock: readies a step, whose times come from its ranges, not from the clock.
+    """
+    with recording(device) as recorder:
+
+        def recorded(name: str, iteration: int) -> list[Span]:
+            clock.ready()
+            with annotate(STEP):
+                work[name](iteration)
+            return recorder.take()
+
+        steps = time_steps({name: partial(recorded, name) for name in work}, num_iterations)
+    return {name: parts_of_steps(found) for name, found in steps.items()}
+
+
+def forward_work(
+    heads: Mapping[str, Head], batches: Sequence[Tensor]
+) -> dict[str, Callable[[int], object]]:
+    """One step of each head on the iteration's batch `[B, D]`, with the group."""
+
+    def of(head: Head) -> Callable[[int], object]:
+        return lambda iteration: head.forward(batches[iteration % len(batches)])
+
+    return {name: of(head) for name, head in heads.items()}
+
+
+def replayed_work(
+    heads: Mapping[str, Head],
+    batches: Sequence[Tensor],
+    recordings: Mapping[str, Sequence[Recording]],
+) -> dict[str, Callable[[int], object]]:
+    """One step of each head replayed on this rank; `recordings[name][i]` is that of batch i."""
+
+    def of(name: str) -> Callable[[int], object]:
+        known = recordings[name]
+
+        def step(iteration: int) -> None:
+            index = iteration % len(known)
+            replay_step(heads[name], batches[index], known[index])
+
+        return step
+
+    return {name: of(name) for name in heads}
+
+
+def split_over_ranks(
+    mine: Mapping[str, RankParts], control: Control, *, isolated: bool
+) -> dict[str, StepSplit]:
+    """Reduce what every rank of `control` recorded; the same on all of them."""
+    ranks = control.gather({name: parts.as_json() for name, parts in mine.items()})
+    splits = {}
+    for name in mine:
+        parts = [RankParts.from_json(rank[name]) for rank in ranks]
+        splits[name] = (
+            split_isolated(parts, _ISOLATED) if isolated else split_together(parts, _TOGETHER)
+        )
+    return splits

@@ -7,38 +7,85 @@ before the next group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flashhead_dist.bench.assemble import (
-    BASELINE,
-    HeadFacts,
-    assemble_record,
-    find_median_us,
-    latency_us,
-)
-from flashhead_dist.bench.bandwidth import MemoryBandwidth, measure_bandwidth
-from flashhead_dist.bench.cell import HeadCell, measure_cell
+from flashhead_dist.bench.agreement import Agreement, best_tokens, top1_agreement
+from flashhead_dist.bench.cell import Effort, HeadCell, measure_cell
 from flashhead_dist.bench.control import Control
-from flashhead_dist.bench.crossover import Crossover
-from flashhead_dist.bench.exchange_timing import time_exchange_costs
-from flashhead_dist.bench.graph import capture_note
-from flashhead_dist.bench.kept_crossover import settle_crossover
-from flashhead_dist.bench.loading import gather_facts, load_heads
-from flashhead_dist.bench.memory import release_memory
-from flashhead_dist.bench.plan import Inputs, Plan
-from flashhead_dist.bench.projection import ExchangeCost
-from flashhead_dist.bench.records import Provenance, Record
+from flashhead_dist.bench.crossover import Crossover, settle_crossover
+from flashhead_dist.bench.links import ExchangeCost, time_exchange_costs
+from flashhead_dist.bench.memory import (
+    MemoryBandwidth,
+    Peak,
+    PeakMemory,
+    measure_bandwidth,
+    release_memory,
+    roofline_share,
+)
+from flashhead_dist.bench.records import BASELINE, Provenance, Record
+from flashhead_dist.bench.timer import capture_note
 from flashhead_dist.bench.wire import WireCounter
+from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
+from flashhead_dist.heads.flashhead_escalate import Escalation
+from flashhead_dist.heads.registry import build_head, needs_index
+from flashhead_dist.models import ModelSource
 from flashhead_dist.parallel import Operation, TensorParallel
+from flashhead_kernels.cpu_threads import compute_threads
+from flashhead_kernels.dispatch import ops_for
+from flashhead_topology.machine import Oversubscription
 
 _NUM_BATCHES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to measure; the same on every rank."""
+
+    heads: Sequence[str]
+    tp_sizes: Sequence[int]
+    batch_sizes: Sequence[int]
+    dtype: torch.dtype
+    num_probes: int | None = None
+    alpha: float | None = None
+    escalation: Escalation | None = None
+    """Of flashhead_escalate; the index's own where None."""
+    effort: Effort = field(default_factory=Effort)
+    num_cores: int
+    """Cores of this host, for loading: heads are built with all of them and timed with their own
+    threads."""
+    fit: Callable[[int], Oversubscription]
+    """Whether a `tp_size` fits the machine."""
+    remeasure: bool = False
+    """Measure anew what another run kept: where flashhead_auto changes over."""
+
+    @property
+    def num_stages(self) -> int:
+        """How often `Progress.stage` is called."""
+        return len(self.tp_sizes) * (2 + len(self.batch_sizes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What to measure on; the same on every rank.
+
+    states `[N, D]`, dense_ids `[N]` (the dense head's best token, or None to leave agreement out),
+    source_ids `[N]` into `sources`.
+    """
+
+    model: ModelSource
+    index_dir: Path | None
+    states: Tensor
+    source_ids: Tensor
+    sources: Sequence[str]
+    dense_ids: Tensor | None
 
 
 class Progress(Protocol):
@@ -159,7 +206,7 @@ class Sweep:
     ) -> None:
         baseline_us = latency_us(cells[BASELINE])[0] if BASELINE in cells else None
         for name, cell in cells.items():
-            alone_us = find_median_us(self.records, name, 1, batch_size)
+            one_rank_us = find_median_us(self.records, name, 1, batch_size)
             record = assemble_record(
                 facts[name],
                 cell,
@@ -167,7 +214,7 @@ class Sweep:
                 self.plan.fit(tp_size),
                 self.provenance(),
                 bandwidth=bandwidth,
-                alone_us=latency_us(cell)[0] if tp_size == 1 else alone_us,
+                one_rank_us=latency_us(cell)[0] if tp_size == 1 else one_rank_us,
                 baseline_us=baseline_us,
             )
             self.records.append(record)
@@ -199,3 +246,211 @@ def _shared_costs(
         Operation(name): ExchangeCost(us_per_step, us_per_byte, tp_size)
         for name, us_per_step, us_per_byte, tp_size in known
     }
+
+
+def load_heads(
+    plan: Plan, inputs: Inputs, place: TensorParallel, control: Control, one_state: Tensor
+) -> tuple[dict[str, Head], dict[str, Peak]]:
+    """Build the plan's heads on this rank, and measure what each needs to load and to run once.
+
+    Each head gets weights of its own, although some could share: else the first of them would show
+    the peak of all, and heads that share weights would find them in the cache.
+
+    Raises:
+        UserError: on every rank of the group, if a head cannot be built on one.
+    """
+    _start_kernels(plan, one_state)
+    heads: dict[str, Head] = {}
+    peaks: dict[str, Peak] = {}
+    for name in plan.heads:
+        with control.phase():
+            memory = PeakMemory(place.device)
+            # faiss trains while it is built, and only once for a shard: no part of any timing.
+            with compute_threads(plan.num_cores // place.tp_size):
+                heads[name] = build_head(
+                    name,
+                    tp=place,
+                    model=inputs.model,
+                    index_dir=inputs.index_dir,
+                    dtype=plan.dtype,
+                    # For faiss_ivf the word means lists; its default reads as many bytes.
+                    num_probes=plan.num_probes if needs_index(name) else None,
+                    alpha=plan.alpha,
+                    device=place.device,
+                    escalation=plan.escalation,
+                )
+        with control.phase():
+            heads[name].forward(one_state)
+            peaks[name] = memory.read()
+    return heads, peaks
+
+
+def _start_kernels(plan: Plan, one_state: Tensor) -> None:
+    """Let this process load what compiled code needs, some 100 MB that are no head's own."""
+    rows = one_state.new_zeros((64, one_state.shape[1]), dtype=plan.dtype)
+    ops_for(one_state.device).dense_candidates(one_state, rows, 0)
+
+
+def gather_facts(
+    heads: Mapping[str, Head],
+    peaks: Mapping[str, Peak],
+    inputs: Inputs,
+    control: Control,
+    states: Tensor,
+) -> dict[str, HeadFacts]:
+    """Weights and peaks of every rank, and the agreement of each head on `states [N, D]`."""
+    weights = control.gather({name: head.weight_bytes for name, head in heads.items()})
+    all_peaks = control.gather({n: [peak.peak_bytes, peak.reason] for n, peak in peaks.items()})
+    facts: dict[str, HeadFacts] = {}
+    for name, head in heads.items():
+        agreement: Agreement | None = None
+        if inputs.dense_ids is not None:
+            agreement = top1_agreement(
+                best_tokens(head, states), inputs.dense_ids, inputs.source_ids, inputs.sources
+            )
+        reasons = [rank[name][1] for rank in all_peaks if rank[name][0] is None]
+        facts[name] = HeadFacts(
+            name=name,
+            tp_size=head.tp.tp_size,
+            weight_bytes_by_rank=tuple(rank[name] for rank in weights),
+            peak_bytes_by_rank=tuple(rank[name][0] for rank in all_peaks),
+            peak_reason=reasons[0] if reasons else None,
+            agreement=agreement,
+        )
+    return facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadFacts:
+    """What is known of a head at one `tp_size`, whatever the batch size."""
+
+    name: str
+    tp_size: int
+    weight_bytes_by_rank: tuple[int, ...]
+    peak_bytes_by_rank: tuple[int | None, ...]
+    peak_reason: str | None
+    agreement: Agreement | None
+
+
+def assemble_record(
+    facts: HeadFacts,
+    cell: HeadCell,
+    batch_size: int,
+    fit: Oversubscription,
+    provenance: Provenance,
+    *,
+    bandwidth: MemoryBandwidth,
+    one_rank_us: float | None,
+    baseline_us: float | None,
+) -> Record:
+    """Make the record of one head in one cell.
+
+    one_rank_us: latency of the same head at `tp_size` 1 and this batch size, where measured.
+    baseline_us: latency of `dense_local_max` at this `tp_size` and batch size, where known.
+    bandwidth: of the ranks' memory, measured as the cell's compute was.
+    """
+    median_us, projection = latency_us(cell)
+    compute = cell.isolated or cell.wall
+    agreement, counted = facts.agreement, cell.counted
+    senders = facts.tp_size * batch_size
+    sent_bytes_per_row = cell.sent_bytes / batch_size
+    counted_bytes_per_row = _each(counted.per_step if counted else None, senders)
+    longest = max(range(facts.tp_size), key=compute.compute_us_by_rank.__getitem__)
+    return Record(
+        **asdict(provenance),
+        head=facts.name,
+        tp_size=facts.tp_size,
+        batch_size=batch_size,
+        measured=projection is None,
+        oversubscribed=fit.oversubscribed,
+        oversubscription=fit.reason,
+        median_us=median_us,
+        p10_us=cell.wall.p10_us if projection is None else None,
+        p90_us=cell.wall.p90_us if projection is None else None,
+        compute_us=compute.compute_us,
+        compute_us_by_rank=list(compute.compute_us_by_rank),
+        communication_us=(
+            cell.wall.communication_us if projection is None else cell.projected_communication_us
+        ),
+        num_iterations=compute.num_iterations,
+        projection=projection,
+        wall_median_us=cell.wall.median_us,
+        wall_p10_us=cell.wall.p10_us,
+        wall_p90_us=cell.wall.p90_us,
+        split=cell.split,
+        num_collectives=cell.num_collectives,
+        payload_bytes_per_row=cell.payload_bytes / batch_size,
+        sent_bytes_per_row=sent_bytes_per_row,
+        counted_bytes_per_row=counted_bytes_per_row,
+        counted_bytes_per_row_least=_each(counted.least if counted else None, senders),
+        counted_bytes_per_row_greatest=_each(counted.greatest if counted else None, senders),
+        counted_reason=counted.reason if counted else "one rank: nothing is sent",
+        protocol_bytes_per_row=(
+            None if counted_bytes_per_row is None else counted_bytes_per_row - sent_bytes_per_row
+        ),
+        device_counts=list(cell.device_counts),
+        device_counts_reason=cell.device_counts_reason,
+        weight_bytes_per_rank=max(facts.weight_bytes_by_rank),
+        total_weight_bytes=sum(facts.weight_bytes_by_rank),
+        weight_bytes_by_rank=list(facts.weight_bytes_by_rank),
+        peak_bytes_per_rank=_greatest(facts.peak_bytes_by_rank),
+        peak_bytes_by_rank=list(facts.peak_bytes_by_rank),
+        peak_reason=facts.peak_reason,
+        workspace_bytes_per_rank=cell.workspace_bytes,
+        read_bytes_by_rank=list(cell.read_bytes_by_rank),
+        memory_bandwidth_bytes_per_s_by_rank=list(bandwidth.bytes_per_s_by_rank),
+        memory_bandwidth_method=bandwidth.method,
+        roofline_share=roofline_share(
+            cell.read_bytes_by_rank[longest],
+            compute.compute_us_by_rank[longest],
+            bandwidth.bytes_per_s_by_rank[longest],
+        ),
+        top1_agreement=agreement.overall if agreement else None,
+        top1_agreement_worst_source=agreement.worst if agreement else None,
+        worst_source=agreement.worst_source if agreement else None,
+        num_worst_source_states=agreement.num_worst_states if agreement else None,
+        num_agreement_states=agreement.num_states if agreement else 0,
+        speedup_over_dense_local_max=_ratio(baseline_us, median_us),
+        scaling_efficiency=_ratio(one_rank_us, median_us, facts.tp_size),
+    )
+
+
+def latency_us(cell: HeadCell) -> tuple[float | None, str | None]:
+    """The latency of a cell, and how it was projected; None for that where it was measured."""
+    if cell.isolated is None:
+        return cell.wall.median_us, None
+    if cell.projected_communication_us is None:
+        return None, (
+            "none: the slowest rank's compute was measured alone, but no exchange could be timed, "
+            "since not even two ranks fit this machine"
+        )
+    return cell.isolated.compute_us + cell.projected_communication_us, (
+        "the slowest rank's compute measured alone, plus the ring model of exchanges with "
+        "constants timed at the largest tp_size that fits this machine"
+    )
+
+
+def find_median_us(
+    records: Iterable[Record], head: str, tp_size: int, batch_size: int
+) -> float | None:
+    """Latency of an earlier record of the run, or None."""
+    key = (head, tp_size, batch_size)
+    for record in records:
+        if (record.head, record.tp_size, record.batch_size) == key:
+            return record.median_us
+    return None
+
+
+def _each(total: float | None, senders: int) -> float | None:
+    return None if total is None else total / senders
+
+
+def _greatest(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return max(known) if len(known) == len(values) else None
+
+
+def _ratio(numerator: float | None, denominator: float | None, times: int = 1) -> float | None:
+    if numerator is None or denominator is None or denominator <= 0:
+        return None
+    return numerator / (times * denominator)

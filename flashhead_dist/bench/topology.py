@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from flashhead_dist.bench.control import Control
-from flashhead_dist.bench.environment import boot_id
+from flashhead_dist.bench.environment import Setup, boot_id
 from flashhead_dist.bench.records import cannot_write
-from flashhead_dist.bench.setup import Setup
 from flashhead_profiles.counters import network_namespace
 from flashhead_topology.drawing import short_drawing, text_drawing, write_picture
 from flashhead_topology.hardware import Topology

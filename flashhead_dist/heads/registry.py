@@ -23,9 +23,9 @@ from flashhead_dist.heads.flashhead_escalate import (
 )
 from flashhead_dist.heads.flashhead_global import FlashHeadGlobal
 from flashhead_dist.heads.index_scan import IndexScan
-from flashhead_dist.heads.kept_launches import keep_launches
 from flashhead_dist.index import IndexManifest, IndexShard, load_manifest, load_shard
 from flashhead_dist.index.row_block import with_row_dtype
+from flashhead_dist.measured_choices import keep_launches
 from flashhead_dist.models import ModelSource, cache_root
 from flashhead_dist.parallel import TensorParallel
 from flashhead_kernels.cpu_memory import empty_on_large_pages

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from flashhead_dist.bench.link_timing import Point
+from flashhead_dist.bench.links import Point
 from flashhead_dist.bench.records import cannot_write
 from flashhead_dist.errors import UserError
 from flashhead_topology.fit import Fit

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from flashhead_dist.bench.run_folder import ENVIRONMENT_NAME
+from flashhead_dist.bench.records import ENVIRONMENT_NAME
 from flashhead_dist.errors import UserError
 from flashhead_dist.report.model_error import ModelError
 from flashhead_dist.report.runs import Run

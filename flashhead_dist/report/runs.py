@@ -12,8 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashhead_dist.bench.records import RECORDS_NAME, Record, read_records
-from flashhead_dist.bench.run_folder import ENVIRONMENT_NAME, PIPELINE_NAME
+from flashhead_dist.bench.records import (
+    ENVIRONMENT_NAME,
+    PIPELINE_NAME,
+    RECORDS_NAME,
+    Record,
+    read_records,
+)
 from flashhead_dist.errors import UserError
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

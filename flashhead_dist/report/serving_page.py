@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from flashhead_dist.bench.run_folder import ENVIRONMENT_NAME
+from flashhead_dist.bench.records import ENVIRONMENT_NAME
 from flashhead_dist.errors import UserError
 from flashhead_dist.report.chart import Chart
 from flashhead_dist.report.page import Report, make_page

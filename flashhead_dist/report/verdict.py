@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from flashhead_dist.bench.assemble import BASELINE
-from flashhead_dist.bench.records import Record
+from flashhead_dist.bench.records import BASELINE, Record
 from flashhead_dist.bench.split import COMPUTE_PARTS
 from flashhead_dist.report.gain import Gain, gains, turning_point
 from flashhead_dist.report.runs import Run

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashhead_dist.bench.timing import compute_step, step_clock, summarise, time_interleaved
+from flashhead_dist.bench.timer import compute_step, rank_times, step_clock, summarise
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.index import build_index
@@ -27,6 +27,7 @@ from flashhead_dist.tune.nested import resize
 from flashhead_dist.tune.points import Point, Shape, index_options
 from flashhead_dist.tune.scene import Scene
 from flashhead_kernels.cpu_threads import compute_threads
+from flashhead_kernels.timing import time_steps
 
 BASELINE = "dense_local_max"
 _WARM_UP = 3
@@ -119,8 +120,8 @@ def _time(
     batches = [batch.to(device) for batch in torch.split(states, batch_size)[: iterations + 1]]
     clock = step_clock(torch.device(device))
     steps = {str(place): compute_step(head, batches, clock) for place, head in enumerate(heads)}
-    time_interleaved(steps, _WARM_UP)
-    times = time_interleaved(steps, iterations)
+    time_steps(steps, _WARM_UP)
+    times = rank_times(time_steps(steps, iterations))
     latencies = [summarise([times[name]]) for name in steps]
     dense = latencies[0].median_us
     return [

@@ -14,6 +14,7 @@ a probe whose score ties within rounding may differ between ranks that chose dif
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,14 +22,11 @@ from typing import Any, Protocol
 
 import torch
 
-from flashhead_kernels.launch_timing import (
-    CudaLaunchClock,
-    LaunchClock,
-    Run,
-    interleaved_medians_us,
-)
-from flashhead_kernels.source_hash import kernels_hash
+from flashhead_kernels.timing import Clock, Run, StreamClock, kernels_hash, time_steps
 from flashhead_kernels.triton_shapes import CentroidShape, HeadShape
+
+_WARM_UPS = 3
+_ROUNDS = 15
 
 MEASURED_NOW = "measured now"
 CAPTURED = "one launch by rule: first met while a graph was captured"
@@ -100,12 +98,12 @@ class LaunchTable:
             return LaunchChoice(1, CAPTURED)
         kept = self.store.find(case.as_json()) if self.store is not None else None
         if kept is not None:
-            origin = f"kept from {kept['time_utc']}"
+            origin = f"cached {kept['time_utc']}"
             return _faster(float(kept["one_us"]), float(kept["two_us"]), origin)
         clock = launch_clock(device)
         if clock is None:
             return LaunchChoice(1, NO_GPU)
-        one_us, two_us = interleaved_medians_us((one, two), clock)
+        one_us, two_us = _medians_us(one, two, clock)
         if self.store is not None:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             found = {"one_us": one_us, "two_us": two_us, "time_utc": now}
@@ -117,15 +115,24 @@ table = LaunchTable()
 """Of this process."""
 
 
-def launch_clock(device: torch.device) -> LaunchClock | None:
+def launch_clock(device: torch.device) -> Clock | None:
     """What times launches on `device`; None where there is no GPU."""
-    return CudaLaunchClock(device) if device.type == "cuda" else None
+    return StreamClock(device) if device.type == "cuda" else None
 
 
 @functools.cache
 def device_name(device: torch.device) -> str:
     """Name of a GPU; the type of any other device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _medians_us(one: Run, two: Run, clock: Clock) -> tuple[float, float]:
+    """`triton.testing.do_bench` would time one way after the other, so that a clock that changes
+    between them falls on one of them."""
+    ways = {"one": lambda number: clock.time_us(one), "two": lambda number: clock.time_us(two)}
+    time_steps(ways, _WARM_UPS)
+    times = time_steps(ways, _ROUNDS)
+    return statistics.median(times["one"]), statistics.median(times["two"])
 
 
 def _faster(one_us: float, two_us: float, origin: str) -> LaunchChoice:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from flashhead_dist.bench.assemble import HeadFacts, assemble_record, find_median_us
-from flashhead_dist.bench.bandwidth import MemoryBandwidth
 from flashhead_dist.bench.cell import HeadCell
+from flashhead_dist.bench.memory import MemoryBandwidth
 from flashhead_dist.bench.records import Provenance, Record, read_records
 from flashhead_dist.bench.split import RankParts, split_together
-from flashhead_dist.bench.timing import Latency
+from flashhead_dist.bench.sweep import HeadFacts, assemble_record, find_median_us
+from flashhead_dist.bench.timer import Latency
 from flashhead_profiles.counters import CountedBytes
 from flashhead_topology.machine import Oversubscription
 
@@ -28,7 +28,7 @@ DOES_NOT_FIT = Oversubscription(True, "2 ranks on 1 core")
 def cell(*, alone: Latency | None = None, projected: float | None = None) -> HeadCell:
     return HeadCell(
         wall=WALL,
-        alone=alone,
+        isolated=alone,
         projected_communication_us=projected,
         num_collectives=1,
         payload_bytes=32.0,
@@ -58,7 +58,7 @@ def record(found: HeadCell, fit: Oversubscription) -> Record:
         fit,
         Provenance(**provenance),
         bandwidth=BANDWIDTH,
-        alone_us=6000.0,
+        one_rank_us=6000.0,
         baseline_us=10_000.0,
     )
 

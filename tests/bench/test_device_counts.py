@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashhead_dist.bench.device_counts import DeviceCount, sum_over_ranks
+from flashhead_dist.bench.wire import DeviceCount, sum_over_ranks
 from flashhead_profiles.nvml import MEMORY, NVLINK_SENT, NVLINK_SENT_GPM, PCIE_SENT, Counted
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flashhead_dist.bench.control import Control
-from flashhead_dist.bench.exchange_timing import time_exchange_costs
+from flashhead_dist.bench.links import time_exchange_costs
 from flashhead_dist.parallel import Operation, split_tensor_parallel
 
 

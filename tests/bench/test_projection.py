@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashhead_dist.bench.projection import (
+from flashhead_dist.bench.links import (
     ExchangeCost,
     fit_exchange_cost,
     projected_communication_us,

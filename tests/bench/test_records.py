@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flashhead_dist.bench.records import Record, RecordWriter, read_records
-from flashhead_dist.bench.run_folder import make_run_folder
+from flashhead_dist.bench.records import Record, RecordWriter, make_run_folder, read_records
 from flashhead_dist.errors import UserError
 
 DATA = Path(__file__).parents[1] / "report" / "data" / "records.jsonl"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashhead_dist.bench.setup import Setup, decide_setup
+from flashhead_dist.bench.environment import Setup, decide_setup
 from flashhead_dist.errors import UserError
 from flashhead_topology.machine import Gpu, Machine
 

@@ -13,12 +13,10 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from flashhead_dist.bench.cell import Effort
 from flashhead_dist.bench.control import Control
-from flashhead_dist.bench.environment import make_provenance
-from flashhead_dist.bench.plan import Inputs, Plan
+from flashhead_dist.bench.environment import decide_setup, make_provenance
 from flashhead_dist.bench.records import Record, record_from_json
-from flashhead_dist.bench.setup import decide_setup
 from flashhead_dist.bench.split import Quantiles
-from flashhead_dist.bench.sweep import Sweep
+from flashhead_dist.bench.sweep import Inputs, Plan, Sweep
 from flashhead_dist.models import open_model
 from flashhead_dist.parallel import split_tensor_parallel
 from flashhead_topology.machine import Machine

@@ -16,7 +16,7 @@ from flashhead_dist.bench.split import (
     StepSplit,
     find_slow_rank,
     parts_of_steps,
-    split_alone,
+    split_isolated,
     split_together,
 )
 from flashhead_profiles.recorder import Span
@@ -85,7 +85,7 @@ def test_iterations_may_differ_in_their_exchanges() -> None:
 
 
 def test_a_rank_alone_waits_as_long_as_the_slowest_computes_longer() -> None:
-    split = split_alone([rank(100, ()), rank(400, ()), rank(110, ())], "how")
+    split = split_isolated([rank(100, ()), rank(400, ()), rank(110, ())], "how")
     assert [median(split, "waiting", r) for r in range(3)] == pytest.approx([300, 0, 290])
     assert split.step_us["exchange"] is split.by_rank_us["exchange"] is None
     # Without the exchange no step is known, only compute.
@@ -122,7 +122,7 @@ def test_a_rank_is_slow_only_beyond_the_scatter_of_all_others() -> None:
 def test_json_gives_the_same_split() -> None:
     for split in (
         split_together([rank(100, (350,)), rank(400, (50,))], "how"),
-        split_alone([rank(100, ()), rank(400, ())], "how"),
+        split_isolated([rank(100, ()), rank(400, ())], "how"),
     ):
         again = StepSplit.from_json(json.loads(json.dumps(asdict(split))))
         assert again == split

@@ -13,14 +13,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from flashhead_dist.bench.alone import record_step, replay_step
 from flashhead_dist.bench.cell import Effort
 from flashhead_dist.bench.control import Control
-from flashhead_dist.bench.environment import make_provenance
-from flashhead_dist.bench.plan import Inputs, Plan
+from flashhead_dist.bench.environment import decide_setup, make_provenance
 from flashhead_dist.bench.records import Record
-from flashhead_dist.bench.setup import decide_setup
-from flashhead_dist.bench.sweep import Sweep, batches_of
+from flashhead_dist.bench.sweep import Inputs, Plan, Sweep, batches_of
+from flashhead_dist.bench.timer import record_step, replay_step
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.registry import build_head
 from flashhead_dist.models import open_model

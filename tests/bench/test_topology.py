@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flashhead_dist.bench.control import Control
-from flashhead_dist.bench.setup import decide_setup
+from flashhead_dist.bench.environment import decide_setup
 from flashhead_dist.bench.topology import describe_topology, gather_topology, write_topology
 from flashhead_dist.errors import UserError
 from flashhead_topology.hardware import Topology

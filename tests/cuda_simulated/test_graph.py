@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from flashhead_dist.bench.graph import CapturedWork
+from flashhead_dist.bench.timer import CapturedWork
 
 if TYPE_CHECKING:
     from simulated_cuda import SimulatedCuda

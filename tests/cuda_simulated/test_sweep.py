@@ -9,14 +9,12 @@ import pytest
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from flashhead_dist.bench import bandwidth, crossover, device_counts
+from flashhead_dist.bench import crossover, memory, wire
 from flashhead_dist.bench.cell import Effort
 from flashhead_dist.bench.control import Control
-from flashhead_dist.bench.environment import make_provenance
-from flashhead_dist.bench.plan import Inputs, Plan
+from flashhead_dist.bench.environment import decide_setup, make_provenance
 from flashhead_dist.bench.records import Record
-from flashhead_dist.bench.setup import decide_setup
-from flashhead_dist.bench.sweep import Sweep
+from flashhead_dist.bench.sweep import Inputs, Plan, Sweep
 from flashhead_dist.parallel import TensorParallel
 from flashhead_topology.probe import probe_machine
 from tests.cuda_simulated.conftest import Small
@@ -39,9 +37,9 @@ def sweep(
 ) -> Sweep:
     """Of one rank, with so few rounds and bytes that an interpreter gets through them."""
     monkeypatch.setenv("FLASHHEAD_CACHE", str(tmp_path))
-    monkeypatch.setattr(bandwidth, "_CUDA_BYTES", 1 << 16)
+    monkeypatch.setattr(memory, "_CUDA_BYTES", 1 << 16)
     monkeypatch.setattr(crossover, "_ROUNDS", 1)
-    monkeypatch.setattr(device_counts, "_MAX_STEPS", 1)
+    monkeypatch.setattr(wire, "_MAX_DEVICE_STEPS", 1)
     setup = decide_setup(
         probe_machine(), local_rank=0, local_world_size=1, threads_per_rank=1, device="cuda",
         heads=HEADS,

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bench_cell
-import bench_timing
 import bench_ways as ways
 import flashhead_kernels.cpu
 import flashhead_kernels.reference
 from bench_shapes import Shape, make_shard
 from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.keys import pack_keys
+from flashhead_kernels.timing import HostClock, Run, clock_of
 
 CPU = torch.device("cpu")
 SHAPE = Shape("small", 4096, 64)
@@ -25,7 +24,7 @@ SHAPE = Shape("small", 4096, 64)
 def a_bench(
     clock: object = None, ops: object = flashhead_kernels.cpu, **options: int
 ) -> bench_cell.Bench:
-    return bench_cell.Bench("A", clock or bench_timing.WallClock(), ops, 3, seed=0, **options)
+    return bench_cell.Bench("A", clock or HostClock(), ops, 3, seed=0, **options)
 
 
 def a_copy(tp_size: int = 8) -> ways.Copy:
@@ -62,26 +61,12 @@ def test_the_triton_kernels_are_measured_as_they_are() -> None:
     cuda = pytest.importorskip("flashhead_kernels.cuda")
     # Compiled kernels read no CPU tensors: the clock's device is where the weights are made.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock = bench_timing.make_clock(device)
+    clock = clock_of(device)
     bench = a_bench(clock, cuda, least_steps=1, warm_up_rounds=0)
     tiny = Shape("tiny", 2048, 64)
     found = list(bench_cell.measure_shard(bench, tiny, 64, [2], lambda: None))
     assert {ways.FLASHHEAD, ways.TWO_LAUNCHES} < {one.way for one in found}
     assert bench.failures == []
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="plays a GPU where there is none")
-def test_no_cpu_tensor_reaches_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a GPU the test above gives its kernels the GPU's clock, on whose device weights are."""
-    made: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        bench_timing,
-        "make_clock",
-        lambda device: (made.append(device), bench_timing.WallClock())[1],
-    )
-    test_the_triton_kernels_are_measured_as_they_are()
-    assert made == [torch.device("cuda")]
 
 
 def wrong_by(change: str) -> SimpleNamespace:
@@ -200,92 +185,7 @@ def test_bytes_of_each_way() -> None:
     )
 
 
-class Journal:
-    """Stands in for what CudaClock asks of torch.cuda, and keeps the order of what happens."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.log: list[str] = []
-        journal = self
-
-        class Event:
-            def __init__(self, *, enable_timing: bool) -> None:
-                assert enable_timing
-
-            def record(self) -> None:
-                journal.log.append("event")
-
-            def synchronize(self) -> None:
-                journal.log.append("wait")
-
-            def elapsed_time(self, stop: object) -> float:
-                return 0.25
-
-        class Graph:
-            def replay(self) -> None:
-                journal.log.append("replay")
-
-        class Stream:
-            def __init__(self, device: object = None) -> None: ...
-            def wait_stream(self, other: object) -> None: ...
-            def synchronize(self) -> None:
-                journal.log.append("stream empty")
-
-        @contextlib.contextmanager
-        def graph(graph: object, *, stream: object) -> Iterator[None]:
-            journal.stream_of_capture = stream
-            journal.log.append("capture")
-            yield
-
-        @contextlib.contextmanager
-        def on(stream: object) -> Iterator[None]:
-            journal.streams.append(stream)
-            yield
-
-        self.stream_of_capture: object = None
-        self.streams: list[object] = []
-        properties = SimpleNamespace(L2_cache_size=1000)
-        patch.setattr(bench_timing, "_SMALLEST_SCRATCH_BYTES", 64)
-        for name, value in {
-            "Event": Event, "CUDAGraph": Graph, "Stream": Stream, "graph": graph, "stream": on,
-            "current_stream": Stream, "get_device_properties": lambda device: properties,
-        }.items():  # fmt: skip
-            patch.setattr(torch.cuda, name, value)
-
-
-def test_a_graph_is_warmed_up_and_captured_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = Journal(monkeypatch)
-    clock = bench_timing.CudaClock(CPU)
-    calls: list[str] = []
-
-    def step() -> torch.Tensor:
-        journal.log.append("step")
-        calls.append("step")
-        return torch.zeros(1)
-
-    run, results = clock.capture([step, step])
-    assert journal.log == ["step", "step", "stream empty", "capture", "step", "step"]
-    assert len(results) == 2
-    # A workspace is kept for each stream: it must exist before the capture.
-    assert journal.streams == [journal.stream_of_capture]
-    run()
-    assert journal.log[-1] == "replay"
-
-
-def test_events_stand_around_the_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = Journal(monkeypatch)
-    clock = bench_timing.CudaClock(CPU)
-    assert clock.cache_bytes == 1000
-    assert clock._scratch.nbytes == 4000
-    monkeypatch.setattr(torch, "sum", lambda *given, **named: journal.log.append("evict"))
-    elapsed = clock.time_us(lambda: journal.log.append("run"), launches=False)
-    assert elapsed == pytest.approx(250)  # events speak in milliseconds
-    assert journal.log == ["evict", "event", "run", "event", "wait"]
-    journal.log.clear()
-    clock.time_us(lambda: journal.log.append("run"), launches=True)
-    assert journal.log == ["evict", "stream empty", "event", "run", "event", "wait"]
-
-
-class NoCapture(bench_timing.WallClock):
+class NoCapture(HostClock):
     """A clock with graphs that cannot hold what `refused` marks by raising."""
 
     graphs = True
@@ -295,12 +195,12 @@ class NoCapture(bench_timing.WallClock):
         self.refused, self.captured = refused, 0
 
     def capture(
-        self, steps: list[bench_timing.Step]
-    ) -> tuple[bench_timing.Run, list[torch.Tensor]]:
+        self, steps: Sequence[Callable[[], torch.Tensor]]
+    ) -> tuple[Run, list[torch.Tensor]]:
         self.captured += 1
         if self.captured == self.refused:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        return bench_timing.keep_results(steps)
+        return bench_cell._keep_results(steps)
 
 
 def test_only_the_published_graph_may_fail_to_be_captured() -> None:

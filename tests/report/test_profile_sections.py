@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from flashhead_dist.bench.device_counts import DeviceCount
 from flashhead_dist.bench.records import read_records
+from flashhead_dist.bench.wire import DeviceCount
 from flashhead_dist.errors import UserError
 from flashhead_dist.report.runs import Run
 from flashhead_dist.report.sections.device_counts import device_counts_section

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flashhead_dist.bench.control import Control
-from flashhead_dist.bench.kept_crossover import find_crossover_of, settle_crossover
+from flashhead_dist.bench.crossover import find_crossover_of, settle_crossover
 from flashhead_dist.integrations.vllm.head import RowsHead
 from flashhead_dist.integrations.vllm.needs import Rest, RowNeed
 from flashhead_dist.integrations.vllm.options import MEASURE, NEVER, FlashHeadOptions

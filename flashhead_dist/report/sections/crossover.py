@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flashhead_dist.bench.crossover import Crossover
-from flashhead_dist.bench.crossover_notes import crossover_notes
-from flashhead_dist.bench.run_folder import ENVIRONMENT_NAME
+from flashhead_dist.bench.crossover import Crossover, crossover_notes
+from flashhead_dist.bench.records import ENVIRONMENT_NAME
 from flashhead_dist.errors import UserError
 from flashhead_dist.report.chart import Chart
 from flashhead_dist.report.plot_frame import style_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flashhead_dist.bench.run_folder import PIPELINE_NAME
+from flashhead_dist.bench.records import PIPELINE_NAME
 from flashhead_dist.errors import UserError
 from flashhead_dist.report.chart import Chart
 from flashhead_dist.report.plots import size_axis

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.heads.kept_launches import KeptLaunches, describe_launches, keep_launches
-from flashhead_dist.models.kept import KeptMeasurements
+from flashhead_dist.measured_choices import (
+    MeasuredChoices,
+    describe_launches,
+    keep_launches,
+    measured_choices,
+)
 from flashhead_kernels import launch_choice
 
 CASE = {"device": "a GPU", "shape": {"clusters": 512, "bits": None}, "batch": 1}
@@ -18,12 +22,13 @@ CASE = {"device": "a GPU", "shape": {"clusters": 512, "bits": None}, "batch": 1}
 
 def test_an_entry_is_found_by_all_that_it_is_of(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "kept.json"
-    kept = KeptMeasurements(path)
+    kept = MeasuredChoices(path, "a")
     assert kept.find(CASE) is None
     assert kept.keep(CASE, {"us": 1.5}) is None
     assert kept.keep(CASE | {"batch": 2}, {"us": 2.5}) is None
-    other = KeptMeasurements(path)
+    other = MeasuredChoices(path, "a")
     assert other.find(dict(CASE)) == {"us": 1.5}
+    assert MeasuredChoices(path, "b").find(CASE) is None
     assert other.find(CASE | {"shape": {"clusters": 511, "bits": None}}) is None
     assert other.keep(CASE, {"us": 0.5}) is None
     assert (kept.find(CASE), kept.find(CASE | {"batch": 2})) == ({"us": 0.5}, {"us": 2.5})
@@ -34,7 +39,7 @@ def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "kept.json"
 
     def write(number: int) -> str | None:
-        return KeptMeasurements(path).keep({"number": number}, {})
+        return MeasuredChoices(path, "a").keep({"number": number}, {})
 
     with ThreadPoolExecutor(4) as writers:
         assert set(writers.map(write, range(40))) == {None}
@@ -43,16 +48,16 @@ def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "kept.json"
-    path.write_text('{"schema_version": 1, "entries": [{"of": 3}]}')
+    path.write_text('{"schema_version": 1, "entries": [{"kind": "a", "of": 3}]}')
     with pytest.raises(UserError, match=r"kept.json.*delete the file"):
-        KeptMeasurements(path).find(CASE)
+        MeasuredChoices(path, "a").find(CASE)
     path.write_text('{"schema_version": 0, "entries": "as they were then"}')
-    assert KeptMeasurements(path).find(CASE) is None
+    assert MeasuredChoices(path, "a").find(CASE) is None
 
 
 def test_a_folder_that_cannot_be_written_is_a_reason_and_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    reason = KeptMeasurements(tmp_path / "file" / "kept.json").keep(CASE, {})
+    reason = MeasuredChoices(tmp_path / "file" / "kept.json", "a").keep(CASE, {})
     assert reason is not None
     assert "cannot be written" in reason
 
@@ -63,10 +68,10 @@ def test_launches_are_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.Monk
     assert describe_launches() == {"choices": [], "not_kept": None}
     keep_launches()
     store = launch_choice.table.store
-    assert isinstance(store, KeptLaunches)
+    assert isinstance(store, MeasuredChoices)
     store.keep(CASE, {"one_us": 1.0})
-    assert (tmp_path / "measurements" / "launches.json").exists()
-    assert KeptLaunches(remeasure=False).find(CASE) == {"one_us": 1.0}
-    assert KeptLaunches(remeasure=True).find(CASE) is None
+    assert (tmp_path / "measurements" / "choices.json").exists()
+    assert measured_choices("launches").find(CASE) == {"one_us": 1.0}
+    assert measured_choices("launches", remeasure=True).find(CASE) is None
     keep_launches(remeasure=True)
     assert launch_choice.table.store is store, "the first call decides"
