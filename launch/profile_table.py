@@ -19,8 +19,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from flashhead_profiles.folder import read_profile
-from flashhead_profiles.timeline import TraceError, medians
+from flashhead_profiles.readers import read_profile
+from flashhead_profiles.traces import TraceError, medians
 
 _WIDTH = 140
 

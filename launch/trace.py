@@ -6,7 +6,7 @@
 What a script measures lies in `capture` ranges, so that loading and warming up are left out: with
 launch/scale.py the timed rounds of each cell, with launch/generate.py each decoding. The first
 --captures of them on each rank are traced, into DIR/tp<tp_size>_<number>_rank<rank>.json, which
-flashhead_profiles.chrome_trace reads and chrome://tracing or https://ui.perfetto.dev show.
+flashhead_profiles.readers reads and chrome://tracing or https://ui.perfetto.dev show.
 launch/profile.sh calls this where Nsight Systems is missing. Figures that the script prints of a
 traced run are disturbed by the tracing.
 """

@@ -30,8 +30,15 @@ from flashhead_dist.bench.control import Control
 from flashhead_dist.bench.timer import Recording, replay_step
 from flashhead_dist.heads.base import Head
 from flashhead_kernels.timing import Clock, time_steps
-from flashhead_profiles.ranges import CANDIDATES, CENTROIDS, EXCHANGE, STEP, annotate
-from flashhead_profiles.recorder import Span, recording
+from flashhead_profiles.ranges import (
+    CANDIDATES,
+    CENTROIDS,
+    EXCHANGE,
+    STEP,
+    Span,
+    annotate,
+    recording,
+)
 
 COMPUTE_PARTS = ("centroids", "candidates", "other")
 PARTS = (*COMPUTE_PARTS, "exchange", "waiting")

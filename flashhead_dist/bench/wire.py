@@ -15,14 +15,16 @@ import torch
 
 from flashhead_dist.bench.control import Control
 from flashhead_profiles.counters import (
+    MEMORY,
     Burst,
+    Counted,
     CountedBytes,
+    DeviceCounters,
     interfaces_to_count,
     least_disturbed,
     network_namespace,
     read_sent_bytes,
 )
-from flashhead_profiles.nvml import MEMORY, Counted, DeviceCounters
 
 
 class WireCounter:

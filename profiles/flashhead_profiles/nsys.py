@@ -23,9 +23,8 @@ missing is named. No report written by a real `nsys` was at hand to try this on.
 
 from __future__ import annotations
 
-import re
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from typing import Any
 import pandas as pd
 
 from flashhead_profiles.ranges import DOMAIN, NAMES, split_message
-from flashhead_profiles.timeline import Trace, TraceError, TraceRange, Work, over_ranks, timeline
+from flashhead_profiles.traces import Trace, TraceError, TraceRange, Work, rank_in_name, timeline
 
 _PUSH_POP, _START_END, _DOMAIN_CREATE = 59, 60, 75
 _MEMCPY = "CUPTI_ACTIVITY_KIND_MEMCPY"
@@ -41,7 +40,6 @@ _KERNEL = "CUPTI_ACTIVITY_KIND_KERNEL"
 _RUNTIME = "CUPTI_ACTIVITY_KIND_RUNTIME"
 _GRAPH = "CUPTI_ACTIVITY_KIND_GRAPH_TRACE"
 _NVTX, _STRINGS = "NVTX_EVENTS", "StringIds"
-_RANK_IN_NAME = re.compile(r"rank_?(\d+)")
 _WORK_COLUMNS = ("kernels_us", "communication_us", "overlap_us")
 
 
@@ -53,16 +51,10 @@ def read_nsys(path: Path, rank: int | None = None) -> pd.DataFrame:
     Raises:
         TraceError: the file is no such database, or holds no range of ours.
     """
-    return timeline(nsys_trace(path, rank))
+    return timeline(_nsys_trace(path, rank))
 
 
-def read_nsys_reports(paths: Iterable[Path]) -> pd.DataFrame:
-    """The timeline of one capture, a report for each rank; see `read_nsys`."""
-    return over_ranks(read_nsys(path) for path in paths)
-
-
-def nsys_trace(path: Path, rank: int | None = None) -> Trace:
-    """What `read_nsys` makes its frame of."""
+def _nsys_trace(path: Path, rank: int | None) -> Trace:
     if not path.is_file():
         raise TraceError(f"cannot read {path}: there is no such file")
     try:
@@ -81,10 +73,9 @@ def nsys_trace(path: Path, rank: int | None = None) -> Trace:
             f"{path} holds none of this project's ranges: take the report with launch/profile.sh"
         )
     if rank is None:
-        named = _RANK_IN_NAME.search(path.name)
-        if named is None:
-            raise TraceError(f"the name of {path} does not say its rank: name it like rank0.sqlite")
-        rank = int(named[1])
+        rank = rank_in_name(path)
+    if rank is None:
+        raise TraceError(f"the name of {path} does not hold its rank: name it like rank0.sqlite")
     if isinstance(work, str):
         return Trace(rank, ranges, [], dict.fromkeys(_WORK_COLUMNS, work))
     return Trace(rank, ranges, work)

@@ -1,24 +1,27 @@
-"""Named ranges of a step, for whoever listens: NVTX tools, torch.profiler, and our own recorder.
+"""Named ranges of a step, for NVTX tools, torch.profiler, and a recorder of this process.
 
     with annotate("head", payload=len(hidden_states), label=self.name):
         ...
 
-The names are fixed (`NAMES`), so that readers and filters can rely on them; what varies is the
-payload, a number, and the label, which follows the name after a colon (`head:flashhead`). All lie
-in one NVTX domain. Where nobody listens a range is one function call that returns a shared object.
+The names are fixed (`NAMES`), so that readers and filters can rely on them. The payload is a
+number; the label follows the name after a colon (`head:flashhead`). All are in one NVTX domain.
+Without a listener a range is one function call that returns a shared object.
 
-NVTX is spoken through the package of that name where it is installed and a tool is attached
+NVTX is used through the package of that name if it is installed and a tool is attached
 (https://nvidia.github.io/NVTX/python/); torch.profiler through `record_function`, which carries no
-payload. Ranges nest, and each must be left on the thread that entered it.
+payload. Ranges nest, and each must end on the thread that began it.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, cast
 
+import torch
 from torch.autograd import profiler as torch_profiler
 
 DOMAIN = "flashhead"
@@ -41,11 +44,11 @@ NAMES = (
     SEND,
     RECEIVE,
 )
-"""Every name that is emitted. docs/profiles.md says what each covers and what its payload is."""
+"""Every name that is emitted. docs/guides/profiling.md explains each."""
 
 
 class Listener(Protocol):
-    """What is told of every range as it begins and ends."""
+    """Notified of every range as it begins and ends."""
 
     def begin(self, message: str, payload: int | None) -> None:
         """A range begins, inside those that have not ended."""
@@ -55,7 +58,7 @@ class Listener(Protocol):
 
 
 class _Nothing:
-    """A range that nobody hears of.
+    """A range without a listener.
 
     Entered without arguments it gives None, and left with three the false value that lets an
     exception pass. Compiled callables do both in half the time that methods in Python take.
@@ -88,7 +91,7 @@ class _Nvtx:
 
 
 class _Range:
-    """A range that some listener hears of; `message` changes between its parts."""
+    """A range with a listener; `message` changes between its parts."""
 
     __slots__ = ("_function", "_heard", "_messages", "_payload", "_place")
 
@@ -144,11 +147,11 @@ def annotate(name: str, payload: int | None = None, label: str | None = None) ->
 
     Args:
         name: one of `NAMES`.
-        payload: rows, bytes or a count, as docs/profiles.md says for each name; NVTX carries it.
+        payload: rows, bytes or a count, see docs/guides/profiling.md; NVTX carries it.
         label: which of several of this name: a head's name, for one.
 
     Raises:
-        KeyError: someone listens, and the name is not one of `NAMES`.
+        KeyError: a listener is there, and the name is not one of `NAMES`.
     """
     if not _listeners and not torch_profiler._is_profiler_enabled:
         return _NOTHING
@@ -159,8 +162,7 @@ def in_parts(*names: str) -> _Entered:
     """A context manager over parts that follow each other without a gap: a range for each.
 
     Its value is a function that ends the present part and begins the next one, to be called once
-    between two parts; None where nobody listens, so that parts that are faster in one piece need
-    not be taken apart for nobody.
+    between two parts; None without a listener, so that parts that are faster in one call stay one.
     """
     if not _listeners and not torch_profiler._is_profiler_enabled:
         return _NOTHING
@@ -212,3 +214,92 @@ def split_message(message: str) -> tuple[str, str | None]:
 
 
 attach_nvtx()
+
+
+@dataclass(frozen=True)
+class Span:
+    """A range that has ended. `depth` is the number of recorded ranges around it."""
+
+    name: str
+    label: str | None
+    payload: int | None
+    start_us: float
+    duration_us: float
+    depth: int
+
+
+@dataclass
+class _Open:
+    message: str
+    payload: int | None
+    start: Any
+    stop: Any = None
+    depth: int = 0
+
+
+class Recorder:
+    """A listener for one thread that keeps the ranges it is told of, in their order of beginning.
+
+    device: whose work the ranges cover.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._on_cuda = torch.device(device).type == "cuda"
+        self._ranges: list[_Open] = []
+        self._stack: list[_Open] = []
+
+    def begin(self, message: str, payload: int | None) -> None:
+        """See `ranges.Listener`."""
+        found = _Open(message, payload, self._now(), depth=len(self._stack))
+        self._ranges.append(found)
+        self._stack.append(found)
+
+    def end(self) -> None:
+        """See `ranges.Listener`."""
+        self._stack.pop().stop = self._now()
+
+    def take(self) -> list[Span]:
+        """The ranges recorded since the last call, which must all have ended; waits for CUDA.
+
+        Times count from the first of them.
+
+        Raises:
+            RuntimeError: a range is still open.
+        """
+        if self._stack:
+            raise RuntimeError(f"the range {self._stack[-1].message} has not ended")
+        ranges, self._ranges = self._ranges, []
+        if not ranges:
+            return []
+        first = ranges[0].start
+        return [
+            Span(
+                *split_message(found.message),
+                payload=found.payload,
+                start_us=self._between_us(first, found.start),
+                duration_us=self._between_us(found.start, found.stop),
+                depth=found.depth,
+            )
+            for found in ranges
+        ]
+
+    def _now(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter_ns()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _between_us(self, start: Any, stop: Any) -> float:
+        if not self._on_cuda:
+            return float(stop - start) / 1e3
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) * 1e3
+
+
+@contextmanager
+def recording(device: torch.device | str = "cpu") -> Iterator[Recorder]:
+    """Record the ranges of the block."""
+    recorder = Recorder(device)
+    with listening(recorder):
+        yield recorder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flashhead_dist.bench.wire import DeviceCount, sum_over_ranks
-from flashhead_profiles.nvml import MEMORY, NVLINK_SENT, NVLINK_SENT_GPM, PCIE_SENT, Counted
+from flashhead_profiles.counters import MEMORY, NVLINK_SENT, NVLINK_SENT_GPM, PCIE_SENT, Counted
 
 
 def test_counts_are_bytes_of_one_step_over_all_ranks_beside_the_analytic_ones() -> None:

@@ -19,7 +19,7 @@ from flashhead_dist.bench.split import (
     split_isolated,
     split_together,
 )
-from flashhead_profiles.recorder import Span
+from flashhead_profiles.ranges import Span
 
 
 def rank(compute_us: float, exchanges_us: tuple[float, ...], num_iterations: int = 5) -> RankParts:

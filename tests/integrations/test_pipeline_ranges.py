@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.integrations.pipeline import PipelineDecoder
-from flashhead_profiles.recorder import recording
+from flashhead_profiles.ranges import recording
 
 HIDDEN, TOKENS = 32, 5
 PROMPTS = [[5, 6, 7, 8], [12, 13, 14, 15]]

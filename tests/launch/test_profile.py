@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flashhead_profiles.folder import read_profile
+from flashhead_profiles.readers import read_profile
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "launch" / "profile.sh"

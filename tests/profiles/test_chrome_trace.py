@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from flashhead_profiles.chrome_trace import read_chrome_trace
-from flashhead_profiles.timeline import TraceError
+from flashhead_profiles.readers import read_chrome_trace
+from flashhead_profiles.traces import TraceError
 
 
 def event(name: str, category: str, start: float, us: float, **more: Any) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flashhead_profiles.folder import capture_of, read_profile
-from flashhead_profiles.timeline import TraceError
+from flashhead_profiles.readers import _capture_of, read_profile
+from flashhead_profiles.traces import TraceError
 from tests.profiles.test_nsys import write
 
 
@@ -21,7 +21,7 @@ from tests.profiles.test_nsys import write
     ],
 )
 def test_captures_are_named_by_what_is_not_the_rank(name: str, rank: int, capture: str) -> None:
-    assert capture_of(Path(name), rank) == capture
+    assert _capture_of(Path(name), rank) == capture
 
 
 def test_captures_of_one_rank_are_kept_apart(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pynvml
 import pytest
 
-from flashhead_profiles.nvml import (
+from flashhead_profiles.counters import (
     COUNTERS,
     MEMORY,
     NVLINK_RECEIVED,

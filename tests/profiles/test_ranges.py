@@ -11,8 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from flashhead_profiles import ranges
-from flashhead_profiles.ranges import NAMES, annotate, in_parts, listening, split_message
-from flashhead_profiles.recorder import recording
+from flashhead_profiles.ranges import NAMES, annotate, in_parts, listening, recording, split_message
 
 BENCH = Path(__file__).parents[2] / "profiles" / "bench_ranges.py"
 

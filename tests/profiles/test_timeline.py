@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
+import pandas as pd
 
-from flashhead_profiles.timeline import (
+from flashhead_profiles.traces import (
     COLUMNS,
     Trace,
-    TraceError,
     TraceRange,
     Work,
     intersection,
     medians,
-    over_ranks,
-    shares_of,
     timeline,
     union,
 )
@@ -86,32 +83,13 @@ def test_what_is_missing_is_nan_with_a_reason() -> None:
     frame = timeline(Trace(0, RANGES, [], {"kernels_us": "no GPU"}))
     assert frame["kernels_us"].isna().all()
     assert frame["communication_us"].notna().all()
-    both = over_ranks([frame, timeline(Trace(1, RANGES, []))])
-    assert both.attrs["missing"] == {"kernels_us": "no GPU"}
-    assert both["kernels_us"].isna().sum() == len(RANGES)
-
-
-def test_direct_children_cover_a_share_and_grandchildren_are_not_counted_twice() -> None:
-    ranges = [*RANGES, found("head/check", 0, 30)]
-    shares = shares_of(timeline(Trace(0, ranges, [])), "step")
-    assert list(shares["children_us"]) == [95, 0]
-    assert list(shares["share"]) == [0.95, 0]
-    with pytest.raises(TraceError, match="pipeline/send"):
-        shares_of(timeline(Trace(0, ranges, [])), "pipeline/send")
 
 
 def test_medians_by_range_and_rank() -> None:
-    frame = over_ranks(timeline(Trace(rank, RANGES, [])) for rank in (0, 1))
+    frame = pd.concat(timeline(Trace(rank, RANGES, [])) for rank in (0, 1))
     table = medians(frame).set_index(["range", "rank"])
     assert table.loc[("step", 1), "duration_us"] == 75
     assert table.loc[("step", 0), "number"] == 2
-
-
-def test_two_traces_of_one_rank_are_refused() -> None:
-    with pytest.raises(TraceError, match="rank 0"):
-        over_ranks([timeline(Trace(0, RANGES, []))] * 2)
-    with pytest.raises(TraceError, match="no trace"):
-        over_ranks([])
 
 
 def test_unions_and_intersections() -> None:

@@ -10,8 +10,8 @@ import pandas as pd
 from flashhead_dist.errors import UserError
 from flashhead_dist.report.runs import Run
 from flashhead_dist.report.section import Section
-from flashhead_profiles.folder import Profile, read_profile
-from flashhead_profiles.timeline import TraceError, medians
+from flashhead_profiles.readers import Profile, read_profile
+from flashhead_profiles.traces import TraceError, medians
 
 PROFILE_NAME = "profile"
 _NOT_TAKEN = (

@@ -1,6 +1,7 @@
-"""Ranges of a profile with the kernels and the communication under them, as one pandas frame.
+"""Profiles read into one pandas frame: ranges, and the kernels and communication under them.
 
-The readers of single formats (`nsys`, `chrome_trace`) fill a `Trace`; `timeline` makes the frame:
+`read_profile` reads a folder that launch/profile.sh wrote. The readers of single formats (Chrome
+traces here, `nsys`) fill a `Trace`; `timeline` makes the frame:
 
     range              name of the range, one of `ranges.NAMES`
     label              what follows its colon, else that of the nearest range around it: its head
@@ -11,17 +12,19 @@ The readers of single formats (`nsys`, `chrome_trace`) fill a `Trace`; `timeline
     communication_us   time in which communication of the range ran
     overlap_us         time in which both ran
     depth              number of our ranges around it
-    payload            its number, where the format keeps it
+    payload            its number, where the format has it
 
-A figure that the trace does not hold is NaN, and `frame.attrs["missing"]` says why by column. A
-kernel belongs to every range of the thread that launched it, at the moment of the launch; it may
-run, and count, when the range has long ended. Times are unions: two kernels at once count once.
+A figure that the trace does not hold is NaN, and `frame.attrs["missing"]` gives the reason by
+column. A kernel belongs to every range of the thread that launched it, at the moment of the launch.
+Times are unions: two kernels at once count once.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,50 +130,10 @@ def timeline(trace: Trace) -> pd.DataFrame:
     return frame
 
 
-def over_ranks(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """Frames of several ranks in one; what one of them misses is missing there alone.
-
-    Raises:
-        TraceError: no frame, or two of one rank.
-    """
-    frames = list(frames)
-    ranks = [int(rank) for frame in frames for rank in frame["rank"].unique()]
-    if not frames:
-        raise TraceError("no trace was given: name the files that launch/profile.sh wrote")
-    if len(set(ranks)) != len(ranks):
-        raise TraceError(
-            f"two traces are of rank {max(ranks, key=ranks.count)}: give one capture at a time"
-        )
-    whole = pd.concat(frames, ignore_index=True)
-    whole.attrs["missing"] = {k: v for f in frames for k, v in f.attrs["missing"].items()}
-    return whole
-
-
-def shares_of(frame: pd.DataFrame, parent: str) -> pd.DataFrame:
-    """How much of each `parent` range its direct children cover.
-
-    Returns:
-        One row a `parent`: rank, start_us, duration_us, children_us, share.
-
-    Raises:
-        TraceError: no such range.
-    """
-    rows = []
-    for _, ranges in frame.groupby("rank", sort=True):
-        ordered: Any = ranges.sort_values(["start_us", "depth"])
-        for outer in ordered[ordered["range"] == parent].itertuples():
-            stop_us = outer.start_us + outer.duration_us
-            inside = ordered[
-                (ordered["depth"] == outer.depth + 1)
-                & (ordered["start_us"] >= outer.start_us)
-                & (ordered["start_us"] < stop_us)
-            ]
-            children_us = float(inside["duration_us"].sum())
-            share = children_us / outer.duration_us if outer.duration_us else np.nan
-            rows.append((outer.rank, outer.start_us, outer.duration_us, children_us, share))
-    if not rows:
-        raise TraceError(f"the trace holds no range {parent!r}")
-    return pd.DataFrame(rows, columns=["rank", "start_us", "duration_us", "children_us", "share"])
+def rank_in_name(path: Path) -> int | None:
+    """The rank in a file's name, as in `rank0` or `rank_0`."""
+    named = re.search(r"rank_?(\d+)", path.name)
+    return int(named[1]) if named else None
 
 
 def medians(frame: pd.DataFrame) -> pd.DataFrame:
