@@ -10,3 +10,7 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+class ModelSourceError(UserError):
+    """The named model cannot serve as a source of output-embedding rows."""

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flashhead_dist.errors import ModelSourceError
 from flashhead_dist.models.cache import cache_root, locked, publish
-from flashhead_dist.models.errors import ModelSourceError
 from flashhead_kernels import launch_choice
 
 _SCHEMA_VERSION = 1

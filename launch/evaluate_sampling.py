@@ -133,7 +133,7 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
             temperature=temperature,
             num_draws=arguments.draws,
             seed=arguments.seed,
-            softcap=model.final_logit_softcap or 0.0,
+            contract=model.contract,
         )
         for temperature in arguments.temperatures
     ]

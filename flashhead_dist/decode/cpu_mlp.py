@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flashhead_dist.decode.cpu_linear import StreamedLinear, stacked
-from flashhead_dist.models.replacing import replace_layers
+from flashhead_dist.models.quantized import replace_layers
 
 _TOLERANCE = 1e-4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flashhead_dist.models.replacing import replace_layers
+from flashhead_dist.models.quantized import replace_layers
 from flashhead_kernels.cpu_norm import rms_norm
 
 _FEW_VALUES = 1 << 16

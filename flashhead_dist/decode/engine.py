@@ -30,7 +30,7 @@ from flashhead_dist.integrations.deepspeed import DeepSpeedCalls, drop_head, sha
 from flashhead_dist.integrations.pipeline import PipelineDecoder
 from flashhead_dist.integrations.pipeline_bubble import StageTimes
 from flashhead_dist.models import ModelSource
-from flashhead_dist.models.int4_linear import unpack_linears
+from flashhead_dist.models.quantized import unpack_linears
 from flashhead_dist.parallel import TensorParallel
 
 DENSE = DenseLocalMax.name
@@ -239,11 +239,11 @@ class Engine:
         if head is None:
             # A stage of the pipeline that holds no head.
             return None
-        softcap = self.model.final_logit_softcap or 0.0
+        contract = self.model.contract
 
         def choose(hidden: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
             return choose_tokens(
-                head, hidden, positions, sequences, self.parameters, softcap=softcap
+                head, hidden, positions, sequences, self.parameters, contract=contract
             )
 
         return choose

@@ -31,12 +31,11 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.closed_form import ClosedForm, closed_form
 from flashhead_dist.heads.emulated import EmulatedHead
-from flashhead_dist.models import ModelSource
+from flashhead_dist.models import ModelSource, OutputContract
 from flashhead_dist.states import HiddenStates, require_finite
 from flashhead_dist.states.body import body_dtype, run_body
 from flashhead_dist.states.split import Passage
 from flashhead_dist.states.texts import Document
-from flashhead_kernels.logits import FinalLogits
 
 _STATES = 512
 _ROWS = 8192
@@ -100,7 +99,7 @@ def evaluate_divergence(
         for first in range(0, len(states), _STATES):
             part = slice(first, first + _STATES)
             tokens = None if token_ids is None else token_ids[part]
-            forms, shards = _forms(ranks, states[part], tokens, model.final_logit_softcap or 0.0)
+            forms, shards = _forms(ranks, states[part], tokens, model.contract)
             if clusters is None:
                 clusters = _cluster_of_token(shards, model.vocab_size)
             parts.append(_compare(forms, model, clusters, states[part], tokens))
@@ -114,14 +113,14 @@ def evaluate_divergence(
 
 
 def _forms(
-    ranks: Sequence[Head], states: Tensor, token_ids: Tensor | None, softcap: float
+    ranks: Sequence[Head], states: Tensor, token_ids: Tensor | None, contract: OutputContract
 ) -> tuple[_Forms, list[ClosedForm]]:
     """What all ranks together say of `states`, and the last batch's forms, for their shards."""
     parts = []
     forms: list[ClosedForm] = []
     for first in range(0, len(states), _FORM_STATES):
         part = slice(first, first + _FORM_STATES)
-        forms = [closed_form(rank, states[part], softcap=softcap) for rank in ranks]
+        forms = [closed_form(rank, states[part], contract=contract) for rank in ranks]
         normalizer = torch.stack([form.log_normalizer() for form in forms]).logsumexp(0)
         mass = torch.cat([form.log_mass.flatten(1) for form in forms if form.shard is not None]
                          or [torch.empty(len(normalizer), 0)], dim=1)  # fmt: skip
@@ -165,7 +164,7 @@ def _compare(
     """One pass over the output embedding: sums of exponentials by cluster, then the formula."""
     num_clusters, count = forms.log_mass.shape
     hidden = states.float().cpu().T.contiguous()
-    final = FinalLogits(softcap=model.final_logit_softcap or 0.0)
+    final = model.contract.final_logits()
     reference = forms.best.clone()
     sums = torch.zeros(num_clusters + 1, count)
     of_token = torch.empty(count, dtype=torch.float64)

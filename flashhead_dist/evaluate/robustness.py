@@ -79,15 +79,10 @@ class MadeHead:
         """The head as a model without a body, marked as synthetic."""
         return ModelSource(
             name=f"made-{self.spec.name}-{self.spec.vocab_size}x{self.spec.hidden_size}",
-            path=None,
             synthetic=True,
             dtype=torch.bfloat16,
-            tied=False,
-            final_logit_softcap=None,
             rows=_HeldRows(self.rows),
             hash_rows=_hash_rows,
-            body_loader=None,
-            tokenizer_loader=None,
         )
 
 

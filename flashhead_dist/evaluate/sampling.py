@@ -20,6 +20,7 @@ from torch import Tensor
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.closed_form import ClosedForm, closed_form
 from flashhead_dist.heads.emulated import EmulatedHead
+from flashhead_dist.models.contract import PLAIN, OutputContract
 from flashhead_kernels.keys import unpack_keys
 from flashhead_kernels.logits import GumbelNoise
 
@@ -72,7 +73,7 @@ def evaluate_sampling(
     temperature: float,
     num_draws: int,
     seed: int = 0,
-    softcap: float = 0.0,
+    contract: OutputContract = PLAIN,
     progress: bool = True,
 ) -> SamplingEvaluation:
     """Draw `num_draws` tokens from `hidden_states [N, D]` with the first of `heads`.
@@ -103,18 +104,18 @@ def evaluate_sampling(
             count = int(shares[0, number])
             noise = GumbelNoise(seed, torch.arange(count), torch.full((count,), number))
             forms = [
-                closed_form(rank, state, temperature=temperature, softcap=softcap)
+                closed_form(rank, state, temperature=temperature, contract=contract)
                 for rank in heads[0].ranks
             ]
             tokens = _draw(forms, noise)
             for head in heads[1:]:
                 others = [
-                    closed_form(rank, state, temperature=temperature, softcap=softcap)
+                    closed_form(rank, state, temperature=temperature, contract=contract)
                     for rank in head.ranks
                 ]
                 if not torch.equal(_draw(others, noise), tokens):
                     unequal.add(head.tp_size)
-            truth = closed_form(dense, state, temperature=temperature, softcap=softcap)
+            truth = closed_form(dense, state, temperature=temperature, contract=contract)
             few = slice(0, min(_PAIRED_DRAWS, count))
             paired = GumbelNoise(seed, noise.positions[few], torch.full_like(tokens[few], number))
             same += int((_draw([truth], paired) == tokens[few]).sum())

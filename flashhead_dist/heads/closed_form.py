@@ -29,6 +29,7 @@ from flashhead_dist.heads.dense import DenseLocalMax
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated
 from flashhead_dist.heads.index_scan import IndexScan
 from flashhead_dist.index import IndexShard
+from flashhead_dist.models.contract import PLAIN, OutputContract
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.logits import FinalLogits, GumbelNoise
 from flashhead_kernels.sampling import Weighed
@@ -175,26 +176,30 @@ class ClosedForm:
 
 
 def closed_form(
-    head: Head, hidden_states: Tensor, *, temperature: float = 1.0, softcap: float = 0.0
+    head: Head,
+    hidden_states: Tensor,
+    *,
+    temperature: float = 1.0,
+    contract: OutputContract = PLAIN,
 ) -> ClosedForm:
     """This rank's part of the distribution that `head` samples `hidden_states [B, D]` from.
 
-    softcap: of the model's final logits; 0 for none.
+    contract: what the model makes of products of states and rows.
 
     Raises:
         UserError: a head that does not sample, a temperature not above 0, states that do not fit.
     """
-    return form_of(head, hidden_states, sampled_final(head, hidden_states, temperature, softcap))
+    return form_of(head, hidden_states, sampled_final(head, hidden_states, temperature, contract))
 
 
 def sampled_final(
-    head: Head, hidden_states: Tensor, temperature: float, softcap: float
+    head: Head, hidden_states: Tensor, temperature: float, contract: OutputContract
 ) -> FinalLogits:
     """What becomes of logits, once it is checked that `head` can sample; see `closed_form`."""
     require_sampling_head(head)
     head.check(hidden_states, Want())
     try:
-        return FinalLogits(softcap=softcap, temperature=temperature)
+        return contract.final_logits(temperature)
     except ValueError as error:
         raise UserError(str(error)) from error
 

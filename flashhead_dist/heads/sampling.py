@@ -34,9 +34,10 @@ from flashhead_dist.heads.closed_form import (
 from flashhead_dist.heads.emulated import EmulatedHead, run_in_lock_step
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated
 from flashhead_dist.heads.nucleus import draw_from_nucleus, within_mass
+from flashhead_dist.models.contract import PLAIN, OutputContract
 from flashhead_dist.parallel import Exchange, Operation, Steps, TensorParallel
 from flashhead_kernels.keys import unpack_keys
-from flashhead_kernels.logits import FinalLogits, GumbelNoise
+from flashhead_kernels.logits import GumbelNoise
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
 from flashhead_kernels.transfer import to_device
 from flashhead_profiles.ranges import HEAD, annotate
@@ -91,14 +92,14 @@ def choose_tokens(
     sequences: Tensor,
     parameters: SamplingParameters,
     *,
-    softcap: float = 0.0,
+    contract: OutputContract = PLAIN,
 ) -> Tensor:
     """The next token int64 `[B]` of each row, the same on every rank and for every tp_size.
 
     hidden_states: `[B, D]`. positions: int64 `[B]`, how many tokens stand before the one to be
     drawn in its own text; sequences: int64 `[B]`, the number of that text. The two, each below
-    2^32, key the noise: a pair that comes twice draws with the same noise twice. softcap: of the
-    model's final logits, 0 for none.
+    2^32, key the noise: a pair that comes twice draws with the same noise twice. contract: what
+    the model makes of products of states and rows.
 
     Temperature 0 works for every head. Positions and sequences on a GPU are not checked, which the
     host would have to wait for: their low 32 bits count.
@@ -110,7 +111,7 @@ def choose_tokens(
     return _run(
         head,
         lambda rank: sampling_steps(
-            rank, hidden_states, positions, sequences, parameters, softcap=softcap
+            rank, hidden_states, positions, sequences, parameters, contract=contract
         ),
     )
 
@@ -121,7 +122,7 @@ def token_log_probs(
     token_ids: Tensor,
     *,
     temperature: float = 1.0,
-    softcap: float = 0.0,
+    contract: OutputContract = PLAIN,
 ) -> Tensor:
     """log P of `token_ids` int64 `[B]`, one for each row of `hidden_states [B, D]`: float32 `[B]`.
 
@@ -143,7 +144,7 @@ def token_log_probs(
         raise UserError(f"token ids must lie between 0 and {vocab_size - 1}: give others")
     return _run(
         head,
-        lambda rank: _log_prob_steps(rank, hidden_states, token_ids, temperature, softcap),
+        lambda rank: _log_prob_steps(rank, hidden_states, token_ids, temperature, contract),
     )
 
 
@@ -154,7 +155,7 @@ def sampling_steps(
     sequences: Tensor,
     parameters: SamplingParameters,
     *,
-    softcap: float = 0.0,
+    contract: OutputContract = PLAIN,
 ) -> Steps[Tensor]:
     """One rank's part of `choose_tokens`, whose arguments these are."""
     head.check(hidden_states, Want(k=max(1, parameters.top_k)))
@@ -168,8 +169,8 @@ def sampling_steps(
         return output.token_ids[:, 0]
     noise = _noise(parameters.seed, positions, sequences, hidden_states)
     if parameters.top_k:
-        return (yield from _top_k_steps(head, hidden_states, noise, parameters, softcap))
-    final = FinalLogits(softcap=softcap, temperature=parameters.temperature)
+        return (yield from _top_k_steps(head, hidden_states, noise, parameters, contract))
+    final = contract.final_logits(parameters.temperature)
     if parameters.top_p < 1:
         form = form_of(head, hidden_states, final)
         steps = draw_from_nucleus(form, noise, parameters.top_p)
@@ -188,11 +189,11 @@ def _top_k_steps(
     hidden_states: Tensor,
     noise: GumbelNoise,
     parameters: SamplingParameters,
-    softcap: float,
+    contract: OutputContract,
 ) -> Steps[Tensor]:
     """Every rank knows the k best and draws among them: no further exchange."""
     best = yield from head.steps(hidden_states, Want(k=parameters.top_k))
-    final = FinalLogits(softcap=softcap, temperature=parameters.temperature)
+    final = contract.final_logits(parameters.temperature)
     ops = sampling_ops_for(hidden_states.device)
     logits = ops.final_logits(best.logits, final)
     if parameters.top_p < 1:
@@ -204,9 +205,13 @@ def _top_k_steps(
 
 
 def _log_prob_steps(
-    head: Head, hidden_states: Tensor, token_ids: Tensor, temperature: float, softcap: float
+    head: Head,
+    hidden_states: Tensor,
+    token_ids: Tensor,
+    temperature: float,
+    contract: OutputContract,
 ) -> Steps[Tensor]:
-    final = sampled_final(head, hidden_states, temperature, softcap)
+    final = sampled_final(head, hidden_states, temperature, contract)
     if len(token_ids) == 0:
         return torch.empty(0, dtype=torch.float32, device=hidden_states.device)
     token_ids = to_device(token_ids, hidden_states.device)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.models.int4_linear import unpack_linears
+from flashhead_dist.models.quantized import unpack_linears
 
 HEAD_PREFIX = "head"
 

@@ -95,7 +95,6 @@ class FlashHeadLM(HFLM):  # type: ignore[misc, unused-ignore]
         # Only now: HFLM ties weights, which a retrieval head has no part in.
         replace_head(self.model, folder, num_probes=num_probes, alpha=alpha)
         rows = self.model.retrieval_head.logit_rows
-        self._softcap: float = rows.final.softcap
         self._head: Head = rows.head
         if likelihood == "dense":
             self._head = IndexScan(rows.head.tp, rows.head.shard)
@@ -172,7 +171,9 @@ class FlashHeadLM(HFLM):  # type: ignore[misc, unused-ignore]
             part = slice(first, first + _ROWS_AT_ONCE)
             some = states[part].contiguous()
             log_probs.append(
-                token_log_probs(self._head, some, token_ids[part], softcap=self._softcap)
+                token_log_probs(
+                    self._head, some, token_ids[part], contract=self.model.retrieval_head.contract
+                )
             )
             greedy.append(self._head(some).token_ids[:, 0])
         return torch.cat(log_probs).double(), torch.cat(greedy)

@@ -1,10 +1,11 @@
-"""Put FlashHead in the place of a transformers model's linear output head.
+"""Replace a transformers model's linear output head by FlashHead.
 
     model = AutoModelForCausalLM.from_pretrained(...)
     replace_head(model, "path/of/its/index")
     model.generate(...)
 
-See docs/transformers.md for what a retrieval head gives exactly and what it estimates.
+See docs/transformers.md for what a retrieval head gives exactly and what it estimates. The head
+itself is in `transformers_head`, what `generate` does with it in `transformers_generation`.
 """
 
 from __future__ import annotations
@@ -15,26 +16,21 @@ from typing import Any, Literal, get_args
 import torch
 from accelerate.hooks import remove_hook_from_module  # type: ignore[import-untyped]
 from accelerate.utils import align_module_device  # type: ignore[import-untyped]
-from torch import nn
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
 
 from flashhead_dist.errors import UserError
+from flashhead_dist.heads.base import HIDDEN_DTYPES
 from flashhead_dist.heads.flashhead import FlashHead
-from flashhead_dist.index import load_manifest, load_shard
+from flashhead_dist.index import IndexManifest, IndexShard, load_manifest, load_shard
 from flashhead_dist.index.row_block import with_row_dtype
-from flashhead_dist.integrations.transformers_checks import (
-    check_rows,
-    check_sizes,
-    find_linear_head,
-    find_tied_embedding,
-)
-from flashhead_dist.integrations.transformers_embedding import SharedEmbedding
 from flashhead_dist.integrations.transformers_generation import (
     RetrievalGeneration,
     retrieval_class,
 )
 from flashhead_dist.integrations.transformers_head import RetrievalHead
 from flashhead_dist.integrations.transformers_rows import LogitRows
-from flashhead_dist.integrations.transformers_tail import measure_final_logits
+from flashhead_dist.models.contract import fit_contract
 from flashhead_dist.parallel import TensorParallel
 
 FullLogits = Literal["closed_form", "error"]
@@ -68,15 +64,15 @@ def replace_head(
         raise UserError(
             f"full_logits {full_logits!r} is unknown: choose from {', '.join(get_args(FullLogits))}"
         )
-    linear = find_linear_head(model)
+    linear = _find_linear_head(model)
+    contract = fit_contract(type(model), model.config)
     manifest = load_manifest(Path(index))
-    check_sizes(model, linear, manifest)
+    _check_sizes(model, linear, manifest)
     with align_module_device(linear):
         device, dtype = linear.weight.device, linear.weight.dtype
         shard = load_shard(Path(index), device=device)
-        check_rows(model, linear.weight, shard)
-        embedding = find_tied_embedding(model, linear)
-    final = measure_final_logits(model, linear)
+        _check_rows(model, linear.weight, shard)
+        embedding = _find_tied_embedding(model, linear, tied=contract.tied)
     shard = with_row_dtype(shard, dtype)
     flashhead = FlashHead(
         TensorParallel.single(device),
@@ -85,15 +81,14 @@ def replace_head(
         alpha=manifest.alpha if alpha is None else alpha,
     )
     head = RetrievalHead(
-        LogitRows(flashhead, final), serves_closed_form=full_logits == "closed_form"
+        LogitRows(flashhead, contract.after_head.final_logits()),
+        contract,
+        serves_closed_form=full_logits == "closed_form",
     )
     if embedding is not None and shard.table is not None:
         remove_hook_from_module(embedding)
         row_of_token = shard.token_map.packed  # one rank: the packed code is the row
         model.set_input_embeddings(SharedEmbedding(embedding, shard.table[0], row_of_token))
-    if final.softcap:
-        # The head caps its logits itself, so that closed-form rows can be shifted after the cap.
-        model.config.get_text_config().final_logit_softcapping = None
     model.set_output_embeddings(head)
     own_class: Any = type(model)
     model.__class__ = retrieval_class(own_class)
@@ -113,11 +108,10 @@ def restore_head(model: Any) -> Any:
             f"this {type(model).__name__} has no retrieval head to take out: "
             "replace_head(model, index) puts one in"
         )
-    rows = model.retrieval_head.logit_rows
-    shard = rows.head.shard
-    every = torch.arange(rows.vocab_size, device=shard.rows.device)
-    weight = shard.embedding_lookup(every)
-    linear = nn.Linear(rows.head.hidden_size, rows.vocab_size, bias=False, device="meta")
+    head = model.retrieval_head.logit_rows.head
+    every = torch.arange(head.vocab_size, device=head.shard.rows.device)
+    weight = head.shard.embedding_lookup(every)
+    linear = nn.Linear(head.hidden_size, head.vocab_size, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     untyped: Any = model
     embedding = untyped.get_input_embeddings()
@@ -127,6 +121,115 @@ def restore_head(model: Any) -> Any:
         untyped.set_input_embeddings(original)
     untyped.__class__ = type(model).original_class
     untyped.set_output_embeddings(linear)
-    if rows.final.softcap:
-        untyped.config.get_text_config().final_logit_softcapping = rows.final.softcap
     return untyped
+
+
+class SharedEmbedding(nn.Module):
+    """A model's own input embedding, reading the rows of an index through a map of token ids.
+
+    The wrapped module does what it always did with a row (Gemma scales it). Its weight is in the
+    order of the index, so this module shows none.
+    """
+
+    def __init__(self, embedding: nn.Embedding, rows: Tensor, row_of_token: Tensor) -> None:
+        """rows: `[r, D]`, not copied; row_of_token: int32 `[V]`."""
+        super().__init__()
+        embedding.weight = nn.Parameter(rows, requires_grad=False)
+        embedding.num_embeddings = len(rows)
+        # It only stops gradients, and its row has moved.
+        self.padding_idx = embedding.padding_idx
+        embedding.padding_idx = None
+        self.embedding = embedding
+        self.embedding_dim = embedding.embedding_dim
+        self.num_embeddings = len(row_of_token)
+        self.register_buffer("row_of_token", row_of_token, persistent=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """`[..., D]` of int64 `[...]`; IndexError for an id outside the vocabulary."""
+        table: Tensor = self.row_of_token  # type: ignore[assignment]
+        rows = table.index_select(0, input_ids.reshape(-1).to(table.device))
+        found: Tensor = self.embedding(rows.view(input_ids.shape))
+        return found
+
+    def unwrap(self, weight: Tensor) -> nn.Embedding:
+        """The wrapped module with `weight [V, D]` in token order."""
+        embedding = self.embedding
+        embedding.weight = nn.Parameter(weight, requires_grad=False)
+        embedding.num_embeddings = len(weight)
+        embedding.padding_idx = self.padding_idx
+        return embedding
+
+
+def _find_linear_head(model: Any) -> nn.Linear:
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"{name} is not a transformers model: load one with "
+            "transformers.AutoModelForCausalLM.from_pretrained"
+        )
+    untyped: Any = model
+    if isinstance(model, RetrievalGeneration):
+        raise UserError(
+            f"this {name} has a retrieval head already: take it out with restore_head(model) first"
+        )
+    if not isinstance(model, GenerationMixin) or untyped.config.is_encoder_decoder:
+        raise UserError(
+            f"{name} is not a causal language model: load one with "
+            "transformers.AutoModelForCausalLM.from_pretrained"
+        )
+    head = untyped.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.weight.dtype not in HIDDEN_DTYPES:
+        found = "no output head" if head is None else f"an output head of {type(head).__name__}"
+        if isinstance(head, nn.Linear):
+            found += f" in {head.weight.dtype}"
+        raise UserError(
+            f"{name} has {found}: FlashHead replaces a linear one in float32, bfloat16 or float16"
+        )
+    return head
+
+
+def _check_sizes(model: Any, linear: nn.Linear, manifest: IndexManifest) -> None:
+    own = (linear.out_features, linear.in_features)
+    if own != (manifest.vocab_size, manifest.hidden_size):
+        raise UserError(
+            f"the index of {manifest.model_name} is for {manifest.vocab_size} tokens of hidden "
+            f"size {manifest.hidden_size}, but {type(model).__name__} has {own[0]} of {own[1]}: "
+            "build an index for this model with launch/build_index.py"
+        )
+
+
+def _check_rows(model: Any, weight: Tensor, shard: IndexShard) -> None:
+    """Raise UserError unless every row of the index is that token's row of `weight [V, D]`.
+
+    Rows are compared in the weight's dtype, so that a cast model fits the index of its files.
+    """
+    groups = zip(
+        shard.rows, shard.token_ids, shard.pinned_rows, shard.pinned_token_ids, strict=True
+    )
+    for rows, token_ids, pinned_rows, pinned_ids in groups:
+        ids = torch.cat([token_ids.flatten(), pinned_ids]).long()
+        stored = torch.cat([rows.flatten(0, 1), pinned_rows]).to(weight.dtype)
+        real = ids >= 0
+        if not torch.equal(stored[real], weight[ids[real]]):
+            raise UserError(
+                f"the index of {shard.manifest.model_name} holds other weights than the output "
+                f"head of this {type(model).__name__}: build one for this model with "
+                "launch/build_index.py"
+            )
+
+
+def _find_tied_embedding(model: Any, linear: nn.Linear, *, tied: bool) -> nn.Embedding | None:
+    """The input embedding if it is `linear`'s weight; call it where `linear` is aligned."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        return None
+    if embedding.weight is linear.weight:
+        return embedding
+    if not tied:
+        return None
+    # Offloaded, both are loaded separately and no longer one tensor.
+    with align_module_device(embedding):
+        same = embedding.weight.shape == linear.weight.shape and torch.equal(
+            embedding.weight.to(linear.weight.device), linear.weight
+        )
+    return embedding if same else None

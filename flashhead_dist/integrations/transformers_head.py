@@ -1,4 +1,8 @@
-"""The module that stands in a transformers model where its linear output head stood."""
+"""The module that replaces a transformers model's linear output head.
+
+The model's class scales or caps what its head returns (see `models.contract`), but rows of a
+retrieval head are final: estimates cannot pass a cap twice. `held_rows` takes them past the model.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import refuse_non_finite
 from flashhead_dist.integrations.transformers_rows import LogitRows, Retrieved
+from flashhead_dist.models.contract import OutputContract
 
 _ROWS_AT_ONCE = 64
 """Hidden states whose whole vocabulary is scored at a time, which bounds the memory for it."""
@@ -64,6 +69,23 @@ def open_session(session: Session) -> Iterator[Session]:
         _OPEN_SESSIONS.reset(token)
 
 
+_HELD_ROWS: ContextVar[list[Tensor] | None] = ContextVar("held_rows", default=None)
+
+
+@contextmanager
+def held_rows() -> Iterator[list[Tensor]]:
+    """Collect the rows that retrieval heads make in this thread.
+
+    The model sees one value of each row, so that what it does with them costs nothing.
+    """
+    rows: list[Tensor] = []
+    token = _HELD_ROWS.set(rows)
+    try:
+        yield rows
+    finally:
+        _HELD_ROWS.reset(token)
+
+
 class RetrievalHead(nn.Module):
     """Maps hidden states `[..., D]` to float32 rows `[..., V]` through an index.
 
@@ -72,10 +94,16 @@ class RetrievalHead(nn.Module):
     dense head.
     """
 
-    def __init__(self, rows: LogitRows, *, serves_closed_form: bool) -> None:
-        """serves_closed_form: raise UserError instead where closed-form rows are asked for."""
+    def __init__(
+        self, rows: LogitRows, contract: OutputContract, *, serves_closed_form: bool
+    ) -> None:
+        """contract: the model's; rows already follow what it says of logits.
+
+        serves_closed_form: raise UserError instead where closed-form rows are asked for.
+        """
         super().__init__()
         self.logit_rows = rows
+        self.contract = contract
         self.serves_closed_form = serves_closed_form
         self.in_features = rows.head.hidden_size
         self.out_features = rows.vocab_size
@@ -96,7 +124,12 @@ class RetrievalHead(nn.Module):
         flat = hidden_states.detach().reshape(-1, self.in_features).to(self.device)
         sessions = [session for session in _OPEN_SESSIONS.get() if session.head is self]
         rows = self._serve(sessions[-1], flat) if sessions else self._closed_form(flat, 1.0)
-        return rows.view(*hidden_states.shape[:-1], self.out_features).to(hidden_states.device)
+        rows = rows.view(*hidden_states.shape[:-1], self.out_features).to(hidden_states.device)
+        held = _HELD_ROWS.get()
+        if held is None:
+            return rows
+        held.append(rows)
+        return rows[..., :1]
 
     def _serve(self, session: Session, flat: Tensor) -> Tensor:
         if session.kind is RowKind.CLOSED_FORM:

@@ -94,7 +94,7 @@ class LogitRows:
             shard.pinned_rows,
             shard.pinned_token_ids,
         )
-        final = FinalLogits(self.final.softcap, temperature)
+        final = FinalLogits(self.final.softcap, temperature * self.final.temperature)
         scored = ops.final_logits(scores.logits, final)
         log_mass = ops.cluster_log_mass(
             hidden_states,

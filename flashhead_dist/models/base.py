@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from flashhead_dist.models.errors import ModelSourceError
+from flashhead_dist.errors import ModelSourceError
+from flashhead_dist.models.contract import OutputContract
 
 
 class RowStore(Protocol):
@@ -45,20 +46,22 @@ class ModelSource:
     """Where output-embedding rows come from.
 
     `dtype` is what `read_rows` and `read_columns` return. `tied` says whether the output embedding
-    is the input embedding as well. `final_logit_softcap` is the cap c of `c * tanh(logit / c)`, or
-    None. `path` is the folder or file, None for a synthetic model.
+    is the input embedding as well. `path` is the folder or file, None for a synthetic model.
+    `find_contract` may take seconds the first time.
     """
 
     name: str
-    path: Path | None
-    synthetic: bool
     dtype: torch.dtype
-    tied: bool
-    final_logit_softcap: float | None
     rows: RowStore = field(repr=False)
     hash_rows: Callable[[RowStore], str] = field(repr=False)
-    body_loader: Callable[[torch.dtype | None], tuple[Any, Any]] | None = field(repr=False)
-    tokenizer_loader: Callable[[], Any] | None = field(repr=False)
+    path: Path | None = None
+    synthetic: bool = False
+    tied: bool = False
+    find_contract: Callable[[], OutputContract] = field(default=OutputContract, repr=False)
+    body_loader: Callable[[torch.dtype | None], tuple[Any, Any]] | None = field(
+        default=None, repr=False
+    )
+    tokenizer_loader: Callable[[], Any] | None = field(default=None, repr=False)
 
     @property
     def vocab_size(self) -> int:
@@ -69,6 +72,14 @@ class ModelSource:
     def hidden_size(self) -> int:
         """D."""
         return self.rows.shape[1]
+
+    @cached_property
+    def contract(self) -> OutputContract:
+        """What becomes of products of hidden states and rows.
+
+        Raises ModelSourceError where the model's class does more than a contract can express.
+        """
+        return self.find_contract()
 
     @cached_property
     def weight_hash(self) -> str:
@@ -106,7 +117,7 @@ class ModelSource:
     def special_token_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that the tokenizer names (end of text, unknown, ...), ascending.
 
-        None where there is no tokenizer. Reading one takes seconds.
+        Empty where there is no tokenizer. Reading one takes seconds.
 
         Raises ModelSourceError where transformers cannot load the tokenizer.
         """

@@ -1,15 +1,19 @@
 """Where derived files live, and how several ranks make one of them exactly once.
 
-Everything is written to a temporary name beside its target and renamed, so that a reader sees
-either nothing or the whole; a file lock keeps concurrent ranks from doing the same work twice.
+A file is written under a temporary name beside its target and renamed, so a reader never sees a
+part of it; a file lock keeps concurrent ranks from doing the same work twice. Work that needs much
+memory runs in a process of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flashhead_dist.models.errors import ModelSourceError
+from flashhead_dist.errors import ModelSourceError
 
 
 def cache_root(cache_dir: Path | None = None) -> Path:
@@ -65,6 +69,25 @@ def make_once(target: Path, write: Callable[[Path], None]) -> Path:
     return target
 
 
+def file_fingerprint(path: Path, part: str = "") -> str:
+    """Changes with the path, size or modification time of the file, and with the part's name."""
+    stat = path.stat()
+    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{part}"
+
+
+def cached_hash(fingerprint: str, chunks: Callable[[], Iterable[bytes]], cache: Path) -> str:
+    """Hex sha256 of bytes that take seconds to hash, remembered in `cache` by `fingerprint`."""
+    key = hashlib.sha256(fingerprint.encode()).hexdigest()
+
+    def write(path: Path) -> None:
+        digest = hashlib.sha256()
+        for chunk in chunks():
+            digest.update(chunk)
+        path.write_text(digest.hexdigest())
+
+    return make_once(cache / "weight_hashes" / key, write).read_text()
+
+
 def cached_tensors(target: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of the safetensors file `target`, made by `compute` where it is not there yet.
 
@@ -77,6 +100,29 @@ def cached_tensors(target: Path, compute: Callable[[], dict[str, Tensor]]) -> di
         raise ModelSourceError(
             f"The cached file {target} is damaged ({error}); delete it, and it is made again."
         ) from error
+
+
+def call_in_process(function: Callable[..., None], *arguments: object, remedy: str) -> None:
+    """Call a module's `function` in another Python process, so that this one's memory stays small.
+
+    Arguments arrive as strings. Raises ModelSourceError as `function` does, or with `remedy` where
+    the process fails otherwise.
+    """
+    name = function.__name__
+    program = f"import sys; from {function.__module__} import {name}; {name}(*sys.argv[1:])"
+    # torchrun gives a rank one thread; this process may use every core.
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode == 0:
+        return
+    last_line = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    refusal = f"{ModelSourceError.__module__}.{ModelSourceError.__qualname__}: "
+    if last_line.startswith(refusal):
+        raise ModelSourceError(last_line.removeprefix(refusal))
+    raise ModelSourceError(f"{name} failed in a process of its own ({last_line}); {remedy}.")
 
 
 def publish(target: Path, write: Callable[[Path], None]) -> None:

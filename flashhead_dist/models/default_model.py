@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
@@ -13,9 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from flashhead_dist.errors import UserError
-from flashhead_dist.models.cache import make_once
-from flashhead_dist.models.errors import ModelSourceError
+from flashhead_dist.errors import ModelSourceError
+from flashhead_dist.models.cache import call_in_process, make_once
 
 DEFAULT_NAME = "gemma-3-270m"
 TERMS = "https://ai.google.dev/gemma/terms"
@@ -35,6 +31,9 @@ def default_model_folder(cache: Path, *, progress: bool = True) -> Path:
 
 
 def _convert(target: Path, *, progress: bool) -> None:
+    # The gguf package is imported only where a GGUF file is opened: ranks stay small.
+    from flashhead_dist.models.gguf import convert_gguf
+
     assemble = _package().assemble
     console = Console(stderr=True)
     if progress:
@@ -48,7 +47,9 @@ def _convert(target: Path, *, progress: bool) -> None:
     )
     with status, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         gguf = Path(assemble(Path(scratch) / f"{DEFAULT_NAME}.gguf"))
-        _run_converter(gguf, target)
+        call_in_process(
+            convert_gguf, gguf, target, remedy="free 3 GB of memory and 1 GB of disk and run again"
+        )
     for file in target.iterdir():
         file.chmod(0o644)
 
@@ -63,19 +64,3 @@ def _package() -> Any:
             '-dist[demo]"` (the Gemma terms of use apply), or name a model with --model.'
         ) from error
     return package
-
-
-def _run_converter(gguf: Path, target: Path) -> None:
-    command = [sys.executable, "-m", "flashhead_dist.models.convert_gguf"]
-    command += [str(gguf), str(target)]
-    # torchrun gives its ranks one thread each; the conversion stands alone.
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        if done.returncode == UserError.exit_code:
-            raise ModelSourceError(f"The default model could not be converted: {last_line}")
-        raise ModelSourceError(
-            f"The default model could not be converted in {target.parent.parent} "
-            f"({last_line}); free 3 GB of memory and 1 GB of disk and run again."
-        )

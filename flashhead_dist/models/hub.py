@@ -15,7 +15,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RepositoryNotFoundError,
 )
 
-from flashhead_dist.models.errors import ModelSourceError
+from flashhead_dist.errors import ModelSourceError
 
 _TIMEOUT_S = 10.0
 _BODY_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from flashhead_dist.errors import ModelSourceError
 from flashhead_dist.models.base import ModelSource, RowStore
-from flashhead_dist.models.errors import ModelSourceError
 
 _READ_ROWS = 1 << 14
 

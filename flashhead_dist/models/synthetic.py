@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashhead_dist.models.errors import ModelSourceError
+from flashhead_dist.errors import ModelSourceError
 
 _VERSION = 1
 _BLOCK_ROWS = 256

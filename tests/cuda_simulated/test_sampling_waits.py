@@ -16,6 +16,7 @@ from flashhead_dist.integrations.transformers_rows import LogitRows
 from flashhead_dist.integrations.vllm.head import Finish, RowsHead
 from flashhead_dist.integrations.vllm.needs import Rest, RowNeed
 from flashhead_dist.integrations.vllm.rows import VocabularyMap
+from flashhead_dist.models import OutputContract
 
 pytest.importorskip("simulated_cuda")
 
@@ -51,7 +52,9 @@ def test_a_draw_waits_for_nothing_but_the_check_of_its_states(
     numbers, parameters = NUMBERS.to(positions_on), SamplingParameters(temperature=8.0, seed=7)
 
     def draw() -> None:
-        choose_tokens(head, states, numbers, numbers, parameters, softcap=30.0)
+        choose_tokens(
+            head, states, numbers, numbers, parameters, contract=OutputContract(softcap=30.0)
+        )
 
     launches, waits = second(cuda, draw)
     assert launches == LAUNCHES[name]

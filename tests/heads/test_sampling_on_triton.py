@@ -17,7 +17,7 @@ from flashhead_dist.heads.registry import build_head, emulate_head
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens, token_log_probs
 from flashhead_dist.integrations.transformers_rows import LogitRows
 from flashhead_dist.integrations.vllm.rows import know
-from flashhead_dist.models import open_model
+from flashhead_dist.models import OutputContract, open_model
 from flashhead_dist.parallel import TensorParallel
 from flashhead_kernels import dispatch, sampling_dispatch
 
@@ -53,11 +53,15 @@ def test_draws_are_those_of_the_reference_at_any_split(
     heads = [built(name, tp_size, tied_model, tied_index) for tp_size in (1, 2, 3)]
     for parameters in KINDS:
         use(monkeypatch, "reference")
-        wanted = choose_tokens(heads[0], STATES, *PLACES, parameters, softcap=20.0)
+        wanted = choose_tokens(
+            heads[0], STATES, *PLACES, parameters, contract=OutputContract(softcap=20.0)
+        )
         use(monkeypatch, "cuda")
         # What the kernels are not asked for again: one split tells of top-k and top-p.
         for head in heads if parameters is KINDS[0] else heads[1:2]:
-            found = choose_tokens(head, STATES, *PLACES, parameters, softcap=20.0)
+            found = choose_tokens(
+                head, STATES, *PLACES, parameters, contract=OutputContract(softcap=20.0)
+            )
             assert torch.equal(found, wanted), (head.tp_size, parameters)
 
 
@@ -75,10 +79,14 @@ def test_log_probs_are_those_of_the_reference(
     else:
         heads = [built(name, tp_size, tied_model, tied_index) for tp_size in (1, 2)]
     use(monkeypatch, "reference")
-    wanted = token_log_probs(heads[0], STATES, tokens, temperature=0.7, softcap=20.0)
+    wanted = token_log_probs(
+        heads[0], STATES, tokens, temperature=0.7, contract=OutputContract(softcap=20.0)
+    )
     use(monkeypatch, "cuda")
     for head in heads:
-        found = token_log_probs(head, STATES, tokens, temperature=0.7, softcap=20.0)
+        found = token_log_probs(
+            head, STATES, tokens, temperature=0.7, contract=OutputContract(softcap=20.0)
+        )
         torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
 
 
@@ -98,7 +106,7 @@ def test_rows_of_logits_are_those_of_the_reference(
         retrieved = rows.retrieve(STATES[:1], 0.8)
         found.append(
             (
-                closed_form(head, STATES[:1], softcap=20.0).unnormalized(),
+                closed_form(head, STATES[:1], contract=OutputContract(softcap=20.0)).unnormalized(),
                 rows.closed_form(retrieved),
                 rows.estimated(retrieved, below_best=True),
                 known.logits,

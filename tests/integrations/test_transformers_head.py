@@ -10,8 +10,8 @@ import torch
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from flashhead_dist.heads.closed_form import closed_form
-from flashhead_dist.integrations.transformers import restore_head
-from flashhead_dist.integrations.transformers_embedding import SharedEmbedding
+from flashhead_dist.integrations.transformers import SharedEmbedding, restore_head
+from flashhead_dist.models import OutputContract
 from tests.integrations.transformers_models import PROMPT, VOCAB_SIZE
 from tests.integrations.transformers_zoo import Pair, Zoo
 
@@ -48,7 +48,11 @@ def test_probing_everything_gives_the_dense_models_values(zoo: Zoo, kind: str, t
     model = pair.replaced(num_probes=every_probe(pair))
     prompt = torch.tensor([PROMPT])
     with torch.no_grad():
-        assert torch.allclose(model(prompt).logits, pair.dense(prompt).logits, atol=2e-5)
+        dense = pair.dense(prompt, labels=prompt)
+        assert torch.allclose(model(prompt).logits, dense.logits, atol=2e-5)
+        loss, logits = model(prompt, labels=prompt, return_dict=False)[:2]
+        assert torch.allclose(loss, dense.loss)
+        assert torch.allclose(logits, dense.logits, atol=2e-5)
     options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
     for more in ({}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}):
         found = model.generate(prompt, **options, **more)
@@ -62,7 +66,9 @@ def test_a_forward_pass_gives_the_closed_form(zoo: Zoo, cap: float | None) -> No
     model, prompt = pair.replaced(), torch.tensor([PROMPT])
     with torch.no_grad():
         found = model(prompt).logits[:, -1]
-    form = closed_form(pair.head(), pair.last_hidden(prompt), softcap=cap or 0.0)
+    form = closed_form(
+        pair.head(), pair.last_hidden(prompt), contract=OutputContract(softcap=cap or 0.0)
+    )
     assert torch.allclose(found.exp().sum(1).log(), form.unnormalized().logsumexp(1), atol=1e-4)
     assert torch.allclose(found, form.unnormalized(), atol=1e-4)
     assert not torch.allclose(found, form.unnormalized(flat=True), atol=0.1)

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
-    CohereConfig,
     LlamaModel,
     PhiConfig,
     T5Config,
@@ -43,9 +42,7 @@ def other_models(zoo: Zoo) -> dict[str, tuple[Any, str]]:
     packed = copy.deepcopy(zoo.pair("llama").dense).to(torch.float64)
     wide = make_config("llama", tied=False, vocab_size=VOCAB_SIZE + 3)
     other = copy.deepcopy(zoo.pair("llama").dense)
-    scaled = AutoModelForCausalLM.from_config(CohereConfig(**SIZES))
     with torch.no_grad():
-        scaled.lm_head.weight.copy_(other.lm_head.weight)
         other.lm_head.weight[77, 5] += 0.01
     return {
         "no transformers model": (nn.Linear(2, 2), "not a transformers model"),
@@ -55,7 +52,6 @@ def other_models(zoo: Zoo) -> dict[str, tuple[Any, str]]:
         "no linear head": (adapted, "output head of Sequential"),
         "float64": (packed, "float64"),
         "bias": (AutoModelForCausalLM.from_config(PhiConfig(**SIZES)), "bias"),
-        "scaled": (scaled, "does more with its output head's logits"),
         "vocabulary": (AutoModelForCausalLM.from_config(wide), f"{VOCAB_SIZE + 3} of 64"),
         "one weight": (other, "other weights"),
         "another model": (zoo.pair("llama", seed=5).dense, "other weights"),
@@ -64,7 +60,7 @@ def other_models(zoo: Zoo) -> dict[str, tuple[Any, str]]:
 
 NAMES = (
     "no transformers model", "no head", "encoder", "encoder and decoder", "no linear head",
-    "float64", "bias", "scaled", "vocabulary", "one weight", "another model",
+    "float64", "bias", "vocabulary", "one weight", "another model",
 )  # fmt: skip
 
 

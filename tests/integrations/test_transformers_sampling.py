@@ -21,8 +21,8 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.closed_form import closed_form
 from flashhead_dist.heads.sampling import token_log_probs
 from flashhead_dist.integrations import transformers_generation as generation
+from flashhead_dist.integrations.transformers_generation import SettleTokens
 from flashhead_dist.integrations.transformers_head import RowKind, Session, open_session
-from flashhead_dist.integrations.transformers_settle import SettleTokens
 from tests.integrations.transformers_models import PROMPT, VOCAB_SIZE
 from tests.integrations.transformers_zoo import Pair, Zoo
 

@@ -21,7 +21,7 @@ from flashhead_dist.integrations.vllm import rows as rows_module
 from flashhead_dist.integrations.vllm.head import Finish, RowsHead
 from flashhead_dist.integrations.vllm.needs import Rest, RowNeed
 from flashhead_dist.integrations.vllm.rows import VocabularyMap
-from flashhead_dist.models import open_model
+from flashhead_dist.models import OutputContract, open_model
 from flashhead_dist.parallel import TensorParallel, split_tensor_parallel
 
 KINDS = {
@@ -205,7 +205,7 @@ def test_soft_capped_and_scaled_logits_are_vllms_own_steps(
     scored = candidates(head, states)
     torch.testing.assert_close(rows[scored], expected[scored], rtol=1e-4, atol=1e-4)
     # log P is proportional to exp(scale * capped): the closed form at temperature 1 / scale.
-    form = closed_form(_plain(head), states, temperature=2.0, softcap=3.0)
+    form = closed_form(_plain(head), states, temperature=2.0, contract=OutputContract(softcap=3.0))
     torch.testing.assert_close(rows.logsumexp(1), form.log_normalizer().float(), atol=2e-3, rtol=0)
 
 

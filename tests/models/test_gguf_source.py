@@ -55,7 +55,6 @@ def test_slices_equal_the_whole(tmp_path: Path, kind: Kind) -> None:
     for start, stop in ((0, V), (0, 1), (77, 150), (V - 1, V), (9, 9)):
         assert torch.equal(model.read_rows(start, stop), whole[start:stop])
     assert torch.equal(model.read_columns(5, 40), whole[:, 5:40])
-    assert model.final_logit_softcap == 30.0
     assert model.name == "m"
 
 
@@ -100,10 +99,10 @@ def test_truncated_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"m\.gguf is truncated"):
         open_model(str(path))
     path.write_bytes(content[:500])
-    with pytest.raises(UserError, match=r"m\.gguf is no readable GGUF"):
+    with pytest.raises(UserError, match=r"m\.gguf is truncated or no GGUF"):
         open_model(str(path))
     path.write_bytes(b"something else")
-    with pytest.raises(UserError, match=r"m\.gguf is no readable GGUF"):
+    with pytest.raises(UserError, match=r"m\.gguf is truncated or no GGUF"):
         open_model(str(path))
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashhead_dist.models.compressed import settle_compressed
-from flashhead_dist.models.int4_linear import FEW_ROWS, Int4Linear, unpack_linears
+from flashhead_dist.models.quantized import FEW_ROWS, Int4Linear, settle_compressed, unpack_linears
 
 quantization = pytest.importorskip("compressed_tensors.quantization")
 compressors = pytest.importorskip("compressed_tensors.compressors")

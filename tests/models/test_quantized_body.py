@@ -22,7 +22,7 @@ from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
 from flashhead_dist.integrations.quantized_make import write_w4a16
 from flashhead_dist.integrations.transformers import replace_head
 from flashhead_dist.models import ModelSourceError, open_model
-from flashhead_dist.models.int4_linear import Int4Linear
+from flashhead_dist.models.quantized import Int4Linear
 from flashhead_dist.parallel import TensorParallel
 from tests.integrations.transformers_models import PROMPT, make_index, make_model
 
