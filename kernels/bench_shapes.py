@@ -10,18 +10,21 @@ Letters: N groups of M clusters of S tokens, V vocabulary, D hidden size, B rows
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashhead_kernels import reference
-from flashhead_kernels.projection import Projection
 from flashhead_kernels.quantize import (
     TILE,
+    Projection,
     QuantizedCentroids,
     quantize_centroids,
     tile_centroids,
 )
+from flashhead_kernels.shard import IndexShard, Query
 
 GROUPS = 128
 CLUSTER_SIZE = 4
@@ -65,7 +68,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Shard:
-    """Rank 0's part. See `reference.flashhead_candidates` for the tensors' shapes.
+    """Rank 0's part. See `IndexShard` for the tensors' shapes.
 
     storage: `[n, D]`, the memory of both `rows` and `dense_rows`.
     num_dense_rows: V / P rounded up: what a dense head's rank scores.
@@ -84,6 +87,18 @@ class Shard:
     def rows(self) -> Tensor:
         """`[N, M, S, D]`."""
         return self.storage[: self.token_ids.numel()].view(*self.token_ids.shape, -1)
+
+    @cached_property
+    def index(self) -> IndexShard:
+        """As the kernels take it."""
+        return IndexShard(
+            self.rows, self.token_ids, self.centroids, self.spread, self.pinned_rows,
+            self.pinned_token_ids, torch.arange(len(self.spread), device=self.spread.device),
+        )  # fmt: skip
+
+    def query(self, **options: Any) -> Query:
+        """The step that an index of this size takes by default."""
+        return Query(self.probes_per_group, ALPHA, **options)
 
     @property
     def dense_rows(self) -> Tensor:
@@ -154,7 +169,7 @@ class Shard:
 
     def count_clusters_read(self, states: Tensor) -> float:
         """Distinct clusters that a batch probes, the mean over batches `states [K, B, D]`."""
-        scores = reference.score_centroids(states.flatten(0, 1), self.centroids, self.spread, ALPHA)
+        scores = reference.score_centroids(states.flatten(0, 1), self.index, ALPHA)
         probes = reference.select_probes(scores, self.probes_per_group)  # [K * B, N, p]
         batches = probes.view(*states.shape[:2], *probes.shape[1:]).transpose(1, 2).flatten(2)
         # batches [K, N, B * p]

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bench_shapes import ALPHA, Shard
+from bench_shapes import Shard
 from flashhead_kernels import reference
 
 FLASHHEAD = "flashhead"
@@ -124,10 +124,7 @@ def make_ways(ops: ModuleType, *, graphs: bool) -> list[Way]:
 
     def fused(copy: Copy, states: Tensor, **options: int) -> Tensor:
         shard = copy.shard
-        found: Tensor = ops.flashhead_candidates(
-            states, shard.rows, shard.token_ids, shard.centroids, shard.spread, ALPHA,
-            shard.probes_per_group, shard.pinned_rows, shard.pinned_token_ids, **options,
-        ).keys  # fmt: skip
+        found: Tensor = ops.candidates(states, shard.index, shard.query(), **options).keys
         return found
 
     def dense_fused(copy: Copy, states: Tensor) -> Tensor:
@@ -142,7 +139,7 @@ def make_ways(ops: ModuleType, *, graphs: bool) -> list[Way]:
     ]
     if graphs:
         ways.append(Way(PUBLISHED_GRAPH, _published, _check_published, required=False))
-    if "launches" in inspect.signature(ops.flashhead_candidates).parameters:
+    if "launches" in inspect.signature(ops.candidates).parameters:
         two = Way(TWO_LAUNCHES, lambda copy, s: fused(copy, s, launches=2), _check_flashhead)
         ways.insert(1, two)
     return ways
@@ -169,10 +166,7 @@ def _published(copy: Copy, states: Tensor) -> Tensor:
 
 def _check_flashhead(copy: Copy, states: Tensor, keys: Tensor) -> Checked:
     shard = copy.shard
-    expected = reference.flashhead_candidates(
-        states, shard.rows, shard.token_ids, shard.centroids, shard.spread, ALPHA,
-        shard.probes_per_group, shard.pinned_rows, shard.pinned_token_ids,
-    )  # fmt: skip
+    expected = reference.candidates(states, shard.index, shard.query())
     return same_tokens(FLASHHEAD, keys, expected.keys, states, shard.row_of)
 
 

@@ -37,6 +37,7 @@ from flashhead_kernels import cuda_sampling, triton_exchange
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.logits import FinalLogits, GumbelNoise
 from flashhead_kernels.sampling import Weighed
+from flashhead_kernels.shard import Query
 from head_calls import Call, table_calls
 from simulated_cuda import simulated_cuda
 
@@ -187,11 +188,8 @@ def table_cases(shape: Shape, tp_size: int) -> list[Case]:
 def _draw(shard: Shard, dtype: torch.dtype) -> None:
     """What a draw of a token launches, log-probabilities and rows of logits included."""
     states = torch.empty((2, shard.hidden_size), dtype=dtype, device=DEVICE)
-    probes = 3 * shard.probes_per_group // 2
-    scores = cuda_sampling.local_scores(
-        states, shard.rows, shard.token_ids, shard.centroids, shard.spread, ALPHA, probes,
-        shard.pinned_rows, shard.pinned_token_ids,
-    )  # fmt: skip
+    query = Query(3 * shard.probes_per_group // 2, ALPHA)
+    scores = cuda_sampling.local_scores(states, shard.index, query)
     draws = torch.arange(2, dtype=torch.int64, device=DEVICE)
     groups = len(shard.token_ids)
     noise = GumbelNoise(5, draws, draws)
@@ -199,19 +197,16 @@ def _draw(shard: Shard, dtype: torch.dtype) -> None:
         final = FinalLogits(softcap, 0.7, noise)
         logits = cuda_sampling.final_logits(scores.logits, final)
         mass = cuda_sampling.cluster_log_mass(
-            states, scores.means, (shard.token_ids >= 0).sum(2), shard.spread,
+            states, shard.index, scores.means,
             cuda_sampling.group_log_mass(logits.view(2, groups, -1)), 0.5, final,
         )  # fmt: skip
         weighed = Weighed(logits, scores.token_ids, mass, cuda_sampling.group_log_mass(mass))
-        numbers = torch.arange(groups, dtype=torch.int64, device=DEVICE)
-        cuda_sampling.draw_groups(
-            states, weighed, shard.rows, shard.token_ids, numbers, draws, final
-        )
+        cuda_sampling.draw_groups(states, shard.index, weighed, draws, final)
     cuda_sampling.draw_candidates(scores.logits, scores.token_ids, draws, noise)
     cuda_sampling.gumbel(noise, scores.token_ids)
     cuda_sampling.every_logit(states, shard.rows)
     ops = ops_for("cuda")
-    ops.score_centroids(states, shard.centroids, shard.spread, ALPHA)
+    ops.score_centroids(states, shard.index, ALPHA)
     ops.score_rows(states, shard.rows.flatten(0, 1), scores.token_ids[:, :1])
 
 

@@ -12,11 +12,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bench_shapes import ALPHA, Shard
+from bench_shapes import Shard
 from bench_ways import Checked, FinalLogit, WrongResultError, same_tokens
 from flashhead_kernels import reference
-from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.logits import PLAIN, FinalLogits, GumbelNoise, gumbel
+from flashhead_kernels.shard import Candidates
 from flashhead_kernels.triton_device import num_processors
 from flashhead_kernels.triton_shapes import CentroidShape, HeadShape, plan_head
 
@@ -29,7 +29,7 @@ roundings of float32."""
 
 @dataclass(frozen=True)
 class Call:
-    """dense: `dense_candidates`, else `flashhead_candidates` in so many `launches`.
+    """dense: `dense_candidates`, else `candidates` in so many `launches`.
 
     sampled: with temperature and noise. wide: float32 hidden states, over bfloat16 rows.
     """
@@ -72,11 +72,9 @@ class Call:
         """Whether the shard has a shape for so many launches."""
         if self.dense or self.launches != 1:
             return True
-        groups, clusters, tokens, size = shard.rows.shape
-        pinned = shard.pinned_rows.shape[1]
-        head = HeadShape.of(clusters, tokens, size, shard.probes_per_group, pinned, self.k)
         return plan_head(
-            head, CentroidShape.of(shard.centroids), groups, self.batch,
+            HeadShape.of(shard.index, shard.query(k=self.k)), CentroidShape.of(shard.centroids),
+            len(shard.spread), self.batch,
             num_processors(shard.storage.device),
         ).fits_one_launch  # fmt: skip
 
@@ -90,11 +88,8 @@ class Call:
             )  # fmt: skip
             return found
         own = {} if ops is reference else {"launches": self.launches}
-        found = ops.flashhead_candidates(
-            states, shard.rows, shard.token_ids, shard.centroids, shard.spread, ALPHA,
-            shard.probes_per_group, shard.pinned_rows, shard.pinned_token_ids, k=self.k,
-            need_logsumexp=self.logsumexp, need_unprobed=self.unprobed, **own,
-        )  # fmt: skip
+        query = shard.query(k=self.k, need_logsumexp=self.logsumexp, need_unprobed=self.unprobed)
+        found = ops.candidates(states, shard.index, query, **own)
         return found
 
     def check(self, shard: Shard, states: Tensor, found: Candidates) -> Checked:

@@ -216,7 +216,7 @@ def _case(head: FlashHeadAuto) -> dict[str, Any]:
         "hidden_size": head.hidden_size,
         "tp_size": head.tp.tp_size,
         "rows": str(head.shard.rows.dtype),
-        "index_hash": head.shard.manifest.index_hash,
+        "index_hash": head.index.manifest.index_hash,
         "num_probes": head.num_probes,
         "kernels": kernels_hash(),
         "torch": torch.__version__,

@@ -122,7 +122,7 @@ def _forms(
         part = slice(first, first + _FORM_STATES)
         forms = [closed_form(rank, states[part], contract=contract) for rank in ranks]
         normalizer = torch.stack([form.log_normalizer() for form in forms]).logsumexp(0)
-        mass = torch.cat([form.log_mass.flatten(1) for form in forms if form.shard is not None]
+        mass = torch.cat([form.log_mass.flatten(1) for form in forms if form.index is not None]
                          or [torch.empty(len(normalizer), 0)], dim=1)  # fmt: skip
         best = torch.stack([form.logits.amax(1) for form in forms]).amax(0)
         tokens = None
@@ -142,8 +142,8 @@ def _forms(
 
 def _cluster_of_token(forms: Sequence[ClosedForm], vocab_size: int) -> Tensor:
     """The cluster int64 `[V]` of every token, counted over all ranks; C for one in no cluster."""
-    shards = [form.shard for form in forms if form.shard is not None]
-    ids = [shard.token_ids.flatten(0, 1).cpu().long() for shard in shards]
+    shards = [form.index.shard for form in forms if form.index is not None]
+    ids = [shard.cluster_token_ids.cpu().long() for shard in shards]
     total = sum(map(len, ids))
     found = torch.full((vocab_size,), total, dtype=torch.int64)
     first = 0

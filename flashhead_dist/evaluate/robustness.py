@@ -333,7 +333,7 @@ def try_head(
     }
     worst = min(by_source, key=lambda source: by_source[source])
     manifest = load_manifest(index)
-    shard = load_shard(index)
+    shard = load_shard(index).shard
     held = shard.num_tokens[shard.num_tokens > 0]
     some = test.states[:: max(1, len(test) // _COMPARED_STATES)]
     expected = _serve(one, some)

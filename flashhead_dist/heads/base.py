@@ -14,8 +14,8 @@ from torch import Tensor
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.parallel import Operation, Steps, TensorParallel, payload_bytes
-from flashhead_kernels.candidates import check_finite
 from flashhead_kernels.dispatch import ops_for
+from flashhead_kernels.shard import check_finite
 from flashhead_profiles.ranges import CHECK, HEAD, annotate
 
 KEY_BYTES = 8

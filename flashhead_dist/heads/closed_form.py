@@ -28,12 +28,13 @@ from flashhead_dist.heads.base import Head, Want
 from flashhead_dist.heads.dense import DenseLocalMax
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated
 from flashhead_dist.heads.index_scan import IndexScan
-from flashhead_dist.index import IndexShard
+from flashhead_dist.index import LoadedShard
 from flashhead_dist.models.contract import PLAIN, OutputContract
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.logits import FinalLogits, GumbelNoise
 from flashhead_kernels.sampling import Weighed
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
+from flashhead_kernels.shard import Query
 from flashhead_profiles.ranges import CANDIDATES, annotate
 
 SAMPLING_HEADS = (FlashHead.name, FlashHeadReplicated.name, DenseLocalMax.name)
@@ -50,7 +51,7 @@ class ClosedForm:
 
     final: soft-capping and temperature. logits: final logits float32 `[B, R]` of scored tokens,
     -inf for a pad; token_ids: int32 `[B, R]`, or `[1, R]` where all rows have the same. log_mass:
-    m_c, float32 `[B, N, M]`, -inf where scored; group_log_mass: float32 `[B, N]`. shard: where the
+    m_c, float32 `[B, N, M]`, -inf where scored; group_log_mass: float32 `[B, N]`. index: where the
     clusters' rows are; None for a dense head, which has no clusters.
     """
 
@@ -60,7 +61,7 @@ class ClosedForm:
     token_ids: Tensor
     log_mass: Tensor
     group_log_mass: Tensor
-    shard: IndexShard | None
+    index: LoadedShard | None
 
     def log_normalizer(self) -> Tensor:
         """This rank's part of log Z, float64 `[B]`."""
@@ -77,15 +78,14 @@ class ClosedForm:
         if row_of_draw is None:
             row_of_draw = torch.arange(len(self.logits), device=device)
         noise = noise.to(device)
-        if self.shard is None:
+        if self.index is None:
             return cast(
                 Tensor, ops.draw_candidates(self.logits, self.token_ids, row_of_draw, noise)
             )
-        shard = self.shard
         weighed = Weighed(self.logits, self.token_ids, self.log_mass, self.group_log_mass)
         keys: Tensor = ops.draw_groups(
-            self.hidden_states, weighed, shard.rows, shard.token_ids, shard.group_ids,
-            row_of_draw, replace(self.final, noise=noise),
+            self.hidden_states, self.index.shard, weighed, row_of_draw,
+            replace(self.final, noise=noise),
         )  # fmt: skip
         return keys
 
@@ -94,14 +94,14 @@ class ClosedForm:
 
         rows: int64 `[n]`, of the B; clusters: int64 `[n]`, counted through this rank's groups.
         """
-        assert self.shard is not None
+        assert self.index is not None
         logits = self._final_logits(self.hidden_states[rows], clusters.unsqueeze(1))[:, 0]
-        return logits, self.shard.token_ids.flatten(0, 1)[clusters].long()
+        return logits, self.index.shard.cluster_token_ids[clusters].long()
 
     def _final_logits(self, hidden_states: Tensor, clusters: Tensor) -> Tensor:
         """Final logits float32 `[n, m, S]` of clusters int64 `[n, m]`, -inf for pads."""
-        assert self.shard is not None
-        table, token_ids = self.shard.rows.flatten(0, 1), self.shard.token_ids.flatten(0, 1)
+        assert self.index is not None
+        table, token_ids = self.index.shard.cluster_rows, self.index.shard.cluster_token_ids
         device = hidden_states.device
         logits = ops_for(device).score_rows(hidden_states, table, clusters.to(torch.int32))
         final: Tensor = sampling_ops_for(device).final_logits(logits, self.final)
@@ -109,13 +109,13 @@ class ClosedForm:
 
     def token_log_mass(self, token_ids: Tensor) -> Tensor:
         """log(P(t) Z) float64 `[B]` of a token of each row; -inf where another rank holds it."""
-        if self.shard is None:
+        if self.index is None:
             others = self.token_ids != token_ids.unsqueeze(1)
             return self.logits.masked_fill(others, float("-inf")).amax(1).double()
         ops = sampling_ops_for(token_ids.device)
-        rank, place = self.shard.token_map.places(token_ids)
-        owned = rank == self.shard.tp_rank
-        clusters, size = self.shard.token_ids.flatten(0, 1).shape
+        rank, place = self.index.token_map.places(token_ids)
+        owned = rank == self.index.tp_rank
+        clusters, size = self.index.shard.cluster_token_ids.shape
         pinned = place >= clusters * size
         result = torch.full(
             token_ids.shape, float("-inf"), dtype=torch.float64, device=token_ids.device
@@ -146,19 +146,19 @@ class ClosedForm:
         """
         batch = len(self.logits)
         size = int(self.token_ids.max()) + 1
-        if self.shard is not None:
-            size = self.shard.manifest.vocab_size
+        if self.index is not None:
+            size = self.index.manifest.vocab_size
         # Pads go to a column of their own.
         full = self.logits.new_full((batch, size + 1), float("-inf"))
-        if self.shard is not None:
+        if self.index is not None:
             self._fill_clusters(full, flat=flat)
         ids = torch.where(self.token_ids < 0, size, self.token_ids.long()).expand(batch, -1)
         full.scatter_(1, ids, self.logits)
         return full[:, :size]
 
     def _fill_clusters(self, full: Tensor, *, flat: bool) -> None:
-        assert self.shard is not None
-        ids = self.shard.token_ids.flatten(0, 1).long()  # [K, S]
+        assert self.index is not None
+        ids = self.index.shard.cluster_token_ids.long()  # [K, S]
         pad = full.shape[1] - 1
         columns = torch.where(ids < 0, pad, ids)
         mass = self.log_mass.flatten(1)
@@ -219,11 +219,9 @@ def form_of(head: Head, hidden_states: Tensor, final: FinalLogits) -> ClosedForm
         return ClosedForm(hidden_states, final, logits, ids, scores.means, groups, None)
     assert isinstance(head, FlashHead)
     shard = head.shard
+    query = Query(-(-head.sampling_probes // head.num_groups), head.alpha)
     with annotate(CANDIDATES):  # one operation, centroids included
-        scores = ops.local_scores(
-            hidden_states, shard.rows, shard.token_ids, shard.centroids, shard.spread, head.alpha,
-            -(-head.sampling_probes // head.num_groups), shard.pinned_rows, shard.pinned_token_ids,
-        )  # fmt: skip
+        scores = ops.local_scores(hidden_states, shard, query)
     logits = ops.final_logits(scores.logits, final)
     if final.softcap:
         # A cap makes a number of a pad's -inf.
@@ -231,15 +229,14 @@ def form_of(head: Head, hidden_states: Tensor, final: FinalLogits) -> ClosedForm
     groups = len(shard.token_ids)
     mass = ops.cluster_log_mass(
         hidden_states,
+        shard,
         scores.means,
-        shard.num_tokens,
-        shard.spread,
         ops.group_log_mass(logits.unflatten(1, (groups, -1))),
-        shard.manifest.shrinkage,
+        head.index.manifest.shrinkage,
         final,
     )
     return ClosedForm(
-        hidden_states, final, logits, scores.token_ids, mass, ops.group_log_mass(mass), shard
+        hidden_states, final, logits, scores.token_ids, mass, ops.group_log_mass(mass), head.index
     )
 
 
@@ -263,8 +260,8 @@ def scanning_log_mass(
     """This rank's part of log(P Z) of `tokens` int64 `[B]`, and of log Z: float64 `[B, 2]`."""
     rows, first, token_ids = _table(head)
     if isinstance(head, IndexScan):
-        rank, place = head.shard.token_map.places(tokens)
-        owned = rank == head.shard.tp_rank
+        rank, place = head.index.token_map.places(tokens)
+        owned = rank == head.index.tp_rank
     else:
         place = tokens - first
         owned = (place >= 0) & (place < len(rows))

@@ -20,8 +20,8 @@ from flashhead_dist.heads.base import Head, HeadOutput, VocabShard, Want
 from flashhead_dist.heads.faiss_lists import CHUNK_ROWS, TrainedLists, import_faiss
 from flashhead_dist.heads.merge import merge_candidates
 from flashhead_dist.parallel import Steps, TensorParallel
-from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.keys import pack_keys
+from flashhead_kernels.shard import Candidates
 from flashhead_profiles.ranges import CANDIDATES, CENTROIDS, in_parts
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.merge import local_output, merge_candidates
-from flashhead_dist.index import IndexShard
+from flashhead_dist.index import LoadedShard
 from flashhead_dist.parallel import Exchange, Operation, Steps, TensorParallel
-from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.dispatch import ops_for
+from flashhead_kernels.shard import Candidates, Query
 from flashhead_profiles.ranges import CANDIDATES, CENTROIDS, in_parts
 
 
@@ -32,14 +32,14 @@ class IndexHead(Head):
     holds_rows: ClassVar[bool] = True
 
     def __init__(
-        self, tp: TensorParallel, shard: IndexShard, *, num_probes: int, alpha: float
+        self, tp: TensorParallel, index: LoadedShard, *, num_probes: int, alpha: float
     ) -> None:
         """num_probes: clusters probed in all, over every rank; alpha: see `score_centroids`.
 
         Raises:
             UserError: num_probes outside 1..C, or an alpha that is not finite.
         """
-        manifest = shard.manifest
+        manifest = index.manifest
         super().__init__(tp, manifest.vocab_size, manifest.hidden_size)
         if not 1 <= num_probes <= manifest.num_clusters:
             raise UserError(
@@ -48,13 +48,11 @@ class IndexHead(Head):
             )
         if not isfinite(alpha):
             raise UserError(f"alpha {alpha} is not finite: 1 is usual, 0 leaves spread out")
-        self.shard = shard
+        self.index = index
+        self.shard = index.shard
         self.num_groups = manifest.num_groups
         self.num_probes = num_probes
         self.alpha = alpha
-        # Flattened once: a view for each forward would cost microseconds each.
-        self._rows = shard.rows.flatten(0, 1)
-        self._token_ids = shard.token_ids.flatten(0, 1)
 
     @property
     def weight_bytes(self) -> int:
@@ -70,14 +68,14 @@ class IndexHead(Head):
         if batch_size == 0:
             return 0
         shard = self.shard
-        clusters = self._rows.shape[0]
+        clusters = shard.cluster_rows.shape[0]
         probed = min(batch_size * self.num_local_probes, clusters)
         per_cluster = (shard.rows.nbytes + shard.token_ids.nbytes) // clusters
         pinned = shard.pinned_rows.nbytes + shard.pinned_token_ids.nbytes
         return shard.centroids.nbytes + shard.spread.nbytes + probed * per_cluster + pinned
 
     def embedding_steps(self, token_ids: Tensor) -> Steps[Tensor]:
-        return (yield Exchange(Operation.SUM, self.shard.embedding_lookup(token_ids)))
+        return (yield Exchange(Operation.SUM, self.index.embedding_lookup(token_ids)))
 
     def probed_logsumexp(self, hidden_states: Tensor, cluster_ids: Tensor) -> Tensor:
         """Log-sum-exp float32 `[B]` over the tokens of local `cluster_ids [B, n]` and the pinned.
@@ -86,8 +84,8 @@ class IndexHead(Head):
         """
         ops = ops_for(hidden_states.device)
         shard, batch = self.shard, hidden_states.shape[0]
-        logits = ops.score_rows(hidden_states, self._rows, cluster_ids).flatten(1)
-        ids = self._token_ids[cluster_ids.clamp(min=0).long()].flatten(1)
+        logits = ops.score_rows(hidden_states, shard.cluster_rows, cluster_ids).flatten(1)
+        ids = shard.cluster_token_ids[cluster_ids.clamp(min=0).long()].flatten(1)
         groups = torch.arange(shard.pinned_rows.shape[0], dtype=torch.int32, device=logits.device)
         if shard.pinned_rows.shape[1]:
             every = groups.expand(batch, -1).contiguous()
@@ -113,7 +111,7 @@ class FlashHead(IndexHead):
         Half as many again as for the best token, whose cluster scores high: a draw falls on others
         too, and what is not scored has an estimated probability (docs/sampling.md has figures).
         """
-        return min(-(-3 * self.num_probes // 2), self.shard.manifest.num_clusters)
+        return min(-(-3 * self.num_probes // 2), self.index.manifest.num_clusters)
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         found, mass = self._find(hidden_states, want)
@@ -130,28 +128,14 @@ class FlashHead(IndexHead):
         """This rank's candidates with `num_probes` (this head's where None), and the log-sum-exp
         `[B]` over them where the candidates' mass is wanted.
         """
-        shard = self.shard
         per_group = -(-(num_probes or self.num_probes) // self.num_groups)
         ops = ops_for(hidden_states.device)
         with in_parts(CENTROIDS, CANDIDATES) as next_part:
-            found = ops.flashhead_candidates(
-                hidden_states,
-                shard.rows,
-                shard.token_ids,
-                shard.centroids,
-                shard.spread,
-                self.alpha,
-                per_group,
-                shard.pinned_rows,
-                shard.pinned_token_ids,
-                k=want.k,
-                need_logsumexp=want.logsumexp,
-                need_unprobed=need_unprobed,
-                between=next_part,
-            )
+            query = Query(per_group, self.alpha, want.k, want.logsumexp, need_unprobed)
+            found = ops.candidates(hidden_states, self.shard, query, between=next_part)
         if not want.candidate_mass:
             return found, None
-        scores = ops.score_centroids(hidden_states, shard.centroids, shard.spread, self.alpha)
+        scores = ops.score_centroids(hidden_states, self.shard, self.alpha)
         probes = ops.select_probes(scores, per_group)
         groups, clusters = scores.shape[1:]
         first = torch.arange(groups, dtype=torch.int32, device=scores.device) * clusters
@@ -173,7 +157,7 @@ class FlashHeadReplicated(FlashHead):
 
     def embedding_steps(self, token_ids: Tensor) -> Steps[Tensor]:
         yield from ()
-        return self.shard.embedding_lookup(token_ids)
+        return self.index.embedding_lookup(token_ids)
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         yield from ()

@@ -21,7 +21,7 @@ from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.heads.index_scan import IndexScan
 from flashhead_dist.heads.merge import merge_scanned
 from flashhead_dist.parallel import Steps
-from flashhead_kernels.candidates import Candidates
+from flashhead_kernels.shard import Candidates
 
 
 def scans_at(changes_at: Sequence[int], batch_size: int) -> bool:
@@ -64,4 +64,4 @@ class FlashHeadAuto(FlashHead):
 
     @cached_property
     def _scan(self) -> IndexScan:
-        return IndexScan(self.tp, self.shard)
+        return IndexScan(self.tp, self.index)

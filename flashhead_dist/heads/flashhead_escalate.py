@@ -29,10 +29,10 @@ from flashhead_dist.heads.base import KEY_BYTES, HeadOutput, Want
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.heads.index_scan import IndexScan
 from flashhead_dist.heads.merge import merge_candidates, merge_judged, merge_scanned
-from flashhead_dist.index import IndexManifest, IndexShard
+from flashhead_dist.index import IndexManifest, LoadedShard
 from flashhead_dist.index.escalation import USUAL_SHARE
 from flashhead_dist.parallel import Operation, Steps, TensorParallel, payload_bytes
-from flashhead_kernels.candidates import Candidates
+from flashhead_kernels.shard import Candidates
 
 _GREEDY = Want()
 
@@ -98,7 +98,7 @@ class FlashHeadEscalate(FlashHead):
     def __init__(
         self,
         tp: TensorParallel,
-        shard: IndexShard,
+        index: LoadedShard,
         *,
         num_probes: int,
         alpha: float,
@@ -110,11 +110,11 @@ class FlashHeadEscalate(FlashHead):
             UserError: as `IndexHead`, or a second round that probes no more than the first, or
                 more clusters than there are.
         """
-        super().__init__(tp, shard, num_probes=num_probes, alpha=alpha)
+        super().__init__(tp, index, num_probes=num_probes, alpha=alpha)
         self.escalation = escalation or Escalation()
         self.num_rows = 0
         self.num_escalated = 0
-        second, clusters = self.escalation.num_probes, shard.manifest.num_clusters
+        second, clusters = self.escalation.num_probes, index.manifest.num_clusters
         if second is not None and not num_probes < second <= clusters:
             raise UserError(
                 f"escalation to {second} probes must lie above the head's own {num_probes} and "
@@ -141,7 +141,7 @@ class FlashHeadEscalate(FlashHead):
         any_row = 1 - (1 - share) ** batch_size
         if self.escalation.num_probes is None:
             return first + round(any_row * self._scan.read_bytes_per_step(1))
-        shard, clusters = self.shard, self._rows.shape[0]
+        shard, clusters = self.shard, self.shard.cluster_rows.shape[0]
         fixed = shard.centroids.nbytes + shard.spread.nbytes
         fixed += shard.pinned_rows.nbytes + shard.pinned_token_ids.nbytes
         per_group = -(-self.escalation.num_probes // self.num_groups)
@@ -183,7 +183,7 @@ class FlashHeadEscalate(FlashHead):
 
     @cached_property
     def _scan(self) -> IndexScan:
-        return IndexScan(self.tp, self.shard)
+        return IndexScan(self.tp, self.index)
 
 
 def _replaced(output: HeadOutput, rows: Tensor, second: HeadOutput) -> HeadOutput:

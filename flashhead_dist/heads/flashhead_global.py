@@ -16,11 +16,11 @@ from torch.nn import functional
 from flashhead_dist.heads.base import HeadOutput, Want
 from flashhead_dist.heads.flashhead import IndexHead
 from flashhead_dist.heads.merge import merge_candidates
-from flashhead_dist.index import IndexShard
+from flashhead_dist.index import LoadedShard
 from flashhead_dist.parallel import Exchange, Operation, Steps, TensorParallel, payload_bytes
-from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import pack_keys, unpack_keys
+from flashhead_kernels.shard import Candidates
 from flashhead_profiles.ranges import CANDIDATES, CENTROIDS, annotate
 
 
@@ -31,12 +31,12 @@ class FlashHeadGlobal(IndexHead):
     capturable: ClassVar[bool] = False
 
     def __init__(
-        self, tp: TensorParallel, shard: IndexShard, *, num_probes: int, alpha: float
+        self, tp: TensorParallel, index: LoadedShard, *, num_probes: int, alpha: float
     ) -> None:
-        super().__init__(tp, shard, num_probes=num_probes, alpha=alpha)
-        self._clusters_per_group = shard.rows.shape[1]
+        super().__init__(tp, index, num_probes=num_probes, alpha=alpha)
+        self._clusters_per_group = self.shard.rows.shape[1]
         clusters = self.num_groups * self._clusters_per_group
-        self._tree_ids = torch.arange(clusters, device=shard.rows.device)
+        self._tree_ids = torch.arange(clusters, device=self.shard.rows.device)
 
     @property
     def num_local_probes(self) -> int:
@@ -50,9 +50,9 @@ class FlashHeadGlobal(IndexHead):
         return scores + super().payload_bytes_per_row
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
-        shard, ops = self.shard, ops_for(hidden_states.device)
+        ops = ops_for(hidden_states.device)
         with annotate(CENTROIDS):
-            scores = ops.score_centroids(hidden_states, shard.centroids, shard.spread, self.alpha)
+            scores = ops.score_centroids(hidden_states, self.shard, self.alpha)
             padding = self._widest() - scores.shape[1]
             if padding:
                 scores = functional.pad(scores, (0, 0, 0, padding), value=float("-inf"))
@@ -72,7 +72,9 @@ class FlashHeadGlobal(IndexHead):
     def _best_keys(self, hidden_states: Tensor, cluster_ids: Tensor, k: int) -> Tensor:
         """Keys int64 `[B, k]` of this rank's probes int32 `[B, n]` and pinned tokens."""
         shard, ops = self.shard, ops_for(hidden_states.device)
-        keys = [ops.probed_candidates(hidden_states, self._rows, self._token_ids, cluster_ids, k=k)]
+        keys = [ops.probed_candidates(
+            hidden_states, shard.cluster_rows, shard.cluster_token_ids, cluster_ids, k=k
+        )]  # fmt: skip
         if shard.pinned_rows.shape[1]:
             groups = torch.arange(shard.rows.shape[0], dtype=torch.int32, device=cluster_ids.device)
             keys.append(ops.probed_candidates(
@@ -97,7 +99,7 @@ class FlashHeadGlobal(IndexHead):
         _, tree_ids = unpack_keys(keys.topk(self.num_probes, dim=1).values)
         group, slot = tree_ids % groups, tree_ids // groups
         local = (group // tp_size) * self._clusters_per_group + slot
-        none = self._rows.shape[0]
+        none = self.shard.cluster_rows.shape[0]
         local = torch.where(group % tp_size == self.tp.tp_rank, local, none).sort(dim=1).values
         most = int((local < none).sum(1).max())
         local = local[:, : max(most, 1)]
@@ -105,12 +107,8 @@ class FlashHeadGlobal(IndexHead):
 
     def _unprobed(self, hidden_states: Tensor, cluster_ids: Tensor) -> Tensor:
         """`log sum tokens * exp(h . centroid)` float32 `[B]` over this rank's unprobed clusters."""
-        shard = self.shard
-        scores = ops_for(hidden_states.device).score_centroids(
-            hidden_states, shard.centroids, shard.spread, 0.0
-        )
-        tokens = (self._token_ids >= 0).sum(-1).float()
-        estimates = scores.flatten(1) + tokens.log()
+        scores = ops_for(hidden_states.device).score_centroids(hidden_states, self.shard, 0.0)
+        estimates = scores.flatten(1) + self.shard.num_tokens.flatten().float().log()
         # A last column takes what the -1 of no cluster strikes out.
         estimates = functional.pad(estimates, (0, 1), value=float("-inf"))
         index = torch.where(cluster_ids < 0, estimates.shape[1] - 1, cluster_ids).long()

@@ -14,10 +14,10 @@ from torch import Tensor
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.merge import merge_candidates
-from flashhead_dist.index import IndexShard
+from flashhead_dist.index import LoadedShard
 from flashhead_dist.parallel import Steps, TensorParallel
-from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.dispatch import ops_for
+from flashhead_kernels.shard import Candidates
 from flashhead_profiles.ranges import CANDIDATES, annotate
 
 
@@ -27,17 +27,17 @@ class IndexScan(Head):
     name: ClassVar[str] = "index_scan"
     scores_everything: ClassVar[bool] = True
 
-    def __init__(self, tp: TensorParallel, shard: IndexShard) -> None:
-        """shard: must hold its rows in one piece, as `load_shard` leaves them.
+    def __init__(self, tp: TensorParallel, index: LoadedShard) -> None:
+        """index: must hold its rows in one piece, as `load_shard` leaves them.
 
         Raises:
             UserError: it does not.
         """
-        super().__init__(tp, shard.manifest.vocab_size, shard.manifest.hidden_size)
-        if shard.table is None:
-            raise UserError(f"the rows of {shard.path} do not lie in one piece: load them anew")
-        self.shard = shard
-        self.rows, self.token_ids = shard.table
+        super().__init__(tp, index.manifest.vocab_size, index.manifest.hidden_size)
+        if index.shard.table is None:
+            raise UserError(f"the rows of {index.path} do not lie in one piece: load them anew")
+        self.index = index
+        self.rows, self.token_ids = index.shard.table
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         found = self.candidates(hidden_states, want)

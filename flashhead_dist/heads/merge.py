@@ -9,8 +9,8 @@ from torch import Tensor
 
 from flashhead_dist.heads.base import HeadOutput, Want
 from flashhead_dist.parallel import Exchange, Operation, Steps
-from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.dispatch import ops_for
+from flashhead_kernels.shard import Candidates
 from flashhead_profiles.ranges import RESULT, annotate
 
 

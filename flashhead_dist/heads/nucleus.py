@@ -84,9 +84,9 @@ def _draw_past_candidates(
     form: ClosedForm, noise: GumbelNoise, missing: Tensor, best: Tensor
 ) -> Steps[Tensor]:
     """A draw from all scored tokens and the best unprobed clusters that weigh `missing [B]`."""
-    assert form.shard is not None
-    manifest = form.shard.manifest
-    level = form.log_mass - form.shard.num_tokens.clamp(min=1).float().log()
+    assert form.index is not None
+    manifest = form.index.manifest
+    level = form.log_mass - form.index.shard.num_tokens.clamp(min=1).float().log()
     width = -(-manifest.num_groups // _num_ranks(form))
     own = torch.stack([level, form.log_mass])
     own = functional.pad(own, (0, 0, 0, width - own.shape[2]), value=float("-inf")).transpose(0, 1)
@@ -99,7 +99,7 @@ def _draw_past_candidates(
     before = functional.pad(weights.cumsum(1)[:, :-1], (1, 0)).double()
     kept = torch.zeros_like(levels, dtype=torch.bool)
     kept.scatter_(1, order, before < missing.unsqueeze(1))
-    mine = kept.view(len(kept), manifest.num_groups, -1)[:, form.shard.group_ids]
+    mine = kept.view(len(kept), manifest.num_groups, -1)[:, form.index.shard.group_ids]
     ops = sampling_ops_for(mine.device)
     mass = form.log_mass.masked_fill(~mine, float("-inf"))
     restricted = replace(form, log_mass=mass, group_log_mass=ops.group_log_mass(mass))
@@ -108,8 +108,8 @@ def _draw_past_candidates(
 
 
 def _num_ranks(form: ClosedForm) -> int:
-    assert form.shard is not None
-    return form.shard.tp_size
+    assert form.index is not None
+    return form.index.tp_size
 
 
 def _weigh(form: ClosedForm, best: Tensor) -> Tensor:

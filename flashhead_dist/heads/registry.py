@@ -23,7 +23,7 @@ from flashhead_dist.heads.flashhead_escalate import (
 )
 from flashhead_dist.heads.flashhead_global import FlashHeadGlobal
 from flashhead_dist.heads.index_scan import IndexScan
-from flashhead_dist.index import IndexManifest, IndexShard, load_manifest, load_shard
+from flashhead_dist.index import IndexManifest, LoadedShard, load_manifest, load_shard
 from flashhead_dist.index.row_block import with_row_dtype
 from flashhead_dist.measured_choices import keep_launches
 from flashhead_dist.models import ModelSource, cache_root
@@ -168,14 +168,14 @@ class HeadBuilder:
         return self.index_dir
 
     @cached_property
-    def _index_shard(self) -> IndexShard:
+    def _index_shard(self) -> LoadedShard:
         return self._load(self.tp.tp_rank, self.tp.tp_size)
 
     @cached_property
-    def _whole_index(self) -> IndexShard:
+    def _whole_index(self) -> LoadedShard:
         return self._index_shard if self.tp.tp_size == 1 else self._load(0, 1)
 
-    def _load(self, tp_rank: int, tp_size: int) -> IndexShard:
+    def _load(self, tp_rank: int, tp_size: int) -> LoadedShard:
         shard = load_shard(
             self._index_folder(),
             tp_rank=tp_rank,

@@ -243,7 +243,7 @@ def _check_top_k(head: Head, top_k: int) -> None:
     if not isinstance(head, FlashHead):
         return
     per_group = -(-head.num_probes // head.num_groups)
-    manifest = head.shard.manifest
+    manifest = head.index.manifest
     scored = head.num_groups * (per_group * manifest.cluster_size + manifest.num_pinned)
     if top_k > scored:
         raise UserError(

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flashhead_dist.index.layout import IndexTensors
 from flashhead_dist.states import HiddenStates
 from flashhead_kernels.cpu import dense_candidates, unpack_keys
 from flashhead_kernels.matmul_shortlist import matmul_is_faster
 from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.reference import centroid_dots
+from flashhead_kernels.shard import IndexShard
 
 _CHUNK_STATES = 2048
 _BATCH_STATES = 256
@@ -71,7 +71,7 @@ def dense_argmax(weights: Tensor, states: Tensor, advance: Advance = lambda shar
 
 
 def probe_ranks(
-    tensors: IndexTensors,
+    tensors: IndexShard,
     states: Tensor,
     tokens: Tensor,
     alphas: Sequence[float],

@@ -16,11 +16,11 @@ from flashhead_dist.index.calibrate import (
     missed_tokens,
     probe_ranks,
 )
-from flashhead_dist.index.layout import IndexTensors
 from flashhead_dist.index.options import ALPHAS, IndexOptions
 from flashhead_dist.index.progress import Counter, Report
 from flashhead_dist.states import HiddenStates
 from flashhead_kernels.cpu_threads import compute_threads
+from flashhead_kernels.shard import IndexShard
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Choice:
 
 def choose(
     weights: Tensor,
-    tensors: IndexTensors,
+    tensors: IndexShard,
     options: IndexOptions,
     calibration: HiddenStates | None,
     special_token_ids: Sequence[int],
@@ -74,7 +74,7 @@ def choose(
 
 def measure_fidelity(
     weights: Tensor,
-    tensors: IndexTensors,
+    tensors: IndexShard,
     options: IndexOptions,
     alpha: float,
     test: HiddenStates | None,
@@ -96,7 +96,7 @@ def measure_fidelity(
 
 def _ranks(
     weights: Tensor,
-    tensors: IndexTensors,
+    tensors: IndexShard,
     states: HiddenStates,
     alphas: tuple[float, ...],
     threads: int,

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from flashhead_dist.index.calibrate import Advance
-from flashhead_dist.index.layout import IndexTensors
 from flashhead_dist.index.manifest import IndexManifest, change_manifest, load_manifest
 from flashhead_dist.index.shrinkage import spread_over_sources
 from flashhead_dist.states import HiddenStates
 from flashhead_kernels.dispatch import ops_for
+from flashhead_kernels.shard import IndexShard, Query
 
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Shares of rows that escalate, for which a margin is kept."""
@@ -30,7 +30,7 @@ _BATCH = 64
 
 
 def margins(
-    tensors: IndexTensors,
+    tensors: IndexShard,
     hidden_states: Tensor,
     alpha: float,
     probes_per_group: int,
@@ -38,13 +38,10 @@ def margins(
 ) -> Tensor:
     """Margins float32 `[N]` of `hidden_states [N, D]`, in logits; inf where nothing is unprobed."""
     device = tensors.rows.device
+    query = Query(probes_per_group, alpha, need_unprobed=True)
     ops, found = ops_for(device), []
     for part in torch.split(hidden_states, _BATCH):
-        candidates = ops.flashhead_candidates(
-            part.to(device), tensors.rows, tensors.token_ids, tensors.centroids, tensors.spread,
-            alpha, probes_per_group, tensors.pinned_rows, tensors.pinned_token_ids,
-            need_unprobed=True,
-        )  # fmt: skip
+        candidates = ops.candidates(part.to(device), tensors, query)
         both = torch.stack([candidates.keys[:, 0], candidates.unprobed], dim=1)
         logits = ops.unpack_keys(both)[0]
         found.append((logits[:, 0] - logits[:, 1]).cpu())
@@ -70,7 +67,7 @@ def write_escalation(
 
 
 def calibrate_escalation(
-    tensors: IndexTensors,
+    tensors: IndexShard,
     states: HiddenStates,
     alpha: float,
     probes_per_group: int,

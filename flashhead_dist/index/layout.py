@@ -8,7 +8,7 @@ G groups of M clusters of S tokens; D hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,30 +17,15 @@ from flashhead_dist.index.axes import centroid_covariance, leading_axes
 from flashhead_dist.index.compensate import quantize_for_states
 from flashhead_dist.index.metric import moment_root, score_deviations
 from flashhead_dist.index.options import IndexOptions
-from flashhead_kernels.projection import Projection
 from flashhead_kernels.quantize import (
+    Projection,
     QuantizedCentroids,
     quantize_centroids,
     tile_centroids,
 )
+from flashhead_kernels.shard import IndexShard
 
 _CHUNK_CLUSTERS = 8192
-
-
-@dataclass(frozen=True)
-class IndexTensors:
-    """What an index stores; see `load_shard` for the part that one rank holds.
-
-    rows `[G, M, S, D]`, token_ids `[G, M, S]` int32 (-1 pad), spread `[G, M]` float32 (-inf for a
-    cluster of pads), pinned_rows `[G, n, D]`, pinned_token_ids `[G, n]` int32 (-1 pad).
-    """
-
-    rows: Tensor
-    token_ids: Tensor
-    centroids: QuantizedCentroids
-    spread: Tensor
-    pinned_rows: Tensor
-    pinned_token_ids: Tensor
 
 
 def deal(slots: Tensor, num_groups: int) -> Tensor:
@@ -56,7 +41,7 @@ def lay_out(
     pinned_token_ids: Sequence[int],
     options: IndexOptions,
     moment: Tensor | None = None,
-) -> IndexTensors:
+) -> IndexShard:
     """Tensors of the index of `weights [V, D]` whose clusters in tree order are `slots [C, S]`.
 
     slots: int64 token ids, -1 for pads; they and the pinned ids cover every token once.
@@ -74,13 +59,14 @@ def lay_out(
         stored = quantized.dequantize()
         spread = with_left_out(spread, centroids, stored, quantized.projection, moment)
     pinned = _deal_pinned(pinned_token_ids, options.num_groups, weights.device)
-    return IndexTensors(
+    return IndexShard(
         rows=_take(weights, token_ids),
         token_ids=token_ids,
         centroids=tile_centroids(quantized),
         spread=spread,
         pinned_rows=_take(weights, pinned),
         pinned_token_ids=pinned,
+        group_ids=torch.arange(options.num_groups, device=pinned.device),
     )
 
 
@@ -168,7 +154,7 @@ def with_left_out(
     return torch.where(torch.isneginf(spread), spread, wider)
 
 
-def keep_spread(tensors: IndexTensors, before: Tensor) -> Tensor:
+def keep_spread(tensors: IndexShard, before: Tensor) -> Tensor:
     """The spread `[G, M]` of `tensors`, whose clusters have lost tokens to pins since `before`.
 
     A cluster left with one row has none, and alpha raises the scores of all others above its own:

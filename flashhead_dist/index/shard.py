@@ -22,53 +22,21 @@ from flashhead_dist.index.token_map import TokenMap
 from flashhead_dist.index.whole import damaged, read_projection, read_token_map
 from flashhead_dist.models import ModelSource
 from flashhead_kernels.cpu_memory import empty_on_large_pages
-from flashhead_kernels.projection import Projection
-from flashhead_kernels.quantize import QuantizedCentroids, tile_centroids
+from flashhead_kernels.quantize import Projection, QuantizedCentroids, tile_centroids
+from flashhead_kernels.shard import IndexShard
 
 _PINNED = "pinned_"
 
 
 @dataclass(frozen=True)
-class IndexShard:
-    """The N groups of one rank. M clusters a group of S tokens; n pinned slots a group.
-
-    group_ids int64 `[N]`; rows `[N, M, S, D]`; token_ids int32 `[N, M, S]` (-1 pad); centroids with
-    leading shape `[N, M]`; spread float32 `[N, M]` (-inf: only pads); pinned_rows `[N, n, D]`;
-    pinned_token_ids int32 `[N, n]` (-1 pad).
-    """
+class LoadedShard:
+    """One rank's part of the index in the folder `path`: its tensors, and what they belong to."""
 
     manifest: IndexManifest
     tp_rank: int
     tp_size: int
-    group_ids: Tensor
-    rows: Tensor
-    token_ids: Tensor
-    centroids: QuantizedCentroids
-    spread: Tensor
-    pinned_rows: Tensor
-    pinned_token_ids: Tensor
+    shard: IndexShard
     path: Path = field(repr=False)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of everything that this rank holds to score tokens."""
-        tensors = (self.rows, self.token_ids, self.spread, self.pinned_rows, self.pinned_token_ids)
-        return self.centroids.nbytes + sum(tensor.nbytes for tensor in tensors)
-
-    @cached_property
-    def table(self) -> tuple[Tensor, Tensor] | None:
-        """All rows `[R, D]` of this rank, pinned ones last, and their token ids `[R]` (-1 pad).
-
-        None where they do not lie in one piece, as they do when loaded.
-        """
-        rows = _one_piece(self.rows.flatten(0, 2), self.pinned_rows.flatten(0, 1))
-        token_ids = _one_piece(self.token_ids.flatten(), self.pinned_token_ids.flatten())
-        return None if rows is None or token_ids is None else (rows, token_ids)
-
-    @cached_property
-    def num_tokens(self) -> Tensor:
-        """Tokens in each cluster, pads left out: int64 `[N, M]`."""
-        return (self.token_ids >= 0).sum(2)
 
     @cached_property
     def token_map(self) -> TokenMap:
@@ -76,7 +44,7 @@ class IndexShard:
 
         Raises HeadIndexError where the stored ids are damaged.
         """
-        return read_token_map(self.path, self.manifest, self.tp_size, self.rows.device)
+        return read_token_map(self.path, self.manifest, self.tp_size, self.shard.rows.device)
 
     def token_location(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """`(rank, row)`, both int64 like `token_ids`: `embedding_rows(...)` of that rank holds it.
@@ -98,12 +66,12 @@ class IndexShard:
         """
         rank, row = self.token_location(token_ids)
         owned = rank == self.tp_rank
-        clustered = self.rows.flatten(0, 2)
+        clustered, shard = self.shard.rows.flatten(0, 2), self.shard
         pinned_row = row - len(clustered)
         found = clustered[torch.where(owned & (pinned_row < 0), row, 0)]
         is_pinned = owned & (pinned_row >= 0)
-        if self.pinned_token_ids.numel():
-            pinned = self.pinned_rows.flatten(0, 1)[torch.where(is_pinned, pinned_row, 0)]
+        if shard.pinned_token_ids.numel():
+            pinned = shard.pinned_rows.flatten(0, 1)[torch.where(is_pinned, pinned_row, 0)]
             found = torch.where(is_pinned.unsqueeze(-1), pinned, found)
         return found.masked_fill(~owned.unsqueeze(-1), 0)
 
@@ -116,7 +84,7 @@ def load_shard(
     device: torch.device | str = "cpu",
     model: ModelSource | None = None,
     verify: bool = True,
-) -> IndexShard:
+) -> LoadedShard:
     """Read the groups that `tp_rank` owns; memory peaks at that share and one group.
 
     model: the index must have been built from its weights.
@@ -216,18 +184,6 @@ def _allocate(like: Mapping[str, Tensor], device: torch.device | str) -> dict[st
     return tensors
 
 
-def _one_piece(first: Tensor, second: Tensor) -> Tensor | None:
-    """`first [R, ...]` and `second [r, ...]` as one `[R + r, ...]`, where one follows the other."""
-    if not second.numel():
-        return first
-    if first.data_ptr() + first.nbytes != second.data_ptr():
-        return None
-    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
-        return None
-    size = (len(first) + len(second), *first.shape[1:])
-    return first.as_strided(size, first.stride(), first.storage_offset())
-
-
 def _read_group(path: Path, group: int) -> dict[str, Tensor]:
     try:
         with safe_open(path / DATA_NAME, framework="pt") as file:
@@ -245,7 +201,7 @@ def _assemble(
     groups: list[int],
     tensors: dict[str, Tensor],
     projection: Projection | None,
-) -> IndexShard:
+) -> LoadedShard:
     rows = tensors["rows"]
     columns = manifest.centroid_columns or manifest.hidden_size
     group_size = columns if manifest.bits == 16 else manifest.group_size
@@ -263,16 +219,13 @@ def _assemble(
         centroids = tile_centroids(centroids, pad=True)
     no_rows = rows.new_empty(len(groups), 0, manifest.hidden_size)
     no_ids = tensors["token_ids"].new_empty(len(groups), 0)
-    return IndexShard(
-        manifest=manifest,
-        tp_rank=tp_rank,
-        tp_size=tp_size,
-        group_ids=torch.tensor(groups, device=rows.device),
+    shard = IndexShard(
         rows=rows,
         token_ids=tensors["token_ids"],
         centroids=centroids,
         spread=tensors["spread"],
         pinned_rows=tensors.get("pinned_rows", no_rows),
         pinned_token_ids=tensors.get("pinned_token_ids", no_ids),
-        path=path,
+        group_ids=torch.tensor(groups, device=rows.device),
     )
+    return LoadedShard(manifest, tp_rank, tp_size, shard, path)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from flashhead_dist.index.calibrate import Advance
-from flashhead_dist.index.layout import IndexTensors
 from flashhead_dist.states import HiddenStates
 from flashhead_kernels.logits import PLAIN
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
+from flashhead_kernels.shard import IndexShard, Query
 
 SHRINKAGES = (0.0, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8)
 _NUM_STATES = 192
@@ -27,7 +27,7 @@ _BATCH = 64
 
 
 def calibrate_shrinkage(
-    tensors: IndexTensors,
+    tensors: IndexShard,
     states: HiddenStates,
     alpha: float,
     probes_per_group: int,
@@ -56,16 +56,13 @@ def calibrate_shrinkage(
 
 
 def _divergences(
-    tensors: IndexTensors, hidden: Tensor, alpha: float, probes_per_group: int
+    tensors: IndexShard, hidden: Tensor, alpha: float, probes_per_group: int
 ) -> Tensor:
     """`[2, n]`: divergence from the dense distribution and total variation to it, summed over
     `hidden [b, D]`, for each of SHRINKAGES.
     """
     ops = sampling_ops_for(hidden.device)
-    scores = ops.local_scores(
-        hidden, tensors.rows, tensors.token_ids, tensors.centroids, tensors.spread, alpha,
-        probes_per_group, tensors.pinned_rows, tensors.pinned_token_ids,
-    )  # fmt: skip
+    scores = ops.local_scores(hidden, tensors, Query(probes_per_group, alpha))
     of_groups = ops.group_log_mass(scores.logits.view(len(hidden), len(tensors.rows), -1))
     scored = of_groups.double().logsumexp(1)
     shut = (scores.means > float("-inf")).flatten(1)
@@ -73,11 +70,10 @@ def _divergences(
     normalizer = torch.logaddexp(scored, exact.logsumexp(1))
     share = (exact - normalizer.unsqueeze(1)).float().exp()
     scored_share = (scored - normalizer).exp()
-    num_tokens = (tensors.token_ids >= 0).sum(2)
     found = []
     for shrinkage in SHRINKAGES:
         mass = ops.cluster_log_mass(
-            hidden, scores.means, num_tokens, tensors.spread, of_groups, shrinkage, PLAIN
+            hidden, tensors, scores.means, of_groups, shrinkage, PLAIN
         ).flatten(1)
         estimate = torch.logaddexp(scored, mass.double().logsumexp(1))
         # Within a cluster, and among the scored tokens, both distributions have the same shape.
@@ -88,7 +84,7 @@ def _divergences(
     return torch.stack(found, dim=1)
 
 
-def _exact_log_mass(tensors: IndexTensors, hidden: Tensor) -> Tensor:
+def _exact_log_mass(tensors: IndexShard, hidden: Tensor) -> Tensor:
     """Log-sum-exp float64 `[b, G, M]` of every cluster's logits; -inf for one of pads."""
     masses = []
     for rows, ids in zip(tensors.rows, tensors.token_ids, strict=True):

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashhead_dist.index.layout import IndexTensors
 from flashhead_dist.index.manifest import DATA_NAME, IndexManifest, save_manifest
 from flashhead_dist.index.options import HeadIndexError
+from flashhead_kernels.shard import IndexShard
 
 HEADER_LENGTH_BYTES = 8
 TO_STATE, CENTROID_MEAN = "centroid_to_state", "centroid_mean"
@@ -25,7 +25,7 @@ SHARED = (CENTROID_MEAN, TO_STATE)
 _MAX_HEADER_BYTES = 1 << 20
 
 
-def named_tensors(tensors: IndexTensors) -> dict[str, Tensor]:
+def named_tensors(tensors: IndexShard) -> dict[str, Tensor]:
     """The tensors under the names they are stored by; empty and absent ones are left out.
 
     All but those of SHARED begin with the group.
@@ -72,7 +72,7 @@ def header_bytes(file: Path) -> bytes:
 
 def save_index(
     out: Path,
-    tensors: IndexTensors,
+    tensors: IndexShard,
     describe: Callable[[dict[str, object]], IndexManifest],
     *,
     replace: bool,

@@ -14,7 +14,7 @@ from flashhead_dist.index.manifest import DATA_NAME, IndexManifest
 from flashhead_dist.index.options import HeadIndexError
 from flashhead_dist.index.store import CENTROID_MEAN, SHARED, TO_STATE, hash_group
 from flashhead_dist.index.token_map import TokenMap
-from flashhead_kernels.projection import Projection
+from flashhead_kernels.quantize import Projection
 
 
 def damaged(file: Path) -> HeadIndexError:

@@ -97,7 +97,7 @@ class FlashHeadLM(HFLM):  # type: ignore[misc, unused-ignore]
         rows = self.model.retrieval_head.logit_rows
         self._head: Head = rows.head
         if likelihood == "dense":
-            self._head = IndexScan(rows.head.tp, rows.head.shard)
+            self._head = IndexScan(rows.head.tp, rows.head.index)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into its results; the head among it."""
@@ -105,7 +105,7 @@ class FlashHeadLM(HFLM):  # type: ignore[misc, unused-ignore]
         return {
             "head": head.name,
             "num_probes": head.num_probes,
-            "index_hash": head.shard.manifest.index_hash,
+            "index_hash": head.index.manifest.index_hash,
             "likelihood_head": self._head.name,
             "model_dtype": str(self.model.dtype),
         }

@@ -22,7 +22,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import HIDDEN_DTYPES
 from flashhead_dist.heads.flashhead import FlashHead
-from flashhead_dist.index import IndexManifest, IndexShard, load_manifest, load_shard
+from flashhead_dist.index import IndexManifest, LoadedShard, load_manifest, load_shard
 from flashhead_dist.index.row_block import with_row_dtype
 from flashhead_dist.integrations.transformers_generation import (
     RetrievalGeneration,
@@ -70,13 +70,13 @@ def replace_head(
     _check_sizes(model, linear, manifest)
     with align_module_device(linear):
         device, dtype = linear.weight.device, linear.weight.dtype
-        shard = load_shard(Path(index), device=device)
-        _check_rows(model, linear.weight, shard)
+        loaded = load_shard(Path(index), device=device)
+        _check_rows(model, linear.weight, loaded)
         embedding = _find_tied_embedding(model, linear, tied=contract.tied)
-    shard = with_row_dtype(shard, dtype)
+    loaded = with_row_dtype(loaded, dtype)
     flashhead = FlashHead(
         TensorParallel.single(device),
-        shard,
+        loaded,
         num_probes=manifest.num_probes if num_probes is None else num_probes,
         alpha=manifest.alpha if alpha is None else alpha,
     )
@@ -85,10 +85,11 @@ def replace_head(
         contract,
         serves_closed_form=full_logits == "closed_form",
     )
-    if embedding is not None and shard.table is not None:
+    table = loaded.shard.table
+    if embedding is not None and table is not None:
         remove_hook_from_module(embedding)
-        row_of_token = shard.token_map.packed  # one rank: the packed code is the row
-        model.set_input_embeddings(SharedEmbedding(embedding, shard.table[0], row_of_token))
+        row_of_token = loaded.token_map.packed  # one rank: the packed code is the row
+        model.set_input_embeddings(SharedEmbedding(embedding, table[0], row_of_token))
     model.set_output_embeddings(head)
     own_class: Any = type(model)
     model.__class__ = retrieval_class(own_class)
@@ -110,7 +111,7 @@ def restore_head(model: Any) -> Any:
         )
     head = model.retrieval_head.logit_rows.head
     every = torch.arange(head.vocab_size, device=head.shard.rows.device)
-    weight = head.shard.embedding_lookup(every)
+    weight = head.index.embedding_lookup(every)
     linear = nn.Linear(head.hidden_size, head.vocab_size, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     untyped: Any = model
@@ -198,11 +199,12 @@ def _check_sizes(model: Any, linear: nn.Linear, manifest: IndexManifest) -> None
         )
 
 
-def _check_rows(model: Any, weight: Tensor, shard: IndexShard) -> None:
+def _check_rows(model: Any, weight: Tensor, index: LoadedShard) -> None:
     """Raise UserError unless every row of the index is that token's row of `weight [V, D]`.
 
     Rows are compared in the weight's dtype, so that a cast model fits the index of its files.
     """
+    shard = index.shard
     groups = zip(
         shard.rows, shard.token_ids, shard.pinned_rows, shard.pinned_token_ids, strict=True
     )
@@ -212,7 +214,7 @@ def _check_rows(model: Any, weight: Tensor, shard: IndexShard) -> None:
         real = ids >= 0
         if not torch.equal(stored[real], weight[ids[real]]):
             raise UserError(
-                f"the index of {shard.manifest.model_name} holds other weights than the output "
+                f"the index of {index.manifest.model_name} holds other weights than the output "
                 f"head of this {type(model).__name__}: build one for this model with "
                 "launch/build_index.py"
             )

@@ -24,6 +24,7 @@ from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.logits import PLAIN, FinalLogits
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
+from flashhead_kernels.shard import Query
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class LogitRows:
         self.final = final
         self.vocab_size = head.vocab_size
         shard = head.shard
-        self._rows = shard.rows.flatten(0, 1)  # [K, S, D]
-        self._token_ids = shard.token_ids.flatten(0, 1).long()  # [K, S]
+        self._rows = shard.cluster_rows  # [K, S, D]
+        self._token_ids = shard.cluster_token_ids.long()  # [K, S]
         self._token_ids[self._token_ids < 0] = self.vocab_size
         self._counts = (shard.token_ids >= 0).sum(-1)  # [N, M]
 
@@ -84,25 +85,16 @@ class LogitRows:
         num_probes = head.num_probes if greedy else head.sampling_probes
         ops = sampling_ops_for(hidden_states.device)
         scores = ops.local_scores(
-            hidden_states,
-            shard.rows,
-            shard.token_ids,
-            shard.centroids,
-            shard.spread,
-            head.alpha,
-            -(-num_probes // head.num_groups),
-            shard.pinned_rows,
-            shard.pinned_token_ids,
+            hidden_states, shard, Query(-(-num_probes // head.num_groups), head.alpha)
         )
         final = FinalLogits(self.final.softcap, temperature * self.final.temperature)
         scored = ops.final_logits(scores.logits, final)
         log_mass = ops.cluster_log_mass(
             hidden_states,
+            shard,
             scores.means,
-            self._counts,
-            shard.spread,
             ops.group_log_mass(scored.view(len(scored), len(shard.token_ids), -1)),
-            shard.manifest.shrinkage,
+            head.index.manifest.shrinkage,
             final,
         )
         ids = scores.token_ids.long()

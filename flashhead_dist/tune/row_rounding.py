@@ -12,8 +12,7 @@ from torch import Tensor
 
 from flashhead_dist.tune.points import RESCORED, ROW_GROUP
 from flashhead_dist.tune.scene import Scene
-from flashhead_kernels.candidates import quantize_hidden_states
-from flashhead_kernels.quantize import quantize_centroids
+from flashhead_kernels.quantize import quantize_centroids, quantize_hidden_states
 
 _CHUNK_STATES = 4096
 

@@ -19,9 +19,7 @@ from flashhead_dist.index.layout import deal, describe_clusters, with_left_out
 from flashhead_dist.tune.nested import resize
 from flashhead_dist.tune.points import BLOCK_EDGES, Family
 from flashhead_dist.tune.scene import Scene
-from flashhead_kernels.candidates import quantize_hidden_states
-from flashhead_kernels.projection import Projection
-from flashhead_kernels.quantize import quantize_centroids
+from flashhead_kernels.quantize import Projection, quantize_centroids, quantize_hidden_states
 
 _CHUNK_STATES = 2048
 _CHUNK_CLUSTERS = 8192

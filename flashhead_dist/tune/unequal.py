@@ -16,8 +16,7 @@ from torch import Tensor
 from flashhead_dist.index.compensate import quantize_for_states
 from flashhead_dist.index.metric import moment_root, score_deviations
 from flashhead_dist.tune.scene import Scene
-from flashhead_kernels.candidates import quantize_hidden_states
-from flashhead_kernels.quantize import quantize_centroids
+from flashhead_kernels.quantize import quantize_centroids, quantize_hidden_states
 
 _NODE_ROWS = 1024
 _ITERATIONS = 10

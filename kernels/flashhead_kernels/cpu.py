@@ -16,20 +16,26 @@ from torch import Tensor
 
 from flashhead_kernels import cpu_loops as loops
 from flashhead_kernels import reference
-from flashhead_kernels.candidates import Candidates, check_candidate_arguments
 from flashhead_kernels.cpu_states import all_finite, flat, float_states, make_query, unpack_keys
 from flashhead_kernels.cpu_threads import share
 from flashhead_kernels.keys import EMPTY_KEY, unpack_keys_into
 from flashhead_kernels.logits import PLAIN, FinalLogits
 from flashhead_kernels.matmul_shortlist import BLOCK, matmul_is_faster, matmul_shortlist
-from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.reference import best_keys, select_probes
+from flashhead_kernels.shard import (
+    Candidates,
+    IndexShard,
+    Query,
+    check_hidden_states,
+    check_k,
+    check_query,
+)
 
 __all__ = [
     "all_finite",
     "best_keys",
+    "candidates",
     "dense_candidates",
-    "flashhead_candidates",
     "probed_candidates",
     "score_centroids",
     "score_rows",
@@ -39,21 +45,19 @@ __all__ = [
 ]
 
 
-def score_centroids(
-    hidden_states: Tensor, centroids: QuantizedCentroids, spread: Tensor, alpha: float
-) -> Tensor:
+def score_centroids(hidden_states: Tensor, shard: IndexShard, alpha: float) -> Tensor:
     """See `reference.score_centroids`."""
-    groups, clusters = spread.shape
+    (groups, clusters), centroids = shard.spread.shape, shard.centroids
     batch = len(hidden_states)
     query, values, scales, bias = make_query(hidden_states, centroids, alpha)
     scores = np.empty(batch * groups * clusters, np.float32)
-    flat_spread = flat(spread)
     if batch:
+        spread = flat(shard.spread)
         share(
             groups,
             lambda first, last: loops.score_groups(
                 first, last, query, batch, values, scales, centroids.group_size,
-                centroids.tile, flat_spread, bias, clusters, scores[first * clusters :],
+                centroids.tile, spread, bias, clusters, scores[first * clusters :],
                 groups * clusters,
             ),
         )  # fmt: skip
@@ -96,43 +100,34 @@ def _scan(
     )
 
 
-def flashhead_candidates(
+def candidates(
     hidden_states: Tensor,
-    rows: Tensor,
-    token_ids: Tensor,
-    centroids: QuantizedCentroids,
-    spread: Tensor,
-    alpha: float,
-    num_probes_per_group: int,
-    pinned_rows: Tensor,
-    pinned_token_ids: Tensor,
+    shard: IndexShard,
+    query: Query,
     *,
-    k: int = 1,
-    need_logsumexp: bool = False,
-    need_unprobed: bool = False,
     between: Callable[[], object] | None = None,
 ) -> Candidates:
-    """See `reference.flashhead_candidates`."""
-    groups, clusters, tokens, size = rows.shape
-    check_candidate_arguments(hidden_states, size, num_probes_per_group, clusters, k)
-    batch, pinned = hidden_states.shape[0], pinned_rows.shape[1]
+    """See `reference.candidates`."""
+    check_query(hidden_states, shard, query)
+    groups, clusters, tokens, size = shard.rows.shape
+    batch, k, centroids = hidden_states.shape[0], query.k, shard.centroids
     best = np.empty(groups * batch * k, np.int64)
     peak, mass = np.empty((2, groups * batch), np.float32)
-    left = np.empty(groups * batch * need_unprobed, np.int64)
+    left = np.empty(groups * batch * query.need_unprobed, np.int64)
     if batch:
-        query, values, scales, bias = make_query(hidden_states, centroids, alpha)
-        flat_rows, ids, flat_spread = flat(rows), flat(token_ids), flat(spread)
-        flat_pinned, pinned_ids = flat(pinned_rows), flat(pinned_token_ids)
-        of_centroids = (values, scales, centroids.group_size, centroids.tile, flat_spread)
+        states, values, scales, bias = make_query(hidden_states, centroids, query.alpha)
+        spread = flat(shard.spread)
+        of_centroids = (values, scales, centroids.group_size, centroids.tile, spread)
         of_rows = (
-            num_probes_per_group, flat_rows, ids, tokens, flat_pinned, pinned_ids, pinned, k,
-            need_logsumexp,
+            query.num_probes_per_group, flat(shard.rows), flat(shard.token_ids), tokens,
+            flat(shard.pinned_rows), flat(shard.pinned_token_ids), shard.pinned_rows.shape[1], k,
+            query.need_logsumexp,
         )  # fmt: skip
         if between is None:
             share(
                 groups,
                 lambda first, last: loops.probe_groups(
-                    first, last, query, batch, size, *of_centroids, bias, clusters, *of_rows, best,
+                    first, last, states, batch, size, *of_centroids, bias, clusters, *of_rows, best,
                     peak, mass, left,
                 ),
             )  # fmt: skip
@@ -142,7 +137,7 @@ def flashhead_candidates(
             share(
                 groups,
                 lambda first, last: loops.score_groups(
-                    first, last, query, batch, *of_centroids, bias, clusters,
+                    first, last, states, batch, *of_centroids, bias, clusters,
                     scores[first * clusters :], stride,
                 ),
             )  # fmt: skip
@@ -150,12 +145,12 @@ def flashhead_candidates(
             share(
                 groups,
                 lambda first, last: loops.scan_best_groups(
-                    first, last, query, batch, size, flat_spread, bias, clusters, *of_rows,
+                    first, last, states, batch, size, spread, bias, clusters, *of_rows,
                     scores[first * clusters :], stride, best, peak, mass, left,
                 ),
             )  # fmt: skip
-    found = _merge(best, peak, mass, batch, k, need_logsumexp)
-    if not need_unprobed:
+    found = _merge(best, peak, mass, batch, k, query.need_logsumexp)
+    if not query.need_unprobed:
         return found
     unprobed = np.empty((batch, 1), np.int64)
     loops.merge_keys(left, unprobed)
@@ -183,7 +178,8 @@ def dense_candidates(
             token_ids=token_ids, final=final,
         )  # fmt: skip
     count, size = rows.shape
-    check_candidate_arguments(hidden_states, size, 1, 1, k)
+    check_hidden_states(hidden_states, size)
+    check_k(k)
     whole = count - count % BLOCK
     if not need_logsumexp and matmul_is_faster(hidden_states, rows):
         blocks_of_rows = rows[:whole].view(-1, BLOCK, size)

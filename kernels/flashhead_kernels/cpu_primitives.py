@@ -144,7 +144,7 @@ def _plain_integer_dot(
 def quantize_query(
     states: Any, group_size: int, offset: int, integers: Any, starts: Any, factors: Any
 ) -> None:
-    """Round float32 `states [n]` to int8 by scale group, as `candidates.quantize_hidden_states`.
+    """Round float32 `states [n]` to int8 by scale group, as `quantize.quantize_hidden_states`.
 
     `offset` is what the centroids' stored bytes lie above their values (8 for int4, 128 for int8);
     a sum that starts at `-offset * sum(integers)` undoes it.

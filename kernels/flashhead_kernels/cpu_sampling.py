@@ -19,7 +19,6 @@ from flashhead_kernels.cpu_states import flat, float_states, make_query
 from flashhead_kernels.cpu_threads import share
 from flashhead_kernels.keys import pack_keys, unpack_keys
 from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise
-from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.sampling import (
     LocalScores,
     Weighed,
@@ -27,6 +26,7 @@ from flashhead_kernels.sampling import (
     own_and_all,
     some_or_all,
 )
+from flashhead_kernels.shard import IndexShard, Query
 
 __all__ = [
     "cluster_log_mass",
@@ -50,34 +50,25 @@ _CHUNK = 4096
 """Candidates that one thread takes at a time."""
 
 
-def local_scores(
-    hidden_states: Tensor,
-    rows: Tensor,
-    token_ids: Tensor,
-    centroids: QuantizedCentroids,
-    spread: Tensor,
-    alpha: float,
-    num_probes_per_group: int,
-    pinned_rows: Tensor,
-    pinned_token_ids: Tensor,
-) -> LocalScores:
+def local_scores(hidden_states: Tensor, shard: IndexShard, query: Query) -> LocalScores:
     """See `sampling.local_scores`."""
-    groups, clusters, tokens, size = rows.shape
-    batch, pinned = hidden_states.shape[0], pinned_rows.shape[1]
-    width = num_probes_per_group * tokens + pinned
+    (groups, clusters, tokens, size), batch = shard.rows.shape, hidden_states.shape[0]
+    probes, pinned = query.num_probes_per_group, shard.pinned_rows.shape[1]
+    width = probes * tokens + pinned
     means = np.empty(batch * groups * clusters, np.float32)
     logits = np.empty(batch * groups * width, np.float32)
     ids = np.empty(batch * groups * width, np.int32)
     if batch:
-        query, values, scales, bias = make_query(hidden_states, centroids, alpha)
-        flat_rows, flat_ids, flat_spread = flat(rows), flat(token_ids), flat(spread)
-        flat_pinned, pinned_ids = flat(pinned_rows), flat(pinned_token_ids)
+        centroids = shard.centroids
+        states, values, scales, bias = make_query(hidden_states, centroids, query.alpha)
+        rows, token_ids, spread = flat(shard.rows), flat(shard.token_ids), flat(shard.spread)
+        pinned_rows, pinned_ids = flat(shard.pinned_rows), flat(shard.pinned_token_ids)
         share(
             groups,
             lambda first, last: loops.probe_and_keep(
-                first, last, query, batch, size, values, scales, centroids.group_size,
-                centroids.tile, flat_spread, bias, clusters, num_probes_per_group, flat_rows,
-                flat_ids, tokens, flat_pinned, pinned_ids, pinned, groups, means, logits, ids,
+                first, last, states, batch, size, values, scales, centroids.group_size,
+                centroids.tile, spread, bias, clusters, probes, rows, token_ids, tokens,
+                pinned_rows, pinned_ids, pinned, groups, means, logits, ids,
             ),
         )  # fmt: skip
     return LocalScores(
@@ -112,9 +103,8 @@ def final_logits(logits: Tensor, final: FinalLogits) -> Tensor:
 
 def cluster_log_mass(
     hidden_states: Tensor,
+    shard: IndexShard,
     means: Tensor,
-    num_tokens: Tensor,
-    spread: Tensor,
     scored: Tensor,
     shrinkage: float,
     final: FinalLogits,
@@ -126,7 +116,7 @@ def cluster_log_mass(
         return torch.empty(means.shape)
     factor = np.empty(batch, np.float32)
     loops.norms(float_states(hidden_states), 1 / final.temperature, factor)
-    flat_spread = flat(spread)
+    spread, num_tokens = flat(shard.spread), shard.num_tokens
     # By a table: torch's logarithm of an element may depend on its place in the tensor.
     table = [math.log(count) if count else -math.inf for count in range(int(num_tokens.max()) + 1)]
     log_of, counts = np.array(table, np.float32), flat(num_tokens)
@@ -135,7 +125,7 @@ def cluster_log_mass(
     share(
         batch * groups,
         lambda first, last: loops.weigh_clusters(
-            first, last, flat_means, counts, log_of, flat_spread, flat_scored, factor, full,
+            first, last, flat_means, counts, log_of, spread, flat_scored, factor, full,
             softcap, inverse, clusters, mass,
         ),
     )  # fmt: skip
@@ -177,10 +167,8 @@ def draw_candidates(
 
 def draw_groups(
     hidden_states: Tensor,
+    shard: IndexShard,
     weighed: Weighed,
-    rows: Tensor,
-    token_ids: Tensor,
-    group_ids: Tensor,
     row_of_draw: Tensor,
     final: FinalLogits,
 ) -> Tensor:
@@ -188,17 +176,15 @@ def draw_groups(
     noise = final.noise
     assert noise is not None
     keys = draw_candidates(weighed.logits, weighed.token_ids, row_of_draw, noise)
-    value, cluster = _draw_clusters(
-        weighed.log_mass, weighed.group_log_mass, group_ids, row_of_draw, noise
-    )
+    value, cluster = _draw_clusters(weighed, shard.group_ids, row_of_draw, noise)
     # Only a group that may win is opened: the candidates' best noisy logit is in their key.
     wins = (value >= unpack_keys(keys)[0]) & (value > float("-inf"))
     draws = wins.nonzero()[:, 0]
     if len(draws) == 0:
         return keys
     hidden, opened = hidden_states[row_of_draw[draws]], cluster[draws]
-    logits = score_rows(hidden, rows.flatten(0, 1), opened.to(torch.int32).unsqueeze(1))[:, 0]
-    ids = token_ids.flatten(0, 1)[opened].long()
+    logits = score_rows(hidden, shard.cluster_rows, opened.to(torch.int32).unsqueeze(1))[:, 0]
+    ids = shard.cluster_token_ids[opened].long()
     # The tokens' own noise: unused so far, and the noise that a dense head's draw has.
     noisy = final_logits(logits, final) + gumbel(_rows_of(noise, draws), ids)
     place = noisy.masked_fill(ids < 0, float("-inf")).argmax(1, keepdim=True)
@@ -212,21 +198,18 @@ def _rows_of(noise: GumbelNoise, rows: Tensor) -> GumbelNoise:
 
 
 def _draw_clusters(
-    log_mass: Tensor,
-    group_log_mass: Tensor,
-    group_ids: Tensor,
-    row_of_draw: Tensor,
-    noise: GumbelNoise,
+    weighed: Weighed, group_ids: Tensor, row_of_draw: Tensor, noise: GumbelNoise
 ) -> tuple[Tensor, Tensor]:
     """`(value, cluster)`: the greatest noisy group mass float32 `[n]`, and a cluster drawn from it.
 
     cluster: int64 `[n]`, counted through this rank's groups. The value is -inf where no group has
     mass.
     """
-    draws, clusters = len(row_of_draw), log_mass.shape[2]
+    draws, (_, groups, clusters) = len(row_of_draw), weighed.log_mass.shape
     values, chosen = np.full(draws, -np.inf, np.float32), np.zeros(draws, np.int64)
-    if log_mass.shape[1]:
-        masses, group_masses, rows = flat(log_mass), flat(group_log_mass), row_of_draw.numpy()
+    if groups:
+        masses, group_masses = flat(weighed.log_mass), flat(weighed.group_log_mass)
+        rows = row_of_draw.numpy()
         numbers = group_ids.to(torch.int32).numpy()
         seed, positions, sequences = _counters(noise)
         share(

@@ -12,13 +12,19 @@ import torch
 from torch import Tensor
 
 from flashhead_kernels import reference, triton_rows
-from flashhead_kernels.candidates import Candidates, check_candidate_arguments
 from flashhead_kernels.logits import PLAIN, FinalLogits, GumbelNoise
-from flashhead_kernels.quantize import QuantizedCentroids
+from flashhead_kernels.shard import (
+    Candidates,
+    IndexShard,
+    Query,
+    check_hidden_states,
+    check_k,
+    check_query,
+)
 from flashhead_kernels.triton_dense_launch import launch_dense
 from flashhead_kernels.triton_device import on_device
 from flashhead_kernels.triton_exchange import unpack_kernel
-from flashhead_kernels.triton_launch import HeadInputs, launch_head
+from flashhead_kernels.triton_launch import launch_head
 from flashhead_kernels.triton_shapes import MAX_BEST, MAX_ROWS
 
 all_finite = reference.all_finite
@@ -31,48 +37,29 @@ best_keys = reference.best_keys
 _UNPACKED_AT_ONCE = 256
 
 
-def flashhead_candidates(
+def candidates(
     hidden_states: Tensor,
-    rows: Tensor,
-    token_ids: Tensor,
-    centroids: QuantizedCentroids,
-    spread: Tensor,
-    alpha: float,
-    num_probes_per_group: int,
-    pinned_rows: Tensor,
-    pinned_token_ids: Tensor,
+    shard: IndexShard,
+    query: Query,
     *,
-    k: int = 1,
-    need_logsumexp: bool = False,
-    need_unprobed: bool = False,
     launches: int | None = None,
     between: Callable[[], object] | None = None,
 ) -> Candidates:
-    """See `reference.flashhead_candidates`.
+    """See `reference.candidates`.
 
     launches: 1 or 2, besides one that quantises hidden states for larger batches; where None,
-    whichever was measured to be faster (`launch_choice`), or 2 where something is to be called
-    between them.
+        whichever was measured to be faster (`launch_choice`), or 2 where something is to be called
+        between them.
 
     Raises:
         ValueError: as the reference does; one launch for a shape that it cannot serve.
     """
-    groups, clusters, _, size = rows.shape
-    check_candidate_arguments(hidden_states, size, num_probes_per_group, clusters, k)
-    batch = hidden_states.shape[0]
-    if k > MAX_BEST or batch == 0 or groups == 0:
-        return reference.flashhead_candidates(
-            hidden_states, rows, token_ids, centroids, spread, alpha, num_probes_per_group,
-            pinned_rows, pinned_token_ids, k=k, need_logsumexp=need_logsumexp,
-            need_unprobed=need_unprobed, between=between,
-        )  # fmt: skip
+    check_query(hidden_states, shard, query)
+    if query.k > MAX_BEST or len(hidden_states) == 0 or len(shard.rows) == 0:
+        return reference.candidates(hidden_states, shard, query, between=between)
     found = []
     for part in _parts(hidden_states):
-        inputs = HeadInputs(
-            part, rows, token_ids, centroids, spread, pinned_rows, pinned_token_ids, alpha,
-            num_probes_per_group,
-        )  # fmt: skip
-        found.append(launch_head(inputs, k, need_logsumexp, need_unprobed, launches, between))
+        found.append(launch_head(part, shard, query, launches, between))
         between = None if between is None else _nothing
     return _joined(found)
 
@@ -106,7 +93,8 @@ def dense_candidates(
     final: FinalLogits = PLAIN,
 ) -> Candidates:
     """See `reference.dense_candidates`."""
-    check_candidate_arguments(hidden_states, rows.shape[1], 1, 1, k)
+    check_hidden_states(hidden_states, rows.shape[1])
+    check_k(k)
     batch = len(hidden_states)
     if k > MAX_BEST or batch == 0 or rows.shape[0] == 0:
         return reference.dense_candidates(

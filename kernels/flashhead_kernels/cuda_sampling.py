@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flashhead_kernels.cuda import dense_candidates
 from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise
-from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.sampling import LocalScores, Weighed, final_logits
+from flashhead_kernels.shard import IndexShard, Query
 from flashhead_kernels.triton_device import num_processors, on_device, signed_seed
 from flashhead_kernels.triton_rows import (
     REGISTERS,
@@ -56,35 +56,25 @@ _PARTS = 32
 _PROGRAMS_A_PROCESSOR = 2
 
 
-def local_scores(
-    hidden_states: Tensor,
-    rows: Tensor,
-    token_ids: Tensor,
-    centroids: QuantizedCentroids,
-    spread: Tensor,
-    alpha: float,
-    num_probes_per_group: int,
-    pinned_rows: Tensor,
-    pinned_token_ids: Tensor,
-) -> LocalScores:
+def local_scores(hidden_states: Tensor, shard: IndexShard, query: Query) -> LocalScores:
     """See `sampling.local_scores`."""
-    (groups, clusters, tokens, size), batch = rows.shape, len(hidden_states)
-    pinned, device = pinned_rows.shape[1], rows.device
-    head = HeadShape.of(clusters, tokens, size, num_probes_per_group, pinned, 1)
+    (groups, _, tokens, _), batch = shard.rows.shape, len(hidden_states)
+    probes, pinned = query.num_probes_per_group, shard.pinned_rows.shape[1]
+    device, head = shard.rows.device, HeadShape.of(shard, query)
     block = max(1, ROWS_A_BLOCK // head.tokens_pad)
     hidden_states = hidden_states.contiguous()
-    dots = centroid_dots(hidden_states, centroids)
-    width = groups * (num_probes_per_group * tokens + pinned)
+    dots = centroid_dots(hidden_states, shard.centroids)
+    width = groups * (probes * tokens + pinned)
     logits = torch.empty((batch, width), dtype=torch.float32, device=device)
     ids = torch.empty((batch, width), dtype=torch.int32, device=device)
     means = torch.empty_like(dots)
     if batch:
         wanted = _PROGRAMS_A_PROCESSOR * num_processors(device) // (groups * batch)
-        shares = max(1, min(triton.cdiv(num_probes_per_group, block), wanted))
-        with on_device(rows):
+        shares = max(1, min(triton.cdiv(probes, block), wanted))
+        with on_device(shard.rows):
             scores_kernel[(groups, batch, shares)](
-                hidden_states, dots, spread, rows, token_ids, pinned_rows, pinned_token_ids,
-                logits, ids, means, float(alpha),
+                hidden_states, dots, shard.spread, shard.rows, shard.token_ids, shard.pinned_rows,
+                shard.pinned_token_ids, logits, ids, means, float(query.alpha),
                 HEAD=head, ROWS=ROWS_A_BLOCK, num_warps=WARPS, maxnreg=REGISTERS,
             )  # fmt: skip
     return LocalScores(logits, ids, means)
@@ -106,9 +96,8 @@ def every_logit(hidden_states: Tensor, rows: Tensor) -> Tensor:
 
 def cluster_log_mass(
     hidden_states: Tensor,
+    shard: IndexShard,
     means: Tensor,
-    num_tokens: Tensor,
-    spread: Tensor,
     scored: Tensor,
     shrinkage: float,
     final: FinalLogits,
@@ -119,8 +108,9 @@ def cluster_log_mass(
     if means.numel():
         with on_device(means):
             log_mass_kernel[(groups, batch)](
-                hidden_states.contiguous(), means, num_tokens, spread, scored.contiguous(), mass,
-                float(shrinkage), 1 / final.temperature, float(final.softcap),
+                hidden_states.contiguous(), means, shard.num_tokens, shard.spread,
+                scored.contiguous(), mass, float(shrinkage), 1 / final.temperature,
+                float(final.softcap),
                 M=clusters, M_PAD=power_of_two(clusters), D=size, BLOCK_D=columns_a_block(size),
                 ROWS=ROWS_A_BLOCK, SOFTCAP=final.softcap > 0, num_warps=WARPS,
             )  # fmt: skip
@@ -162,26 +152,24 @@ def draw_candidates(
 
 def draw_groups(
     hidden_states: Tensor,
+    shard: IndexShard,
     weighed: Weighed,
-    rows: Tensor,
-    token_ids: Tensor,
-    group_ids: Tensor,
     row_of_draw: Tensor,
     final: FinalLogits,
 ) -> Tensor:
     """See `sampling.draw_groups`."""
-    groups, clusters, tokens, size = rows.shape
+    groups, clusters, tokens, size = shard.rows.shape
     draws, width = len(row_of_draw), weighed.logits.shape[1] // groups
-    keys = torch.empty((draws, groups), dtype=torch.int64, device=rows.device)
+    keys = torch.empty((draws, groups), dtype=torch.int64, device=shard.rows.device)
     noise = final.noise
     assert noise is not None
     if draws:
         places, options = _places(noise)
-        with on_device(rows):
+        with on_device(shard.rows):
             draw_groups_kernel[(draws, groups)](
                 hidden_states.contiguous(), weighed.logits.contiguous(), weighed.token_ids,
-                weighed.log_mass.contiguous(), weighed.group_log_mass, rows, token_ids, group_ids,
-                row_of_draw, *places, keys,
+                weighed.log_mass.contiguous(), weighed.group_log_mass, shard.rows, shard.token_ids,
+                shard.group_ids, row_of_draw, *places, keys,
                 1 / final.temperature, float(final.softcap), signed_seed(noise.seed),
                 M=clusters, M_PAD=power_of_two(clusters), S=tokens, S_PAD=power_of_two(tokens),
                 WIDTH=width, BLOCK=min(power_of_two(width), _BLOCK),

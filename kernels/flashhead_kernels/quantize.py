@@ -16,12 +16,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flashhead_kernels.projection import Projection
-
 BITS = (4, 8, 16)
 TILE = 16
 """Centroids in a tile."""
 _INTERLEAVED_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Coordinates of hidden states that centroids of fewer columns are stored in.
+
+        h . centroid  ~  (to_state h) . stored + h . mean
+
+    with m < D coordinates for each stored centroid, less the mean of all centroids.
+
+    to_state: float32 `[m, D]`; mean: float32 `[D]`, of all centroids.
+    """
+
+    to_state: Tensor
+    mean: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that projecting a batch reads once."""
+        return self.to_state.nbytes + self.mean.nbytes
+
+    def to(self, device: torch.device | str) -> Projection:
+        return Projection(self.to_state.to(device), self.mean.to(device))
 
 
 @dataclass(frozen=True)
@@ -162,6 +183,36 @@ def tile_centroids(centroids: QuantizedCentroids, *, pad: bool = False) -> Quant
         tile=TILE,
         padding=padding,
     )
+
+
+def project_states(hidden_states: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+    """Coordinates float32 `[B, m]` of `hidden_states [B, D]`, and `h . mean` float32 `[B]`.
+
+    One row at a time: a matrix product may add in an order that depends on the number of rows.
+    """
+    table = torch.cat([projection.to_state, projection.mean.unsqueeze(0)])
+    products = [(table * hidden).sum(1) for hidden in hidden_states.float()]
+    if not products:
+        empty = hidden_states.new_empty((0, len(table)), dtype=torch.float32)
+        return empty[:, :-1], empty[:, -1]
+    both = torch.stack(products)
+    return both[:, :-1], both[:, -1]
+
+
+def quantize_hidden_states(hidden_states: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Round `hidden_states [B, D]` to int8, with a float32 scale for each `group_size` columns.
+
+    Integer centroids are scored by integer dot products: exact, so any order of summation will do.
+
+    Returns:
+        `(integers int8 [B, D], scales float32 [B, D / group_size])`.
+    """
+    batch, hidden_size = hidden_states.shape
+    grouped = hidden_states.float().reshape(batch, hidden_size // group_size, group_size)
+    scales = grouped.abs().amax(-1) / 127
+    divisor = scales.unsqueeze(-1)
+    quotient = torch.where(divisor > 0, grouped / divisor, torch.zeros_like(grouped))
+    return quotient.round().clamp(-127, 127).to(torch.int8).flatten(-2), scales
 
 
 def _tile(values: Tensor, width: int) -> Tensor:

@@ -11,17 +11,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flashhead_kernels.candidates import (
-    Candidates,
-    check_candidate_arguments,
-    quantize_hidden_states,
-)
 from flashhead_kernels.keys import EMPTY_KEY, pack_keys
 from flashhead_kernels.keys import unpack_keys as unpack_keys
 from flashhead_kernels.keys import unpack_keys_into as unpack_keys_into
 from flashhead_kernels.logits import PLAIN, FinalLogits
-from flashhead_kernels.projection import project_states
-from flashhead_kernels.quantize import QuantizedCentroids
+from flashhead_kernels.quantize import (
+    QuantizedCentroids,
+    project_states,
+    quantize_hidden_states,
+)
+from flashhead_kernels.shard import (
+    Candidates,
+    IndexShard,
+    Query,
+    check_hidden_states,
+    check_k,
+    check_query,
+)
 
 
 def all_finite(hidden_states: Tensor) -> bool:
@@ -47,19 +53,17 @@ def centroid_dots(hidden_states: Tensor, centroids: QuantizedCentroids) -> Tenso
     return dots + means[:, None, None]
 
 
-def score_centroids(
-    hidden_states: Tensor, centroids: QuantizedCentroids, spread: Tensor, alpha: float
-) -> Tensor:
+def score_centroids(hidden_states: Tensor, shard: IndexShard, alpha: float) -> Tensor:
     """Probing score `h . centroid + alpha * |h| * spread` as float32 `[B, N, M]`.
 
-    `spread [N, M]` says how far a row's logit may lie from the mean's for a hidden state of norm 1;
-    it is -inf for a cluster of pads, which no row then prefers to a real one.
+    The spread is -inf for a cluster of pads, which no row then prefers to a real one.
     """
+    spread = shard.spread
     norms = torch.linalg.vector_norm(hidden_states.float(), dim=-1)
     scaled = alpha * norms[:, None, None] * spread
     # 0 * -inf is NaN: a cluster of pads stays at -inf whatever alpha is.
     lift = torch.where(torch.isneginf(spread), spread, scaled)
-    return centroid_dots(hidden_states, centroids) + lift
+    return centroid_dots(hidden_states, shard.centroids) + lift
 
 
 def select_probes(scores: Tensor, num_probes_per_group: int) -> Tensor:
@@ -106,61 +110,44 @@ def best_keys(logits: Tensor, token_ids: Tensor, k: int) -> Tensor:
     return keys.topk(k, dim=1).values
 
 
-def flashhead_candidates(
+def candidates(
     hidden_states: Tensor,
-    rows: Tensor,
-    token_ids: Tensor,
-    centroids: QuantizedCentroids,
-    spread: Tensor,
-    alpha: float,
-    num_probes_per_group: int,
-    pinned_rows: Tensor,
-    pinned_token_ids: Tensor,
+    shard: IndexShard,
+    query: Query,
     *,
-    k: int = 1,
-    need_logsumexp: bool = False,
-    need_unprobed: bool = False,
     between: Callable[[], object] | None = None,
 ) -> Candidates:
-    """The whole local step: score centroids, probe each group's share, score its rows, reduce.
-
-    hidden_states: `[B, D]`; rows: `[N, M, S, D]`; token_ids: int32 `[N, M, S]`, -1 for a pad;
-    centroids: leading shape `[N, M]`; spread: float32 `[N, M]`; pinned_rows: `[N, n, D]` and
-    pinned_token_ids: int32 `[N, n]` are always scored (n may be 0).
+    """A rank's whole step of `hidden_states [B, D]`: score centroids, probe, score rows, reduce.
 
     The log-sum-exp is closed form: exact over probed and pinned tokens, and for every unprobed
     cluster `tokens * exp(h . mean)`, a lower bound of its mass by Jensen's inequality.
 
-    need_unprobed: also give the best unprobed cluster's probing score, packed: a maximum over ranks
-    finds that of all clusters.
-
     between: called once when centroids are scored and before rows are, for a profiler; where it is
-    None an implementation may do both in one.
+        None an implementation may do both in one.
 
     Raises:
-        ValueError: shapes that do not fit, or a number of probes outside 1..M.
+        ValueError: see `check_query`.
     """
-    groups, clusters, _, hidden_size = rows.shape
-    check_candidate_arguments(hidden_states, hidden_size, num_probes_per_group, clusters, k)
-    batch = hidden_states.shape[0]
-    scores = score_centroids(hidden_states, centroids, spread, alpha)
+    check_query(hidden_states, shard, query)
+    batch, clusters = hidden_states.shape[0], shard.rows.shape[1]
+    scores = score_centroids(hidden_states, shard, query.alpha)
     if between is not None:
         between()
-    probes = select_probes(scores, num_probes_per_group)
-    first = torch.arange(groups, device=rows.device, dtype=torch.int32) * clusters
+    probes = select_probes(scores, query.num_probes_per_group)
+    first = torch.arange(len(shard.rows), device=probes.device, dtype=torch.int32) * clusters
     cluster_ids = (probes + first[None, :, None]).flatten(1)
-    logits = score_rows(hidden_states, rows.flatten(0, 1), cluster_ids).flatten(1)
-    ids = token_ids.flatten(0, 1)[cluster_ids.long()].flatten(1)
-    pinned = torch.einsum("bd,nqd->bnq", hidden_states.float(), pinned_rows.float()).flatten(1)
-    logits = torch.cat([logits, pinned], dim=1)
-    ids = torch.cat([ids, pinned_token_ids.flatten().expand(batch, -1)], dim=1)
-    keys = best_keys(logits, ids, k)
-    unprobed = best_unprobed(scores.flatten(1), cluster_ids) if need_unprobed else None
-    if not need_logsumexp:
+    logits = score_rows(hidden_states, shard.cluster_rows, cluster_ids).flatten(1)
+    ids = shard.cluster_token_ids[cluster_ids.long()].flatten(1)
+    pinned = torch.einsum("bd,nqd->bnq", hidden_states.float(), shard.pinned_rows.float())
+    logits = torch.cat([logits, pinned.flatten(1)], dim=1)
+    ids = torch.cat([ids, shard.pinned_token_ids.flatten().expand(batch, -1)], dim=1)
+    keys = best_keys(logits, ids, query.k)
+    unprobed = best_unprobed(scores.flatten(1), cluster_ids) if query.need_unprobed else None
+    if not query.need_logsumexp:
         return Candidates(keys, None, unprobed)
-    tokens = (token_ids >= 0).sum(-1).flatten().float()
-    means = centroid_dots(hidden_states, centroids).flatten(1)
-    closed = (means + tokens.log()).scatter(1, cluster_ids.long(), float("-inf"))
+    means = centroid_dots(hidden_states, shard.centroids).flatten(1)
+    closed = means + shard.num_tokens.flatten().float().log()
+    closed = closed.scatter(1, cluster_ids.long(), float("-inf"))
     exact = logits.masked_fill(ids < 0, float("-inf"))
     return Candidates(keys, torch.cat([exact, closed], dim=1).logsumexp(1), unprobed)
 
@@ -187,10 +174,10 @@ def dense_candidates(
     logits, the log-sum-exp those without noise.
 
     Raises:
-        ValueError: k below 1.
+        ValueError: shapes that do not fit, k below 1.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    check_hidden_states(hidden_states, rows.shape[1])
+    check_k(k)
     logits = hidden_states.float() @ rows.float().T
     logits = final.without_noise(logits)
     if token_ids is None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from flashhead_kernels import reference
 from flashhead_kernels.keys import pack_keys
 from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise, gumbel
-from flashhead_kernels.quantize import QuantizedCentroids
+from flashhead_kernels.shard import IndexShard, Query
 
 BELOW = 2.0
 HALF_WAY = 4.0
@@ -81,34 +81,24 @@ class Weighed:
     group_log_mass: Tensor
 
 
-def local_scores(
-    hidden_states: Tensor,
-    rows: Tensor,
-    token_ids: Tensor,
-    centroids: QuantizedCentroids,
-    spread: Tensor,
-    alpha: float,
-    num_probes_per_group: int,
-    pinned_rows: Tensor,
-    pinned_token_ids: Tensor,
-) -> LocalScores:
-    """Probe as `reference.flashhead_candidates` does, whose arguments these are, and keep it all.
+def local_scores(hidden_states: Tensor, shard: IndexShard, query: Query) -> LocalScores:
+    """What one rank knows of `hidden_states [B, D]`, probed as `reference.candidates` does.
 
     Candidates are a group's probes in ascending order, then its pinned tokens, group after group.
     """
-    batch, (groups, clusters, tokens) = hidden_states.shape[0], token_ids.shape
-    means = reference.centroid_dots(hidden_states, centroids)
-    scores = reference.score_centroids(hidden_states, centroids, spread, alpha)
-    probes = reference.select_probes(scores, num_probes_per_group).long()
-    first = torch.arange(groups, device=rows.device)[None, :, None] * clusters
+    batch, (groups, clusters, tokens) = hidden_states.shape[0], shard.token_ids.shape
+    means = reference.centroid_dots(hidden_states, shard.centroids)
+    scores = reference.score_centroids(hidden_states, shard, query.alpha)
+    probes = reference.select_probes(scores, query.num_probes_per_group).long()
+    first = torch.arange(groups, device=probes.device)[None, :, None] * clusters
     chosen = (probes + first).flatten(1)
-    logits = reference.score_rows(hidden_states, rows.flatten(0, 1), chosen.int())
-    ids = token_ids.flatten(0, 1)[chosen]
-    pinned = torch.einsum("bd,nqd->bnq", hidden_states.float(), pinned_rows.float())
-    shape = (batch, groups, num_probes_per_group * tokens)
-    all_ids = torch.cat([ids.view(shape), pinned_token_ids.expand(batch, -1, -1)], dim=2).flatten(1)
+    logits = reference.score_rows(hidden_states, shard.cluster_rows, chosen.int())
+    shape = (batch, groups, query.num_probes_per_group * tokens)
+    ids = shard.cluster_token_ids[chosen].view(shape)
+    pinned = torch.einsum("bd,nqd->bnq", hidden_states.float(), shard.pinned_rows.float())
+    all_ids = torch.cat([ids, shard.pinned_token_ids.expand(batch, -1, -1)], dim=2).flatten(1)
     all_logits = torch.cat([logits.view(shape), pinned], dim=2).flatten(1)
-    means = means.scatter(2, probes, float("-inf")).masked_fill(spread == -torch.inf, -torch.inf)
+    means = means.scatter(2, probes, -torch.inf).masked_fill(shard.spread.isneginf(), -torch.inf)
     return LocalScores(all_logits.masked_fill(all_ids < 0, float("-inf")), all_ids, means)
 
 
@@ -136,24 +126,23 @@ def final_logits(logits: Tensor, final: FinalLogits) -> Tensor:
 
 def cluster_log_mass(
     hidden_states: Tensor,
+    shard: IndexShard,
     means: Tensor,
-    num_tokens: Tensor,
-    spread: Tensor,
     scored: Tensor,
     shrinkage: float,
     final: FinalLogits,
 ) -> Tensor:
     """Estimated log mass m_c float32 `[B, N, M]` of clusters.
 
-    means: as in LocalScores, whose -inf stay -inf; num_tokens: int64 `[N, M]`; spread: `[N, M]`;
-    scored: r, the log mass `[B, N]` of each group's candidates.
+    means: as in LocalScores, whose -inf stay -inf; scored: r, the log mass `[B, N]` of each group's
+    candidates.
     """
     norms = torch.linalg.vector_norm(hidden_states.float(), dim=-1)[:, None, None]
     slope = torch.ones_like(means)
     if final.softcap:
         slope = 1 - torch.tanh(means / final.softcap) ** 2
-    x = norms * spread.clamp(min=0) / final.temperature * slope
-    estimate: Tensor = final.without_noise(means) + num_tokens.float().log()
+    x = norms * shard.spread.clamp(min=0) / final.temperature * slope
+    estimate: Tensor = final.without_noise(means) + shard.num_tokens.float().log()
     gap = (scored.unsqueeze(2) - BELOW - estimate).clamp(min=0)
     mass: Tensor = estimate + shrinkage * x / (x + HALF_WAY) * gap
     return mass.masked_fill(torch.isneginf(means) | torch.isneginf(estimate), float("-inf"))
@@ -181,17 +170,14 @@ def draw_candidates(
 
 def draw_groups(
     hidden_states: Tensor,
+    shard: IndexShard,
     weighed: Weighed,
-    rows: Tensor,
-    token_ids: Tensor,
-    group_ids: Tensor,
     row_of_draw: Tensor,
     final: FinalLogits,
 ) -> Tensor:
     """Greatest key int64 `[n]` of draws from candidates and unprobed clusters; `[B, D]` states.
 
-    rows: `[N, M, S, D]`; token_ids: int32 `[N, M, S]`; group_ids: int64 `[N]`, the same numbers
-    whoever holds the groups; row_of_draw: int64 `[n]`; final: with the noise of n rows.
+    row_of_draw: int64 `[n]`; final: with the noise of n rows.
 
     Candidates compete with noise of their own. A group competes by its summed mass and noise; it
     draws one of its clusters, and of the cluster's tokens one, whose key holds the group's value.
@@ -199,15 +185,16 @@ def draw_groups(
     noise = final.noise
     assert noise is not None
     keys = draw_candidates(weighed.logits, weighed.token_ids, row_of_draw, noise)
-    draws, (groups, clusters) = len(row_of_draw), token_ids.shape[:2]
+    draws, (groups, clusters) = len(row_of_draw), shard.spread.shape
     values = weighed.group_log_mass[row_of_draw]
-    values = values + gumbel(noise, group_ids.expand(draws, -1), Domain.GROUP)
-    numbers = group_ids.unsqueeze(1) * clusters + torch.arange(clusters, device=rows.device)
+    values = values + gumbel(noise, shard.group_ids.expand(draws, -1), Domain.GROUP)
+    slots = torch.arange(clusters, device=values.device)
+    numbers = shard.group_ids.unsqueeze(1) * clusters + slots
     of_clusters = gumbel(noise, numbers.flatten().expand(draws, -1), Domain.CLUSTER)
     within = weighed.log_mass[row_of_draw] + of_clusters.view(draws, groups, clusters)
-    chosen = within.argmax(2) + torch.arange(groups, device=rows.device) * clusters
-    logits = reference.score_rows(hidden_states[row_of_draw], rows.flatten(0, 1), chosen)
-    ids = token_ids.flatten(0, 1)[chosen]
+    chosen = within.argmax(2) + torch.arange(groups, device=values.device) * clusters
+    logits = reference.score_rows(hidden_states[row_of_draw], shard.cluster_rows, chosen)
+    ids = shard.cluster_token_ids[chosen]
     # The tokens' own noise: unused so far, and the noise that a dense head's draw has.
     of_tokens = gumbel(noise, ids.flatten(1), Domain.TOKEN).view(ids.shape)
     noisy = (final.without_noise(logits) + of_tokens).masked_fill(ids < 0, float("-inf"))

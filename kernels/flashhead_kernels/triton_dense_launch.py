@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.logits import FinalLogits
+from flashhead_kernels.shard import Candidates
 from flashhead_kernels.triton_dense import dense_kernel
 from flashhead_kernels.triton_device import counters, num_processors, on_device, signed_seed
 from flashhead_kernels.triton_shapes import is_interpreted, part_block, power_of_two

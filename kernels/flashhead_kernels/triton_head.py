@@ -49,7 +49,7 @@ def prepare_kernel(
 ):
     """Grid `[B, blocks of GROUPS scale groups]`: a row to int8, for all programs that score it.
 
-    PROJECTED: first `projection.project_states`. What a program computes for its row does not
+    PROJECTED: first `quantize.project_states`. What a program computes for its row does not
     depend on how many rows there are.
     """
     words: tl.constexpr = CENTROIDS.words

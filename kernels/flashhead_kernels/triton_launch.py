@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import triton
 from torch import Tensor
 
 from flashhead_kernels import launch_choice
-from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.launch_choice import LaunchCase
 from flashhead_kernels.quantize import QuantizedCentroids
+from flashhead_kernels.shard import Candidates, IndexShard, Query
 from flashhead_kernels.triton_device import counters, num_processors, on_device
 from flashhead_kernels.triton_head import (
     candidates_kernel,
@@ -41,22 +40,7 @@ _PREPARE_WARPS = 4
 _CLUSTERS_A_WARP = 32
 
 
-@dataclass(frozen=True)
-class HeadInputs:
-    """The arguments of `reference.flashhead_candidates`, those that are data."""
-
-    hidden_states: Tensor
-    rows: Tensor
-    token_ids: Tensor
-    centroids: QuantizedCentroids
-    spread: Tensor
-    pinned_rows: Tensor
-    pinned_token_ids: Tensor
-    alpha: float
-    num_probes_per_group: int
-
-
-class CentroidLaunch:
+class CentroidStep:
     """Centroids `[N, M]` of a rank and hidden states `[B, D]`, 1 to MAX_ROWS, in int8.
 
     A launch of its own quantises them where the plan says so; otherwise the programs that score
@@ -64,13 +48,13 @@ class CentroidLaunch:
     """
 
     def __init__(
-        self, hidden_states: Tensor, centroids: QuantizedCentroids, head: HeadShape, groups: int
+        self, hidden_states: Tensor, centroids: QuantizedCentroids, head: HeadShape
     ) -> None:
-        self.hidden, self.centroids, self.head, self.groups = hidden_states, centroids, head, groups
-        self.batch = hidden_states.shape[0]
+        self.hidden, self.centroids, self.head = hidden_states, centroids, head
+        self.batch, self.groups = len(hidden_states), len(centroids.values)
         self.shape = None if centroids.bits == 16 else CentroidShape.of(centroids)
         self.plan: HeadPlan = plan_head(
-            head, self.shape, groups, self.batch, num_processors(hidden_states.device),
+            head, self.shape, self.groups, self.batch, num_processors(hidden_states.device),
             projected=centroids.projection is not None,
         )  # fmt: skip
         values, scales = centroids.values, centroids.scales
@@ -144,20 +128,18 @@ class CentroidLaunch:
 
 def launch_dots(hidden_states: Tensor, centroids: QuantizedCentroids) -> Tensor:
     """`reference.centroid_dots` of 1 to MAX_ROWS rows: float32 `[B, N, M]`."""
-    groups, clusters = centroids.values.shape[0], centroids.num_clusters
-    head = HeadShape.of(clusters, 1, hidden_states.shape[1], 1, 0, 1)
+    head = HeadShape.of_centroids(centroids.num_clusters, hidden_states.shape[1])
     with on_device(hidden_states):
-        launch = CentroidLaunch(hidden_states, centroids, head, groups)
-        dots = launch.dots()
+        step = CentroidStep(hidden_states, centroids, head)
+        dots = step.dots()
         summed = dots[0] if len(dots) == 1 else dots.sum(0)
-        return summed + launch.words[2][:, None, None] if launch.projected else summed
+        return summed + step.words[2][:, None, None] if step.projected else summed
 
 
 def launch_head(
-    inputs: HeadInputs,
-    k: int,
-    need_logsumexp: bool,
-    need_unprobed: bool,
+    hidden_states: Tensor,
+    shard: IndexShard,
+    query: Query,
     launches: int | None,
     between: Callable[[], object] | None = None,
 ) -> Candidates:
@@ -170,110 +152,95 @@ def launch_head(
     Raises:
         ValueError: one launch for a shape that it cannot serve.
     """
-    with on_device(inputs.hidden_states):
-        launch = _Launch(inputs, k, need_logsumexp, need_unprobed)
-        plan = launch.centroids.plan
+    head = HeadShape.of(shard, query)
+    with on_device(hidden_states):
+        step = CentroidStep(hidden_states, shard.centroids, head)
+        plan = step.plan
+        one = partial(_one_launch, step, shard, query)
+        two = partial(_two_launches, step, shard, query)
         if launches == 1 and not plan.fits_one_launch:
-            raise ValueError(
-                f"one launch cannot serve groups of {launch.head.clusters} clusters: use two"
-            )
+            raise ValueError(f"one launch cannot serve groups of {head.clusters} clusters: use two")
         if launches is None and between is not None:
             launches = 2
         elif launches is None and plan.fits_one_launch and plan.may_take_two:
-            device = inputs.hidden_states.device
-            launches = launch_choice.table.choose(launch.case(), launch.one, launch.two, device)
+            case = LaunchCase(
+                device=launch_choice.device_name(hidden_states.device),
+                groups=step.groups,
+                batch=power_of_two(step.batch),
+                rows=str(shard.rows.dtype),
+                hidden=str(hidden_states.dtype),
+                logsumexp=query.need_logsumexp,
+                head=head,
+                centroids=step.shape,
+            )
+            launches = launch_choice.table.choose(case, one, two, hidden_states.device)
         elif launches is None:
             launches = 1 if plan.fits_one_launch else 2
-        return launch.one() if launches == 1 else launch.two(between)
+        return one() if launches == 1 else two(between)
 
 
-class _Launch:
-    """One call's tensors."""
+def _one_launch(step: CentroidStep, shard: IndexShard, query: Query) -> Candidates:
+    plan, head = step.plan, step.head
+    words, scales, means = step.words
+    parts, found = _results(step, query, step.groups)
+    one_launch_kernel[(step.groups, triton.cdiv(step.batch, plan.rows_a_program))](
+        step.hidden, shard.rows, shard.token_ids, step.values, step.scales, shard.spread,
+        shard.pinned_rows, shard.pinned_token_ids, words, scales, means, *parts, query.alpha,
+        step.batch, *step.group_strides,
+        HEAD=head, CENTROIDS=step.shape, BATCH=plan.rows_a_program,
+        ROWS=ROWS_A_WARP * ONE_LAUNCH_WARPS, GROUPS_PAD=step.groups_pad,
+        PREPARED=plan.prepares, PROJECTED=step.projected, LOGSUMEXP=query.need_logsumexp,
+        UNPROBED=query.need_unprobed, PART_BLOCK=part_block(head.best),
+        COMPILED=not is_interpreted(), num_warps=ONE_LAUNCH_WARPS, maxnreg=ONE_LAUNCH_REGISTERS,
+    )  # fmt: skip
+    return found
 
-    def __init__(
-        self, inputs: HeadInputs, k: int, need_logsumexp: bool, need_unprobed: bool
-    ) -> None:
-        groups, clusters, tokens, size = inputs.rows.shape
-        self.inputs, self.k, self.groups = inputs, k, groups
-        self.need_logsumexp, self.need_unprobed = need_logsumexp, need_unprobed
-        self.head = HeadShape.of(
-            clusters, tokens, size, inputs.num_probes_per_group, inputs.pinned_rows.shape[1], k
-        )
-        self.batch = inputs.hidden_states.shape[0]
-        self.centroids = CentroidLaunch(inputs.hidden_states, inputs.centroids, self.head, groups)
 
-    def case(self) -> LaunchCase:
-        """What decides between `one` and `two`."""
-        return LaunchCase(
-            device=launch_choice.device_name(self.inputs.rows.device),
-            groups=self.groups,
-            batch=power_of_two(self.batch),
-            rows=str(self.inputs.rows.dtype),
-            hidden=str(self.inputs.hidden_states.dtype),
-            logsumexp=self.need_logsumexp,
-            head=self.head,
-            centroids=self.centroids.shape,
-        )
+def _two_launches(
+    step: CentroidStep,
+    shard: IndexShard,
+    query: Query,
+    between: Callable[[], object] | None = None,
+) -> Candidates:
+    plan, head = step.plan, step.head
+    dots = step.dots()
+    if between is not None:
+        between()
+    probes = triton.cdiv(head.probes, plan.splits)
+    splits = triton.cdiv(head.probes, probes)
+    parts, found = _results(step, query, step.groups * splits)
+    candidates_kernel[(step.groups, splits, step.batch)](
+        step.hidden, shard.rows, shard.token_ids, dots, step.words[2], shard.spread,
+        shard.pinned_rows, shard.pinned_token_ids, *parts, query.alpha, probes,
+        HEAD=head, SEGMENTS=plan.segments, ROWS=ROWS_A_WARP * CANDIDATES_WARPS,
+        PROJECTED=step.projected, LOGSUMEXP=query.need_logsumexp, UNPROBED=query.need_unprobed,
+        PART_BLOCK=part_block(head.best), num_warps=CANDIDATES_WARPS,
+        maxnreg=CANDIDATES_REGISTERS,
+    )  # fmt: skip
+    return found
 
-    def one(self) -> Candidates:
-        centroids, plan = self.centroids, self.centroids.plan
-        words, scales, means = centroids.words
-        parts, found = self._results(self.groups)
-        one_launch_kernel[(self.groups, triton.cdiv(self.batch, plan.rows_a_program))](
-            self.inputs.hidden_states, self.inputs.rows, self.inputs.token_ids, centroids.values,
-            centroids.scales, *self._tables(), words, scales, means, *parts, self.inputs.alpha,
-            self.batch, *centroids.group_strides,
-            HEAD=self.head, CENTROIDS=centroids.shape, BATCH=plan.rows_a_program,
-            ROWS=ROWS_A_WARP * ONE_LAUNCH_WARPS, GROUPS_PAD=centroids.groups_pad,
-            PREPARED=plan.prepares, PROJECTED=centroids.projected, LOGSUMEXP=self.need_logsumexp,
-            UNPROBED=self.need_unprobed, PART_BLOCK=part_block(self.head.best),
-            COMPILED=not is_interpreted(), num_warps=ONE_LAUNCH_WARPS,
-            maxnreg=ONE_LAUNCH_REGISTERS,
-        )  # fmt: skip
-        return found
 
-    def two(self, between: Callable[[], object] | None = None) -> Candidates:
-        centroids, plan = self.centroids, self.centroids.plan
-        dots = centroids.dots()
-        if between is not None:
-            between()
-        probes = triton.cdiv(self.head.probes, plan.splits)
-        splits = triton.cdiv(self.head.probes, probes)
-        parts, found = self._results(self.groups * splits)
-        candidates_kernel[(self.groups, splits, self.batch)](
-            self.inputs.hidden_states, self.inputs.rows, self.inputs.token_ids, dots,
-            centroids.words[2], *self._tables(), *parts, self.inputs.alpha, probes,
-            HEAD=self.head, SEGMENTS=plan.segments, ROWS=ROWS_A_WARP * CANDIDATES_WARPS,
-            PROJECTED=centroids.projected, LOGSUMEXP=self.need_logsumexp,
-            UNPROBED=self.need_unprobed, PART_BLOCK=part_block(self.head.best),
-            num_warps=CANDIDATES_WARPS, maxnreg=CANDIDATES_REGISTERS,
-        )  # fmt: skip
-        return found
-
-    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = self.inputs
-        return inputs.spread, inputs.pinned_rows, inputs.pinned_token_ids
-
-    def _results(self, num_parts: int) -> tuple[tuple[Tensor, ...], Candidates]:
-        """Memory for parts and results as the kernels take it, and what it will hold."""
-        batch, best = self.batch, self.head.best
-        device = self.inputs.hidden_states.device
-        parts = batch * num_parts
-        num_keys = parts * best + parts * self.need_unprobed
-        part_keys = torch.empty(num_keys, dtype=torch.int64, device=device)
-        out = torch.empty(batch * (best + self.need_unprobed), dtype=torch.int64, device=device)
-        ids = torch.empty((batch, best), dtype=torch.int64, device=device)
-        logits = torch.empty((batch, best), dtype=torch.float32, device=device)
-        # A pointer has to be given even where nothing is written.
-        part_sums, logsumexp = part_keys, logits
-        if self.need_logsumexp:
-            part_sums = torch.empty(2 * parts, dtype=torch.float32, device=device)
-            logsumexp = torch.empty(batch, dtype=torch.float32, device=device)
-        found = Candidates(
-            out[: batch * best].view(batch, best)[:, : self.k],
-            logsumexp if self.need_logsumexp else None,
-            out[batch * best :] if self.need_unprobed else None,
-            ids[:, : self.k],
-            logits[:, : self.k],
-        )
-        return (part_keys, part_sums, counters(device), out, ids, logits, logsumexp), found
+def _results(
+    step: CentroidStep, query: Query, num_parts: int
+) -> tuple[tuple[Tensor, ...], Candidates]:
+    """Memory for parts and results as the kernels take it, and what it will hold."""
+    batch, best, device = step.batch, step.head.best, step.hidden.device
+    parts = batch * num_parts
+    num_keys = parts * best + parts * query.need_unprobed
+    part_keys = torch.empty(num_keys, dtype=torch.int64, device=device)
+    out = torch.empty(batch * (best + query.need_unprobed), dtype=torch.int64, device=device)
+    ids = torch.empty((batch, best), dtype=torch.int64, device=device)
+    logits = torch.empty((batch, best), dtype=torch.float32, device=device)
+    # A pointer has to be given even where nothing is written.
+    part_sums, logsumexp = part_keys, logits
+    if query.need_logsumexp:
+        part_sums = torch.empty(2 * parts, dtype=torch.float32, device=device)
+        logsumexp = torch.empty(batch, dtype=torch.float32, device=device)
+    found = Candidates(
+        out[: batch * best].view(batch, best)[:, : query.k],
+        logsumexp if query.need_logsumexp else None,
+        out[batch * best :] if query.need_unprobed else None,
+        ids[:, : query.k],
+        logits[:, : query.k],
+    )
+    return (part_keys, part_sums, counters(device), out, ids, logits, logsumexp), found

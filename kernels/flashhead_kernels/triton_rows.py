@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashhead_kernels import reference
 from flashhead_kernels.quantize import QuantizedCentroids
+from flashhead_kernels.shard import IndexShard
 from flashhead_kernels.triton_device import on_device
 from flashhead_kernels.triton_launch import launch_dots
 from flashhead_kernels.triton_reduce import row_logits
@@ -166,18 +167,16 @@ def scores_of_centroids_kernel(
     tl.store(scores_ptr + at, probing_scores(dots, spread, norm, alpha), mask=slot < M)
 
 
-def score_centroids(
-    hidden_states: Tensor, centroids: QuantizedCentroids, spread: Tensor, alpha: float
-) -> Tensor:
+def score_centroids(hidden_states: Tensor, shard: IndexShard, alpha: float) -> Tensor:
     """See `reference.score_centroids`."""
     hidden_states = hidden_states.contiguous()
-    dots = centroid_dots(hidden_states, centroids)
+    dots = centroid_dots(hidden_states, shard.centroids)
     scores = torch.empty_like(dots)
-    (groups, clusters), size = spread.shape, hidden_states.shape[1]
+    (groups, clusters), size = shard.spread.shape, hidden_states.shape[1]
     if dots.numel():
         with on_device(dots):
             scores_of_centroids_kernel[(groups, len(hidden_states))](
-                hidden_states, dots, spread, scores, alpha,
+                hidden_states, dots, shard.spread, scores, alpha,
                 M=clusters, M_PAD=power_of_two(clusters), D=size, BLOCK_D=columns_a_block(size),
                 ROWS=ROWS_A_BLOCK, num_warps=WARPS,
             )  # fmt: skip

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 
 from flashhead_kernels.quantize import QuantizedCentroids
+from flashhead_kernels.shard import IndexShard, Query
 
 MAX_ROWS = 64
 """Rows of one launch; larger batches take several."""
@@ -101,7 +102,7 @@ def _centroid_shape(bits: int, group_size: int, size: int, tile: int) -> Centroi
 
 @dataclass(frozen=True)
 class HeadShape:
-    """One rank's groups as `flashhead_candidates` sees them.
+    """A query to one rank's groups.
 
     clusters M, tokens S, probes p of a probing group; pinned: rows a group that are always scored.
     best: keys kept, k rounded up. block_columns: columns of a row that are loaded at a time.
@@ -119,22 +120,33 @@ class HeadShape:
     best: int
 
     @classmethod
-    @functools.cache  # a step makes it anew
-    def of(
-        cls, clusters: int, tokens: int, hidden_size: int, probes: int, pinned: int, k: int
-    ) -> HeadShape:
-        return cls(
-            clusters=clusters,
-            clusters_pad=power_of_two(clusters),
-            tokens=tokens,
-            tokens_pad=power_of_two(tokens),
-            hidden_size=hidden_size,
-            probes=probes,
-            probes_pad=power_of_two(probes),
-            block_columns=min(power_of_two(hidden_size), _COLUMNS_A_BLOCK),
-            pinned=pinned,
-            best=power_of_two(k),
-        )
+    def of(cls, shard: IndexShard, query: Query) -> HeadShape:
+        _, clusters, tokens, size = shard.rows.shape
+        probes, pinned = query.num_probes_per_group, shard.pinned_rows.shape[1]
+        return _head_shape(clusters, tokens, size, probes, pinned, query.k)
+
+    @classmethod
+    def of_centroids(cls, clusters: int, hidden_size: int) -> HeadShape:
+        """Where no rows are scored."""
+        return _head_shape(clusters, 1, hidden_size, 1, 0, 1)
+
+
+@functools.cache  # a step makes it anew
+def _head_shape(
+    clusters: int, tokens: int, hidden_size: int, probes: int, pinned: int, k: int
+) -> HeadShape:
+    return HeadShape(
+        clusters=clusters,
+        clusters_pad=power_of_two(clusters),
+        tokens=tokens,
+        tokens_pad=power_of_two(tokens),
+        hidden_size=hidden_size,
+        probes=probes,
+        probes_pad=power_of_two(probes),
+        block_columns=min(power_of_two(hidden_size), _COLUMNS_A_BLOCK),
+        pinned=pinned,
+        best=power_of_two(k),
+    )
 
 
 @dataclass(frozen=True)

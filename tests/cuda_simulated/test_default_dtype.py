@@ -52,7 +52,7 @@ def _vllm_rows(rest: Rest) -> Run:
     def run(small: Small) -> Tensor:
         head = small.head("flashhead_auto")
         assert isinstance(head, FlashHeadAuto)
-        token_ids, _ = read_token_ids(small.index_dir, head.shard.manifest)
+        token_ids, _ = read_token_ids(small.index_dir, head.index.manifest)
         where = VocabularyMap.of(token_ids.cuda(), head.vocab_size)
         rows = RowsHead(head, Finish(torch.float32), where)
         return rows.rows(small.states[:BATCH].cuda(), [RowNeed(rest)] * BATCH)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flashhead_dist.index import IndexOptions, build_index, load_manifest, load_shard
-from flashhead_dist.index.shard import IndexShard
+from flashhead_kernels.shard import IndexShard
 from tests.cuda_simulated.conftest import OPTIONS, Small
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def test_a_gpu_builds_the_cpus_index(
 ) -> None:
     built = [_build(small, tmp_path / device, device, CHANGES[name]) for device in ("cuda", "cpu")]
     assert cuda.launches
-    ours, theirs = (load_shard(folder) for folder in built)
+    ours, theirs = (load_shard(folder).shard for folder in built)
     for tensor in ("token_ids", "rows", "pinned_token_ids", "pinned_rows"):
         assert torch.equal(getattr(ours, tensor), getattr(theirs, tensor))
     torch.testing.assert_close(ours.spread, theirs.spread)
@@ -53,7 +53,9 @@ def test_a_gpu_builds_the_cpus_index(
 
 
 def test_an_index_loads_onto_a_gpu(cuda: SimulatedCuda, small: Small) -> None:
-    ours, theirs = load_shard(small.index_dir, device="cuda:1"), load_shard(small.index_dir)
+    ours, theirs = (
+        load_shard(small.index_dir, device=device).shard for device in ("cuda:1", "cpu")
+    )
     assert isinstance(ours, IndexShard)
     for tensor in ("token_ids", "rows", "spread", "pinned_token_ids", "pinned_rows"):
         assert getattr(ours, tensor).device == torch.device("cuda:1")

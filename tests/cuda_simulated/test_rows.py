@@ -67,7 +67,7 @@ def test_transformers_rows_are_those_of_the_cpu(cuda: SimulatedCuda, small: Smal
 def rows_head(small: Small, device: str) -> RowsHead:
     head = small.head("flashhead_auto", device)
     assert isinstance(head, FlashHeadAuto)
-    token_ids, _ = read_token_ids(small.index_dir, head.shard.manifest)
+    token_ids, _ = read_token_ids(small.index_dir, head.index.manifest)
     where = VocabularyMap.of(token_ids.to(device), head.vocab_size)
     return RowsHead(head, Finish(torch.float32, softcap=30.0, scale=0.5), where)
 

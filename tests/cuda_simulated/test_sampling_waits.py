@@ -100,7 +100,7 @@ def test_rows_of_logits_wait_for_nothing(cuda: SimulatedCuda, small: Small) -> N
     launches, waits = second(cuda, for_transformers)
     assert waits == []
     assert launches.count("logits_kernel") == 1
-    token_ids, _ = read_token_ids(small.index_dir, auto.shard.manifest)
+    token_ids, _ = read_token_ids(small.index_dir, auto.index.manifest)
     where = VocabularyMap.of(token_ids.cuda(), auto.vocab_size)
     served = RowsHead(auto, Finish(torch.float32, softcap=30.0), where)
     best, drawn = RowNeed(Rest.NOTHING, best_only=True), RowNeed(Rest.CLUSTERS, temperature=0.5)

@@ -104,7 +104,7 @@ def test_zero_tiny_and_equal_rows_leave_every_number_finite(
         head.model, options, calibration=calibration, test=None, out=tmp_path / "index",
         device="cpu", progress=False,
     )  # fmt: skip
-    shard = load_shard(index)
+    shard = load_shard(index).shard
     assert not bool(torch.isnan(shard.spread).any())
     scales = shard.centroids.scales if bits == 4 else shard.centroids.values
     assert scales is not None
@@ -122,7 +122,7 @@ def test_rows_that_are_all_alike_are_indexed(value: float, tmp_path: Path) -> No
         head.model, IndexOptions(num_groups=4, num_probes=8), calibration=None, test=None,
         out=tmp_path / "index", device="cpu", progress=False,
     )  # fmt: skip
-    shard = load_shard(index)
+    shard = load_shard(index).shard
     assert int(shard.num_tokens.sum()) == 203
     assert bool(torch.isfinite(shard.spread[shard.num_tokens > 0]).all())
 

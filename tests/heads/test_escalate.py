@@ -62,7 +62,7 @@ def other(model: ModelSource, index: Path, name: str, probes: int | None = None)
 def true_margins(head: FlashHeadEscalate, states: Tensor) -> Tensor:
     """float64 `[B]`, from the rule as it is written: every group's scores sorted."""
     shard = head.shard
-    scores = reference.score_centroids(states, shard.centroids, shard.spread, head.alpha).double()
+    scores = reference.score_centroids(states, shard, head.alpha).double()
     order = scores.sort(dim=2, descending=True)
     per_group = head.num_probes // head.num_groups
     left = order.values[:, :, per_group:].flatten(1).amax(1)
@@ -237,7 +237,7 @@ def test_an_index_keeps_the_margins_of_its_calibration_states(
     head = escalating(model, build_one("again"), None)  # type: ignore[arg-type]
     assert head.escalation.margin == by_share[USUAL_SHARE]
     shard, calibration = head.shard, index_states[0]
-    found = margins(shard, calibration.states, manifest.alpha, 2)  # type: ignore[arg-type]
+    found = margins(shard, calibration.states, manifest.alpha, 2)
     for share in (0.1, 0.2, 0.5):
         below = float((found < by_share[share]).double().mean())
         assert below == pytest.approx(share, abs=0.02), "drawn evenly from two sources"

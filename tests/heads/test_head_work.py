@@ -236,7 +236,7 @@ def storage(tensor: Tensor) -> int:
 
 def _counted(ops: ModuleType, counter: _Counter) -> SimpleNamespace:
     """The module's operations, those that are kernels counted as their launches."""
-    kernels = {"flashhead_candidates": 1, "dense_candidates": 1, "score_centroids": 2}
+    kernels = {"candidates": 1, "dense_candidates": 1, "score_centroids": 2}
     if ops is cpu:
         ones = ("unpack_keys", "score_centroids", "select_probes", "probed_candidates")
         kernels |= dict.fromkeys(ones, 1)

@@ -75,7 +75,7 @@ def test_log_probs_are_those_of_the_reference(
         single = build_head(
             "flashhead", tp=TensorParallel.single(), model=model, index_dir=tied_index
         )
-        heads: list[Any] = [IndexScan(single.tp, single.shard)]
+        heads: list[Any] = [IndexScan(single.tp, single.index)]
     else:
         heads = [built(name, tp_size, tied_model, tied_index) for tp_size in (1, 2)]
     use(monkeypatch, "reference")

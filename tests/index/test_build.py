@@ -37,7 +37,7 @@ def _data(index: Path) -> bytes:
 
 
 def _pinned(index: Path) -> list[int]:
-    ids = load_shard(index).pinned_token_ids
+    ids = load_shard(index).shard.pinned_token_ids
     return sorted(ids[ids >= 0].tolist())
 
 
@@ -117,7 +117,7 @@ def test_every_cluster_size_and_precision(
     shards = [load_shard(index, tp_rank=rank, tp_size=3, model=model) for rank in range(3)]
     rows = torch.stack([shard.embedding_lookup(torch.arange(V)) for shard in shards]).sum(0)
     assert torch.equal(rows, model.read_rows(0, V))
-    held = sum(shard.centroids.nbytes for shard in shards)
+    held = sum(shard.shard.centroids.nbytes for shard in shards)
     assert held == manifest.centroid_bytes
     scales = 0 if bits == 16 else 2
     assert held == manifest.num_clusters * (D * bits // 8 + scales)
@@ -149,7 +149,7 @@ def test_centroids_are_rounded_for_the_calibration_states(
     build_one: Build, model: ModelSource, learned: int
 ) -> None:
     """An index of the same clusters without states would hold the plain rounding."""
-    shard = load_shard(build_one(learned_pins_per_group=learned, num_probes=8))
+    shard = load_shard(build_one(learned_pins_per_group=learned, num_probes=8)).shard
     ids = shard.token_ids.flatten(0, 1)
     means, plain_spread = describe_clusters(model.read_rows(0, V), ids)
     assert not torch.allclose(plain_spread, shard.spread.flatten(), rtol=0.05)
@@ -165,7 +165,7 @@ def test_given_pins_are_kept_beside_the_learned_ones(build_one: Build) -> None:
     learned = load_manifest(index).calibration["learned_pinned_token_ids"]
     assert learned
     assert _pinned(index) == sorted({7, 900, *learned})
-    ids = load_shard(index).token_ids
+    ids = load_shard(index).shard.token_ids
     assert sorted([*ids[ids >= 0].tolist(), *_pinned(index)]) == list(range(V))
 
 
@@ -195,12 +195,12 @@ def test_a_token_that_a_pin_leaves_alone_keeps_its_clusters_spread(
 ) -> None:
     """A lone row strays from nothing: with a spread of 0 alpha would put all others before it."""
     given: dict[str, Any] = {"num_probes": 8, "calibration": None}
-    whole = load_shard(build_one("whole", **given))
+    whole = load_shard(build_one("whole", **given)).shard
     widest = divmod(int(whole.spread.argmax()), whole.spread.shape[1])
     *special, alone = whole.token_ids[widest].tolist()
     named = SimpleNamespace(all_special_ids=special)
     told = replace(model, tokenizer_loader=lambda: named)
-    pinned = load_shard(build_one("pinned", model=told, **given))
+    pinned = load_shard(build_one("pinned", model=told, **given)).shard
     assert sorted(pinned.token_ids[widest].tolist()) == [-1, -1, -1, alone]
     assert whole.spread[widest] > 0
     assert torch.equal(pinned.spread, whole.spread)

@@ -45,16 +45,16 @@ def test_of_equal_logits_the_smallest_token_is_the_dense_argmax(
 
 def _among_candidates(index: Path, states: Tensor, tokens: Tensor, alpha: float) -> list[bool]:
     """Whether each token is pinned or in a probed cluster, by the rule of the heads."""
-    shard = load_shard(index)
-    per_group = -(-shard.manifest.num_probes // shard.manifest.num_groups)
-    scores = reference.score_centroids(states, shard.centroids, shard.spread, alpha)
+    shard, manifest = load_shard(index).shard, load_manifest(index)
+    per_group = -(-manifest.num_probes // manifest.num_groups)
+    scores = reference.score_centroids(states, shard, alpha)
     probes = reference.select_probes(scores, per_group).long()
     pinned = set(shard.pinned_token_ids.flatten().tolist())
     found = []
     for row, token in enumerate(tokens.tolist()):
         probed = {
             int(candidate)
-            for group in range(shard.manifest.num_groups)
+            for group in range(manifest.num_groups)
             for candidate in shard.token_ids[group, probes[row, group]].flatten()
         }
         found.append(token in pinned | probed)

@@ -40,7 +40,7 @@ def test_fewer_columns_find_what_all_of_them_find(
     assert found > load_manifest(whole).fidelity["top1_agreement"] - 0.03
     assert found > 0.9
     # That the scores are those of h . centroid, mean included, and not of some other scale.
-    shard, states = load_shard(fewer), index_states[1].states
+    shard, states = load_shard(fewer).shard, index_states[1].states
     scores = reference.centroid_dots(states, shard.centroids)
     rows = shard.rows.float().sum(2) / shard.num_tokens.clamp(min=1).unsqueeze(-1)
     truth = torch.einsum("bd,nmd->bnm", states.float(), rows)
@@ -52,7 +52,7 @@ def test_fewer_columns_find_what_all_of_them_find(
 
 def test_the_spread_has_what_columns_leave_out(build_one: Any, index_states: Any) -> None:
     """By brute force over the calibration states. Fails where the spread is that of rows alone."""
-    shard = load_shard(build_one(**COLUMNS))
+    shard = load_shard(build_one(**COLUMNS)).shard
     unit = torch.nn.functional.normalize(index_states[0].states.double(), dim=1)
     real = (shard.token_ids >= 0).unsqueeze(-1)
     count = real.sum(2).clamp(min=1)
@@ -136,7 +136,7 @@ def test_a_damaged_projection_is_noticed(build_one: Any) -> None:
     load_shard(index)
     file = index / "index.safetensors"
     stored = bytearray(file.read_bytes())
-    projection = load_shard(index).centroids.projection
+    projection = load_shard(index).shard.centroids.projection
     assert projection is not None
     at = stored.find(projection.to_state.numpy().tobytes())
     assert at > 0

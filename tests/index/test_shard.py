@@ -15,7 +15,7 @@ from torch import Tensor
 from flashhead_dist.index import (
     HeadIndexError,
     IndexOptions,
-    IndexShard,
+    LoadedShard,
     TokenMap,
     build_index,
     load_shard,
@@ -36,12 +36,13 @@ def weights(model: ModelSource) -> Tensor:
     return model.read_rows(0, V)
 
 
-def _shards(index: Path, tp_size: int) -> list[IndexShard]:
+def _shards(index: Path, tp_size: int) -> list[LoadedShard]:
     return [load_shard(index, tp_rank=rank, tp_size=tp_size) for rank in range(tp_size)]
 
 
-def _tensors(shard: IndexShard) -> dict[str, Tensor]:
+def _tensors(loaded: LoadedShard) -> dict[str, Tensor]:
     """All tensors of a shard, by name, with groups first."""
+    shard = loaded.shard
     tensors = {
         field.name: getattr(shard, field.name)
         for field in dataclasses.fields(shard)
@@ -62,16 +63,16 @@ def test_ranks_hold_every_token_once_and_every_group_as_one_rank_would(
     seen = []
     for rank, shard in enumerate(_shards(tied_index, tp_size)):
         groups = list(range(rank, GROUPS, tp_size))
-        assert shard.group_ids.tolist() == groups
+        assert shard.shard.group_ids.tolist() == groups
         for name, tensor in _tensors(shard).items():
             assert torch.equal(tensor, whole[name][groups]), name
-        seen += [shard.token_ids.flatten(), shard.pinned_token_ids.flatten()]
+        seen += [shard.shard.token_ids.flatten(), shard.shard.pinned_token_ids.flatten()]
     ids = torch.cat(seen)
     assert torch.equal(ids[ids >= 0].long().sort().values, torch.arange(V))
 
 
 def test_rows_are_the_models_and_pads_can_never_win(tied_index: Path, weights: Tensor) -> None:
-    shard = load_shard(tied_index)
+    shard = load_shard(tied_index).shard
     for rows, ids in (
         (shard.rows, shard.token_ids),
         (shard.pinned_rows, shard.pinned_token_ids),
@@ -89,10 +90,10 @@ def test_rows_are_the_models_and_pads_can_never_win(tied_index: Path, weights: T
 
 @pytest.mark.parametrize("tp_size", TP_SIZES)
 def test_no_rank_holds_more_than_its_groups(tied_index: Path, tp_size: int) -> None:
-    whole = load_shard(tied_index).weight_bytes
+    whole = load_shard(tied_index).shard.weight_bytes
     stored = (tied_index / "index.safetensors").stat().st_size
     assert whole <= stored < whole + 4096
-    shares = [shard.weight_bytes for shard in _shards(tied_index, tp_size)]
+    shares = [shard.shard.weight_bytes for shard in _shards(tied_index, tp_size)]
     assert sum(shares) == whole
     assert max(shares) == whole // GROUPS * -(-GROUPS // tp_size)
 
@@ -102,8 +103,9 @@ def test_a_token_is_located_in_the_rank_and_row_that_hold_it(
     tied_index: Path, weights: Tensor, tp_size: int
 ) -> None:
     shards = _shards(tied_index, tp_size)
-    held = [torch.cat([s.rows.flatten(0, 2), s.pinned_rows.flatten(0, 1)]) for s in shards]
-    ids = [torch.cat([s.token_ids.flatten(), s.pinned_token_ids.flatten()]) for s in shards]
+    tensors = [shard.shard for shard in shards]
+    held = [torch.cat([s.rows.flatten(0, 2), s.pinned_rows.flatten(0, 1)]) for s in tensors]
+    ids = [torch.cat([s.token_ids.flatten(), s.pinned_token_ids.flatten()]) for s in tensors]
     for shard in shards:
         rank, row = shard.token_location(torch.arange(V))
         assert rank.dtype == row.dtype == torch.int64
@@ -119,7 +121,7 @@ def test_lookups_of_all_ranks_add_up_to_the_input_embedding(
 ) -> None:
     draw = torch.Generator().manual_seed(0)
     shards = _shards(tied_index, tp_size)
-    pinned = torch.cat([shard.pinned_token_ids.flatten() for shard in shards])
+    pinned = torch.cat([shard.shard.pinned_token_ids.flatten() for shard in shards])
     tokens = torch.cat([torch.randint(V, (57,), generator=draw), pinned[pinned >= 0].long()])
     tokens = tokens.reshape(4, 15)
     parts = torch.stack([shard.embedding_lookup(tokens) for shard in shards])
@@ -162,9 +164,9 @@ def test_an_index_without_pins_in_16_bits_is_served_alike(
         progress=False,
     )
     shards = _shards(out, 2)
-    assert shards[0].centroids.scales is None
-    assert shards[0].pinned_rows.shape == (2, 0, D)
-    assert shards[1].pinned_token_ids.shape == (1, 0)
+    assert shards[0].shard.centroids.scales is None
+    assert shards[0].shard.pinned_rows.shape == (2, 0, D)
+    assert shards[1].shard.pinned_token_ids.shape == (1, 0)
     found = torch.stack([shard.embedding_lookup(torch.arange(V)) for shard in shards])
     assert torch.equal(found.sum(0), weights)
 
@@ -185,7 +187,7 @@ def test_more_ranks_than_tokens_are_refused(tmp_path: Path) -> None:
         device="cpu",
         progress=False,
     )
-    ids = torch.cat([shard.token_ids.flatten() for shard in _shards(out, 5)])
+    ids = torch.cat([shard.shard.token_ids.flatten() for shard in _shards(out, 5)])
     assert sorted(ids[ids >= 0].tolist()) == [0, 1, 2, 3, 4]
     with pytest.raises(HeadIndexError, match=r"vocabulary of 5 tokens is too small for 6 ranks"):
         load_shard(out, tp_rank=0, tp_size=6)

@@ -19,7 +19,7 @@ KINDS = ("gemma3", "llama", "qwen2", "qwen3")
 
 
 def every_probe(pair: Pair) -> int:
-    return pair.head().shard.manifest.num_clusters
+    return pair.head().index.manifest.num_clusters
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -239,7 +239,7 @@ def test_error_is_raised_instead_of_values(zoo: Zoo) -> None:
 def test_other_modes_work_on_the_closed_form(zoo: Zoo) -> None:
     """Beams and guidance read values: probing every cluster gives the dense model's text."""
     pair = zoo.pair("llama")
-    model = pair.replaced(num_probes=pair.head().shard.manifest.num_clusters)
+    model = pair.replaced(num_probes=pair.head().index.manifest.num_clusters)
     prompt = torch.tensor([PROMPT])
     for options in ({"num_beams": 3}, {"guidance_scale": 1.5}):
         found = model.generate(prompt, max_new_tokens=8, do_sample=False, **options)

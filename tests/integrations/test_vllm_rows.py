@@ -47,9 +47,9 @@ def states() -> Tensor:
 
 
 def rows_head(index: Path, tp: TensorParallel, finish: Finish = EXACT) -> RowsHead:
-    shard = load_shard(index, tp_rank=tp.tp_rank, tp_size=tp.tp_size)
-    manifest = shard.manifest
-    head = FlashHeadAuto(tp, shard, num_probes=manifest.num_groups * 2, alpha=manifest.alpha)
+    loaded = load_shard(index, tp_rank=tp.tp_rank, tp_size=tp.tp_size)
+    manifest = loaded.manifest
+    head = FlashHeadAuto(tp, loaded, num_probes=manifest.num_groups * 2, alpha=manifest.alpha)
     token_ids, _ = read_token_ids(index, manifest)
     return RowsHead(head, finish, VocabularyMap.of(token_ids, manifest.vocab_size))
 
@@ -76,7 +76,7 @@ def candidates(head: RowsHead, states: Tensor) -> Tensor:
 
 def _plain(head: RowsHead) -> FlashHead:
     auto = head.head
-    return FlashHead(auto.tp, auto.shard, num_probes=auto.num_probes, alpha=auto.alpha)
+    return FlashHead(auto.tp, auto.index, num_probes=auto.num_probes, alpha=auto.alpha)
 
 
 def _all_kinds(head: RowsHead, states: Tensor) -> dict[str, Tensor]:

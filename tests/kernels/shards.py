@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashhead_kernels.candidates import Candidates
-from flashhead_kernels.quantize import QuantizedCentroids, quantize_centroids, tile_centroids
+from flashhead_kernels.quantize import quantize_centroids, tile_centroids
+from flashhead_kernels.shard import Candidates, IndexShard, Query
 
 ALPHA = 0.05
 
 
-@dataclass
-class Shard:
-    """Arguments of `flashhead_candidates` but for hidden states and probes."""
+def candidates(
+    ops: ModuleType,
+    shard: IndexShard,
+    states: Tensor,
+    probes: int,
+    *,
+    k: int = 1,
+    need_logsumexp: bool = False,
+    need_unprobed: bool = False,
+    **options: Any,
+) -> Candidates:
+    """A step of `ops` with the tests' alpha."""
+    query = Query(probes, ALPHA, k, need_logsumexp, need_unprobed)
+    found: Candidates = ops.candidates(states, shard, query, **options)
+    return found
 
-    rows: Tensor
-    token_ids: Tensor
-    centroids: QuantizedCentroids
-    spread: Tensor
-    pinned_rows: Tensor
-    pinned_ids: Tensor
 
-    def candidates(
-        self, ops: ModuleType, states: Tensor, probes: int, **options: Any
-    ) -> Candidates:
-        found: Candidates = ops.flashhead_candidates(
-            states, self.rows, self.token_ids, self.centroids, self.spread, ALPHA, probes,
-            self.pinned_rows, self.pinned_ids, **options,
-        )  # fmt: skip
-        return found
-
-    def every_logit(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits float64 `[B, V]` and their token ids `[V]`."""
-        rows = torch.cat([self.rows.flatten(0, 2), self.pinned_rows.flatten(0, 1)]).double()
-        ids = torch.cat([self.token_ids.flatten(), self.pinned_ids.flatten()])
-        real = ids >= 0
-        return states.double() @ rows[real].T, ids[real]
+def every_logit(shard: IndexShard, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits float64 `[B, V]` and their token ids `[V]`."""
+    rows = torch.cat([shard.rows.flatten(0, 2), shard.pinned_rows.flatten(0, 1)]).double()
+    ids = torch.cat([shard.token_ids.flatten(), shard.pinned_token_ids.flatten()])
+    real = ids >= 0
+    return states.double() @ rows[real].T, ids[real]
 
 
 def make_shard(
@@ -54,7 +50,7 @@ def make_shard(
     dtype: torch.dtype,
     *,
     seed: int = 0,
-) -> Shard:
+) -> IndexShard:
     """Random rows; the first token and the last cluster are pads, whose rows are huge."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(groups, clusters, tokens, size, generator=generator).to(dtype)
@@ -70,7 +66,8 @@ def make_shard(
     pinned_rows = torch.randn(groups, pinned, size, generator=generator).to(dtype)
     pinned_ids = torch.arange(groups * pinned).view(groups, pinned).int() + count
     centroids = tile_centroids(quantize_centroids(mean, bits, group_size))
-    return Shard(rows, token_ids, centroids, spread, pinned_rows, pinned_ids)
+    group_ids = torch.arange(groups) * 3 + 1
+    return IndexShard(rows, token_ids, centroids, spread, pinned_rows, pinned_ids, group_ids)
 
 
 def random_states(batch: int, size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

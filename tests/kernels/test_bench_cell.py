@@ -13,8 +13,8 @@ import bench_ways as ways
 import flashhead_kernels.cpu
 import flashhead_kernels.reference
 from bench_shapes import Shape, make_shard
-from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.keys import pack_keys
+from flashhead_kernels.shard import Candidates
 from flashhead_kernels.timing import HostClock, Run, clock_of
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def wrong_by(change: str) -> SimpleNamespace:
 
     reference = flashhead_kernels.reference
     return SimpleNamespace(
-        flashhead_candidates=lambda *given: spoilt(reference.flashhead_candidates(*given)),
+        candidates=lambda *given: spoilt(reference.candidates(*given)),
         dense_candidates=lambda *given: spoilt(reference.dense_candidates(*given)),
     )
 
@@ -107,7 +107,7 @@ def test_a_kernel_that_raises_is_told_and_the_other_ways_are_measured() -> None:
         raise RuntimeError("no kernel image is available")
 
     ops = SimpleNamespace(
-        flashhead_candidates=flashhead_kernels.reference.flashhead_candidates,
+        candidates=flashhead_kernels.reference.candidates,
         dense_candidates=fails,
     )
     bench = a_bench(ops=ops)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashhead_kernels import cpu, reference
-from tests.kernels.shards import make_shard
+from tests.kernels.shards import candidates, make_shard
 
 
 @pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
@@ -21,10 +21,11 @@ def test_a_step_in_two_parts_gives_the_bits_of_one(ops: ModuleType, threads: int
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        whole = shard.candidates(ops, states, 4, k=5, need_logsumexp=True)
-        parts = shard.candidates(
-            ops, states, 4, k=5, need_logsumexp=True, between=lambda: calls.append(None)
-        )
+        whole = candidates(ops, shard, states, 4, k=5, need_logsumexp=True)
+        parts = candidates(
+            ops, shard, states, 4, k=5, need_logsumexp=True,
+            between=lambda: calls.append(None),
+        )  # fmt: skip
     finally:
         torch.set_num_threads(before)
     assert len(calls) == 1

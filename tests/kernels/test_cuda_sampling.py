@@ -17,7 +17,8 @@ from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise
 from flashhead_kernels.logits import gumbel as gumbel_of_torch
 from flashhead_kernels.sampling import LocalScores, Weighed
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
-from tests.kernels.shards import ALPHA, Shard, make_shard, random_states
+from flashhead_kernels.shard import IndexShard, Query
+from tests.kernels.shards import ALPHA, make_shard, random_states
 from tests.kernels.test_triton_head import DEVICE, SHAPES, on_device, tied_shard
 
 pytest.importorskip("triton")
@@ -40,20 +41,17 @@ def noise_of(draws: int, seed: int = 2**64 - 3) -> GumbelNoise:
     return GumbelNoise(seed, places * 2**20, places + 2**31)
 
 
-def scores_of(ops: Any, shard: Shard, states: torch.Tensor, probes: int) -> LocalScores:
-    found: LocalScores = ops.local_scores(
-        states, shard.rows, shard.token_ids, shard.centroids, shard.spread, ALPHA, probes,
-        shard.pinned_rows, shard.pinned_ids,
-    )  # fmt: skip
+def scores_of(ops: Any, shard: IndexShard, states: torch.Tensor, probes: int) -> LocalScores:
+    found: LocalScores = ops.local_scores(states, shard, Query(probes, ALPHA))
     return found
 
 
 def weigh(
-    ops: Any, shard: Shard, states: torch.Tensor, scores: LocalScores, final: FinalLogits
+    ops: Any, shard: IndexShard, states: torch.Tensor, scores: LocalScores, final: FinalLogits
 ) -> Weighed:
     logits = ops.final_logits(scores.logits, final).masked_fill(scores.token_ids < 0, -torch.inf)
     mass = ops.cluster_log_mass(
-        states, scores.means, (shard.token_ids >= 0).sum(2), shard.spread,
+        states, shard, scores.means,
         ops.group_log_mass(logits.unflatten(1, (len(shard.rows), -1))), 0.5, final,
     )  # fmt: skip
     return Weighed(logits, scores.token_ids, mass, ops.group_log_mass(mass))
@@ -61,18 +59,13 @@ def weigh(
 
 def draws_of(
     ops: Any,
-    shard: Shard,
+    shard: IndexShard,
     states: torch.Tensor,
     weighed: Weighed,
     final: FinalLogits,
     row_of_draw: torch.Tensor,
-    group_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if group_ids is None:
-        group_ids = torch.arange(len(shard.rows), device=DEVICE) * 3 + 1
-    found: torch.Tensor = ops.draw_groups(
-        states, weighed, shard.rows, shard.token_ids, group_ids, row_of_draw, final
-    )
+    found: torch.Tensor = ops.draw_groups(states, shard, weighed, row_of_draw, final)
     return found
 
 
@@ -147,20 +140,6 @@ def test_masses_of_extreme_states() -> None:
         close(found.group_log_mass, wanted.group_log_mass)
 
 
-def part_of(shard: Shard, groups: list[int]) -> Shard:
-    centroids = replace(
-        shard.centroids,
-        values=shard.centroids.values[groups].contiguous(),
-        scales=None if shard.centroids.scales is None else shard.centroids.scales[groups],
-    )
-    others = {
-        name: value[groups].contiguous()
-        for name, value in vars(shard).items()
-        if name != "centroids"
-    }
-    return Shard(centroids=centroids, **others)
-
-
 def test_draws_are_the_same_bits_however_groups_are_split() -> None:
     shard = on_device(make_shard(*SHAPES[8]))
     states = flat_states(2, shard.rows.shape[-1])
@@ -169,11 +148,11 @@ def test_draws_are_the_same_bits_however_groups_are_split() -> None:
     rows = torch.arange(4, device=DEVICE) % 2
 
     def drawn(groups: list[int]) -> torch.Tensor:
-        part = part_of(shard, groups)
+        part = shard.select_groups(groups)
         weighed = weigh(
             cuda_sampling, part, states, scores_of(cuda_sampling, part, states, 2), final
         )
-        return draws_of(cuda_sampling, part, states, weighed, final, rows, every[groups])
+        return draws_of(cuda_sampling, part, states, weighed, final, rows)
 
     whole = drawn(every.tolist())
     for size in (2, 3):

@@ -19,8 +19,8 @@ import check_stages
 from bench_shapes import Shape, Shard, make_shard
 from bench_ways import Checked, WrongResultError
 from flashhead_kernels import reference
-from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.keys import pack_keys
+from flashhead_kernels.shard import Candidates
 from head_calls import Call, checked_calls
 
 SHAPE = Shape("small", 4096, 64)
@@ -36,12 +36,12 @@ def ops(change: Change = lambda found: found) -> Any:
     """The reference as a device's operations, its answers changed."""
 
     def flashhead(*given: Any, launches: int | None, **options: Any) -> Candidates:
-        return change(reference.flashhead_candidates(*given, **options))
+        return change(reference.candidates(*given, **options))
 
     def dense(*given: Any, **options: Any) -> Candidates:
         return change(reference.dense_candidates(*given, **options))
 
-    return SimpleNamespace(flashhead_candidates=flashhead, dense_candidates=dense)
+    return SimpleNamespace(candidates=flashhead, dense_candidates=dense)
 
 
 def keys(edit: Callable[[Tensor, Tensor], None]) -> Change:

@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 from flashhead_kernels import launch_choice, triton_launch
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.launch_choice import CAPTURED, MEASURED_NOW, NO_GPU, LaunchTable
-from tests.kernels.shards import Shard, make_shard, random_states
+from flashhead_kernels.shard import IndexShard
+from tests.kernels.shards import candidates, make_shard, random_states
 
 SHAPE = (2, 2, 1, 64, 4, 64, 0, torch.bfloat16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,8 +29,8 @@ class Clock:
 
     def time_us(self, run: Any) -> float:
         run()
-        self.runs.append(run.__name__)
-        return self.us[run.__name__]
+        self.runs.append(run.func.__name__)
+        return self.us[run.func.__name__]
 
 
 class Store:
@@ -58,26 +59,26 @@ def table(monkeypatch: pytest.MonkeyPatch) -> LaunchTable:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels' ways that ran, in order."""
     ways: list[str] = []
-    for name in ("one", "two"):
-        real = getattr(triton_launch._Launch, name)
+    for name, function in (("one", "_one_launch"), ("two", "_two_launches")):
+        real = getattr(triton_launch, function)
 
-        def spy(self: Any, *given: Any, name: str = name, real: Any = real) -> Any:
+        def spy(*given: Any, name: str = name, real: Any = real) -> Any:
             ways.append(name)
-            return real(self, *given)
+            return real(*given)
 
         spy.__name__ = name
-        monkeypatch.setattr(triton_launch._Launch, name, spy)
+        monkeypatch.setattr(triton_launch, function, spy)
     return ways
 
 
 @pytest.fixture(scope="module")
-def shard() -> Shard:
+def shard() -> IndexShard:
     shard = make_shard(*SHAPE)
-    return Shard(**{name: value.to(DEVICE) for name, value in vars(shard).items()})
+    return shard.to(DEVICE)
 
 
-def run(shard: Shard, batch: int = 2, **options: Any) -> Any:
-    return shard.candidates(ops_for("cuda"), random_states(batch, 64).to(DEVICE), 1, **options)
+def run(shard: IndexShard, batch: int = 2, **options: Any) -> Any:
+    return candidates(ops_for("cuda"), shard, random_states(batch, 64).to(DEVICE), 1, **options)
 
 
 def play(monkeypatch: pytest.MonkeyPatch, clock: Clock | None) -> None:
@@ -88,7 +89,7 @@ def play(monkeypatch: pytest.MonkeyPatch, clock: Clock | None) -> None:
 def test_the_faster_way_serves_and_is_measured_once(
     table: LaunchTable,
     launched: list[str],
-    shard: Shard,
+    shard: IndexShard,
     monkeypatch: pytest.MonkeyPatch,
     one_us: float,
     two_us: float,
@@ -110,7 +111,7 @@ def test_the_faster_way_serves_and_is_measured_once(
 
 
 def test_every_case_is_a_choice_of_its_own(
-    table: LaunchTable, launched: list[str], shard: Shard, monkeypatch: pytest.MonkeyPatch
+    table: LaunchTable, launched: list[str], shard: IndexShard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     play(monkeypatch, Clock(9.0, 7.5))
     for options in ({}, {"batch": 3}, {"k": 2}, {"need_logsumexp": True}):
@@ -124,7 +125,7 @@ def test_every_case_is_a_choice_of_its_own(
 
 
 def test_a_store_saves_the_next_process_the_measuring(
-    table: LaunchTable, launched: list[str], shard: Shard, monkeypatch: pytest.MonkeyPatch
+    table: LaunchTable, launched: list[str], shard: IndexShard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table.store = Store()
     play(monkeypatch, Clock(9.0, 7.5))
@@ -146,7 +147,7 @@ def test_a_store_saves_the_next_process_the_measuring(
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(
-    table: LaunchTable, launched: list[str], shard: Shard, monkeypatch: pytest.MonkeyPatch
+    table: LaunchTable, launched: list[str], shard: IndexShard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(9.0, 7.5)
     play(monkeypatch, clock)
@@ -163,7 +164,7 @@ def test_nothing_is_timed_while_a_graph_is_captured(
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter")
 def test_without_a_gpu_the_rule_is_named(
-    table: LaunchTable, launched: list[str], shard: Shard
+    table: LaunchTable, launched: list[str], shard: IndexShard
 ) -> None:
     run(shard)
     assert launched == ["one"]
@@ -172,7 +173,7 @@ def test_without_a_gpu_the_rule_is_named(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device to time and to capture")
-def test_a_gpu_is_timed_in_the_warm_up_of_a_graph(table: LaunchTable, shard: Shard) -> None:
+def test_a_gpu_is_timed_in_the_warm_up_of_a_graph(table: LaunchTable, shard: IndexShard) -> None:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -184,7 +185,7 @@ def test_a_gpu_is_timed_in_the_warm_up_of_a_graph(table: LaunchTable, shard: Sha
     states = random_states(2, 64).to(DEVICE)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        found = shard.candidates(ops_for("cuda"), states, 1).keys
+        found = candidates(ops_for("cuda"), shard, states, 1).keys
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(found, expected)

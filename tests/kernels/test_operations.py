@@ -11,7 +11,7 @@ import torch
 from flashhead_kernels import cpu, reference
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import EMPTY_KEY, pack_keys, unpack_keys
-from tests.kernels.shards import make_shard, random_states
+from tests.kernels.shards import candidates, every_logit, make_shard, random_states
 
 BOTH = pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
 # (groups, clusters, tokens, hidden size, bits, scale group, pinned, rows' dtype)
@@ -40,15 +40,15 @@ def test_cpu_agrees_with_reference(shape, batch: int) -> None:  # type: ignore[n
     states = random_states(batch, shape[3])
     for k in (1, 4):
         for probes in {1, (shape[1] + 1) // 2}:
-            ours = shard.candidates(cpu, states, probes, k=k, need_logsumexp=True)
-            theirs = shard.candidates(reference, states, probes, k=k, need_logsumexp=True)
+            ours = candidates(cpu, shard, states, probes, k=k, need_logsumexp=True)
+            theirs = candidates(reference, shard, states, probes, k=k, need_logsumexp=True)
             logits, ids = unpack_keys(ours.keys)
             expected, expected_ids = unpack_keys(theirs.keys)
             assert torch.equal(ids, expected_ids)
             torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
             torch.testing.assert_close(ours.logsumexp, theirs.logsumexp, rtol=1e-5, atol=1e-4)
-    scores = cpu.score_centroids(states, shard.centroids, shard.spread, 0.05)
-    expected = reference.score_centroids(states, shard.centroids, shard.spread, 0.05)
+    scores = cpu.score_centroids(states, shard, 0.05)
+    expected = reference.score_centroids(states, shard, 0.05)
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -57,9 +57,9 @@ def test_cpu_agrees_with_reference(shape, batch: int) -> None:  # type: ignore[n
 def test_probing_everything_is_the_dense_head(ops, shape) -> None:  # type: ignore[no-untyped-def]
     shard = make_shard(*shape)
     states = random_states(3, shape[3])
-    logits, ids = shard.every_logit(states)
+    logits, ids = every_logit(shard, states)
     # The cluster of pads is probed too; its huge rows must not win nor weigh.
-    found = shard.candidates(ops, states, shape[1], k=2, need_logsumexp=True)
+    found = candidates(ops, shard, states, shape[1], k=2, need_logsumexp=True)
     if logits.shape[1] >= 2:
         top = logits.topk(2, dim=1)
         got, got_ids = unpack_keys(found.keys)
@@ -74,17 +74,17 @@ def test_closed_form_of_unprobed_clusters(ops) -> None:  # type: ignore[no-untyp
     """With clusters of one row, in 16 bits, the mean is the row: the closed form is exact."""
     shard = make_shard(2, 16, 1, 64, 16, 64, 0, torch.bfloat16)
     states = random_states(4, 64)
-    truth = shard.every_logit(states)[0].logsumexp(1).float()
-    found = shard.candidates(ops, states, 2, need_logsumexp=True).logsumexp
+    truth = every_logit(shard, states)[0].logsumexp(1).float()
+    found = candidates(ops, shard, states, 2, need_logsumexp=True).logsumexp
     torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-4)
-    probed = shard.candidates(ops, states, 16).keys
-    assert torch.equal(probed, shard.candidates(ops, states, 16, need_logsumexp=True).keys)
+    probed = candidates(ops, shard, states, 16).keys
+    assert torch.equal(probed, candidates(ops, shard, states, 16, need_logsumexp=True).keys)
 
 
 @BOTH
 def test_fewer_tokens_than_k_leaves_empty_keys(ops) -> None:  # type: ignore[no-untyped-def]
     shard = make_shard(1, 2, 2, 64, 4, 64, 0, torch.bfloat16)
-    keys = shard.candidates(ops, random_states(2, 64), 2, k=5).keys
+    keys = candidates(ops, shard, random_states(2, 64), 2, k=5).keys
     assert keys.shape == (2, 5)
     assert bool((keys[:, 1:] == EMPTY_KEY).all()), "one real token: one pad of four, a pad cluster"
     assert bool((keys[:, 0] != EMPTY_KEY).all())
@@ -94,10 +94,10 @@ def test_fewer_tokens_than_k_leaves_empty_keys(ops) -> None:  # type: ignore[no-
 def test_equal_logits_go_to_the_smallest_id(ops) -> None:  # type: ignore[no-untyped-def]
     shard = make_shard(4, 8, 4, 64, 4, 64, 0, torch.bfloat16)
     shard.rows[:] = shard.rows[0, 0, 0]
-    keys = shard.candidates(ops, random_states(3, 64), 8, k=3).keys
+    keys = candidates(ops, shard, random_states(3, 64), 8, k=3).keys
     smallest = sorted(int(i) for i in shard.token_ids.flatten() if i >= 0)[:3]
     assert unpack_keys(keys)[1].tolist() == [smallest] * 3
-    keys = shard.candidates(ops, torch.zeros(2, 64), 8).keys
+    keys = candidates(ops, shard, torch.zeros(2, 64), 8).keys
     assert unpack_keys(keys)[1].tolist() == [[smallest[0]]] * 2
 
 
@@ -183,7 +183,7 @@ def test_threads_do_not_change_a_bit() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found = shard.candidates(cpu, states, 5, k=3, need_logsumexp=True)
+            found = candidates(cpu, shard, states, 5, k=3, need_logsumexp=True)
             dense = cpu.dense_candidates(states, rows, 0, k=2, need_logsumexp=True)
             results.append((found.keys, found.logsumexp, dense.keys, dense.logsumexp))
     finally:
@@ -209,11 +209,11 @@ def test_wrong_arguments_are_named() -> None:
     shard = make_shard(*SHAPES[0])
     for ops in (cpu, reference):
         with pytest.raises(ValueError, match=r"do not fit \[B, 64\]"):
-            shard.candidates(ops, random_states(2, 32), 2)
+            candidates(ops, shard, random_states(2, 32), 2)
         with pytest.raises(ValueError, match="between 1 and 7, got 8"):
-            shard.candidates(ops, random_states(2, 64), 8)
+            candidates(ops, shard, random_states(2, 64), 8)
         with pytest.raises(ValueError, match="k must be at least 1"):
-            shard.candidates(ops, random_states(2, 64), 2, k=0)
+            candidates(ops, shard, random_states(2, 64), 2, k=0)
 
 
 def test_devices_choose_their_operations() -> None:

@@ -16,10 +16,15 @@ from torch import Tensor
 from flashhead_kernels import cpu, reference
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import unpack_keys
-from flashhead_kernels.projection import Projection, project_states
-from flashhead_kernels.quantize import quantize_centroids, tile_centroids
+from flashhead_kernels.quantize import (
+    Projection,
+    project_states,
+    quantize_centroids,
+    tile_centroids,
+)
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
-from tests.kernels.shards import ALPHA, Shard, make_shard, random_states
+from flashhead_kernels.shard import IndexShard, Query
+from tests.kernels.shards import ALPHA, candidates, make_shard, random_states
 
 BOTH = pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
 # (groups, clusters, tokens, hidden size, bits, scale group, pinned, rows' dtype), columns kept
@@ -30,7 +35,7 @@ SHAPES = [
 ]
 
 
-def projected_shard(shape: Any, columns: int) -> Shard:
+def projected_shard(shape: Any, columns: int) -> IndexShard:
     """Clusters around few directions, which an orthogonal projection of `columns` axes keeps."""
     shard = make_shard(*shape)
     size, bits, group_size = shape[3], shape[4], shape[5]
@@ -43,7 +48,7 @@ def projected_shard(shape: Any, columns: int) -> Shard:
     return replace(shard, centroids=replace(stored, projection=projection))
 
 
-def dots(shard: Shard, states: Tensor) -> Tensor:
+def dots(shard: IndexShard, states: Tensor) -> Tensor:
     """float64 `[B, N, M]`: products with the stored centroids, brought back to D columns."""
     projection = shard.centroids.projection
     assert projection is not None
@@ -60,12 +65,13 @@ def test_scores_are_those_of_whole_centroids(
     """But for the rounding of states to int8, a part in 254 of the greatest in a scale group."""
     shard = projected_shard(shape, columns)
     states = random_states(batch, shape[3])
-    found = ops.score_centroids(states, shard.centroids, torch.zeros_like(shard.spread), 0.0)
+    without_spread = replace(shard, spread=torch.zeros_like(shard.spread))
+    found = ops.score_centroids(states, without_spread, 0.0)
     assert found.shape == (batch, *shape[:2])
     truth = dots(shard, states)
     scale = truth.abs().amax() if batch else 1
     torch.testing.assert_close(found.double() / scale, truth / scale, rtol=0, atol=0.01)
-    spread = ops.score_centroids(states, shard.centroids, shard.spread, ALPHA)
+    spread = ops.score_centroids(states, shard, ALPHA)
     lift = ALPHA * states.float().norm(dim=1)[:, None, None] * shard.spread
     torch.testing.assert_close(spread, found + lift, rtol=1e-5, atol=1e-4)
 
@@ -76,8 +82,8 @@ def test_cpu_agrees_with_reference(shape: Any, columns: int) -> None:
     states = random_states(3, shape[3])
     given = {"k": 2, "need_logsumexp": True, "need_unprobed": True}
     for options in (given, given | {"between": lambda: None}):
-        ours = shard.candidates(cpu, states, 3, **options)
-        theirs = shard.candidates(reference, states, 3, **given)
+        ours = candidates(cpu, shard, states, 3, **options)
+        theirs = candidates(reference, shard, states, 3, **given)
         logits, ids = unpack_keys(ours.keys)
         expected, expected_ids = unpack_keys(theirs.keys)
         assert torch.equal(ids, expected_ids)
@@ -91,12 +97,9 @@ def test_cpu_agrees_with_reference(shape: Any, columns: int) -> None:
 def test_means_of_unprobed_clusters_hold_the_mean_of_all(shape: Any, columns: int) -> None:
     shard = projected_shard(shape, columns)
     states = random_states(3, shape[3])
-    arguments = (
-        states, shard.rows, shard.token_ids, shard.centroids, shard.spread, ALPHA, 3,
-        shard.pinned_rows, shard.pinned_ids,
-    )  # fmt: skip
-    ours = sampling_ops_for("cpu").local_scores(*arguments)
-    theirs = sampling_ops_for("meta").local_scores(*arguments)
+    query = Query(3, ALPHA)
+    ours = sampling_ops_for("cpu").local_scores(states, shard, query)
+    theirs = sampling_ops_for("meta").local_scores(states, shard, query)
     assert torch.equal(ours.token_ids, theirs.token_ids)
     torch.testing.assert_close(ours.means, theirs.means, rtol=1e-5, atol=1e-4)
     shut = ours.means > -torch.inf
@@ -111,9 +114,9 @@ def test_a_row_is_projected_to_the_same_bits_in_any_batch() -> None:
     shard = projected_shard(shape, columns)
     states = random_states(9, 640)
     for ops in (cpu, reference):
-        together = ops.score_centroids(states, shard.centroids, shard.spread, ALPHA)
+        together = ops.score_centroids(states, shard, ALPHA)
         for first, last in ((0, 1), (4, 9)):
-            part = ops.score_centroids(states[first:last], shard.centroids, shard.spread, ALPHA)
+            part = ops.score_centroids(states[first:last], shard, ALPHA)
             if ops is cpu:
                 assert torch.equal(part, together[first:last])
             torch.testing.assert_close(part, together[first:last], rtol=1e-5, atol=1e-4)
@@ -145,11 +148,11 @@ def test_triton_agrees_with_reference(place: int, batch: int, launches: int) -> 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape, columns = SHAPES[place]
     made = projected_shard(shape, columns)
-    shard = Shard(**{name: value.to(device) for name, value in vars(made).items()})
+    shard = made.to(device)
     states = random_states(batch, shape[3]).to(device)
     given: dict[str, Any] = {"k": 2, "need_logsumexp": True, "need_unprobed": True}
-    ours = shard.candidates(ops_for("cuda"), states, 3, launches=launches, **given)
-    theirs = shard.candidates(reference, states, 3, **given)
+    ours = candidates(ops_for("cuda"), shard, states, 3, launches=launches, **given)
+    theirs = candidates(reference, shard, states, 3, **given)
     logits, ids = unpack_keys(ours.keys)
     expected, expected_ids = unpack_keys(theirs.keys)
     assert torch.equal(ids, expected_ids)
@@ -159,6 +162,6 @@ def test_triton_agrees_with_reference(place: int, batch: int, launches: int) -> 
     assert theirs.unprobed is not None
     left, expected_left = unpack_keys(ours.unprobed)[0], unpack_keys(theirs.unprobed)[0]
     torch.testing.assert_close(left, expected_left, rtol=1e-5, atol=1e-4)
-    again = shard.candidates(ops_for("cuda"), states, 3, launches=3 - launches, **given)
+    again = candidates(ops_for("cuda"), shard, states, 3, launches=3 - launches, **given)
     assert torch.equal(again.keys, ours.keys), "one launch and two score alike"
     assert torch.equal(again.unprobed, ours.unprobed)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flashhead_kernels.candidates import quantize_hidden_states
-from flashhead_kernels.quantize import TILE, quantize_centroids, tile_centroids
+from flashhead_kernels.quantize import (
+    TILE,
+    quantize_centroids,
+    quantize_hidden_states,
+    tile_centroids,
+)
 
 
 @pytest.mark.parametrize(("bits", "levels"), [(4, 7), (8, 127)])

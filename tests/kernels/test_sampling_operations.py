@@ -12,7 +12,8 @@ from flashhead_kernels import cpu, cpu_noise, cpu_sampling, sampling
 from flashhead_kernels.keys import unpack_keys
 from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise, gumbel
 from flashhead_kernels.sampling import Weighed
-from tests.kernels.shards import ALPHA, Shard, make_shard, random_states
+from flashhead_kernels.shard import IndexShard, Query
+from tests.kernels.shards import ALPHA, candidates, make_shard, random_states
 
 FINALS = (FinalLogits(), FinalLogits(temperature=0.6), FinalLogits(softcap=20.0, temperature=1.5))
 NOISE = GumbelNoise(2**64 - 3, torch.arange(5) * 2**20, torch.arange(5) + 2**31)
@@ -22,15 +23,12 @@ NOISE = GumbelNoise(2**64 - 3, torch.arange(5) * 2**20, torch.arange(5) + 2**31)
     scope="module",
     params=[(3, 32, 4, 64, 4, 32, 2), (2, 5, 3, 48, 16, 48, 0)],
 )
-def shard(request: pytest.FixtureRequest) -> Shard:
+def shard(request: pytest.FixtureRequest) -> IndexShard:
     return make_shard(*request.param, torch.bfloat16)
 
 
-def scores_of(ops: Any, shard: Shard, states: torch.Tensor) -> sampling.LocalScores:
-    found: sampling.LocalScores = ops.local_scores(
-        states, shard.rows, shard.token_ids, shard.centroids, shard.spread, ALPHA, 2,
-        shard.pinned_rows, shard.pinned_ids,
-    )  # fmt: skip
+def scores_of(ops: Any, shard: IndexShard, states: torch.Tensor) -> sampling.LocalScores:
+    found: sampling.LocalScores = ops.local_scores(states, shard, Query(2, ALPHA))
     return found
 
 
@@ -39,7 +37,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("final", FINALS)
-def test_twins_agree(shard: Shard, final: FinalLogits) -> None:
+def test_twins_agree(shard: IndexShard, final: FinalLogits) -> None:
     # So flat that unprobed clusters win some of the draws.
     states = 0.2 * random_states(5, shard.rows.shape[-1])
     found, wanted = (scores_of(ops, shard, states) for ops in (cpu_sampling, sampling))
@@ -48,23 +46,15 @@ def test_twins_agree(shard: Shard, final: FinalLogits) -> None:
     close(found.means, wanted.means)
     rows = torch.arange(40) % 5
     noise = GumbelNoise(2**64 - 3, torch.arange(40) * 2**20, torch.arange(40) + 2**31)
-    group_ids = torch.arange(len(shard.rows)) * 3 + 1
     masses, draws, groups = [], [], []
     for ops in (cpu_sampling, sampling):
         logits = ops.final_logits(wanted.logits, final)
         known = ops.group_log_mass(logits.view(5, len(shard.rows), -1))
-        mass = ops.cluster_log_mass(
-            states, wanted.means, (shard.token_ids >= 0).sum(2), shard.spread, known, 0.5, final
-        )
+        mass = ops.cluster_log_mass(states, shard, wanted.means, known, 0.5, final)
         masses.append(mass)
         weighed = Weighed(logits, wanted.token_ids, mass, ops.group_log_mass(mass))
         draws.append(ops.draw_candidates(logits, wanted.token_ids, rows, noise))
-        groups.append(
-            ops.draw_groups(
-                states, weighed, shard.rows, shard.token_ids, group_ids, rows,
-                replace(final, noise=noise),
-            )
-        )  # fmt: skip
+        groups.append(ops.draw_groups(states, shard, weighed, rows, replace(final, noise=noise)))
     close(*masses)
     for pair in (draws, groups):
         values, tokens = zip(*(unpack_keys(keys) for keys in pair), strict=True)
@@ -91,15 +81,15 @@ def test_twins_agree_on_the_dense_head(table: bool) -> None:
         torch.testing.assert_close(*parts, rtol=1e-5, atol=1e-4)
 
 
-def test_candidates_are_those_of_the_head(shard: Shard) -> None:
+def test_candidates_are_those_of_the_head(shard: IndexShard) -> None:
     """Probed otherwise than the greedy head, lossless sampling would lose its shared noise."""
     states = random_states(5, shard.rows.shape[-1])
     scores = scores_of(cpu_sampling, shard, states)
     best = cpu.best_keys(scores.logits, scores.token_ids, 1)
-    assert torch.equal(best, shard.candidates(cpu, states, 2).keys)
+    assert torch.equal(best, candidates(cpu, shard, states, 2).keys)
 
 
-def test_a_row_does_not_depend_on_its_neighbours(shard: Shard) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(shard: IndexShard) -> None:
     states = random_states(5, shard.rows.shape[-1])
     together, alone = (scores_of(cpu_sampling, shard, part) for part in (states, states[3:4]))
     assert torch.equal(together.logits[3], alone.logits[0])

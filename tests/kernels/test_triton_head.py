@@ -15,16 +15,16 @@ import triton
 import triton.language as tl
 
 from flashhead_kernels import reference, triton_launch, triton_reduce
-from flashhead_kernels.candidates import Candidates
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import EMPTY_KEY, unpack_keys
 from flashhead_kernels.logits import FinalLogits, GumbelNoise
 from flashhead_kernels.logits import gumbel as gumbel_twin
 from flashhead_kernels.quantize import TILE, tile_centroids
+from flashhead_kernels.shard import Candidates, IndexShard
 from flashhead_kernels.triton_pieces import EMPTY_KEY as TRITON_EMPTY_KEY
 from flashhead_kernels.triton_pieces import gumbel, pack_key
 from flashhead_kernels.triton_shapes import CentroidShape, HeadShape
-from tests.kernels.shards import Shard, make_shard, random_states
+from tests.kernels.shards import candidates, every_logit, make_shard, random_states
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 cuda: ModuleType = ops_for("cuda")
@@ -44,9 +44,8 @@ SHAPES = [
 ]
 
 
-def on_device(shard: Shard) -> Shard:
-    moved = {name: value.to(DEVICE) for name, value in vars(shard).items()}
-    return Shard(**moved)
+def on_device(shard: IndexShard) -> IndexShard:
+    return shard.to(DEVICE)
 
 
 def agree(found: Candidates, expected: Candidates) -> None:
@@ -66,8 +65,8 @@ def compare(shape: tuple[Any, ...], batch: int, probes: int, **options: Any) -> 
     shard = on_device(make_shard(*shape))
     states = random_states(batch, shape[3]).to(DEVICE)
     launches = options.pop("launches")
-    found = shard.candidates(cuda, states, probes, launches=launches, **options)
-    agree(found, shard.candidates(reference, states, probes, **options))
+    found = candidates(cuda, shard, states, probes, launches=launches, **options)
+    agree(found, candidates(reference, shard, states, probes, **options))
 
 
 @LAUNCHES
@@ -98,16 +97,16 @@ def test_any_layout_over_a_gpu_gives_the_same_bits(
     """One launch or two, candidates split over programs or not, clusters in larger blocks."""
     shard = on_device(make_shard(*shape))
     states = random_states(2, shape[3]).to(DEVICE)
-    whole = shard.candidates(cuda, states, 4, k=4, launches=1)
+    whole = candidates(cuda, shard, states, 4, k=4, launches=1)
     layouts = set()
     for processors in (1, 6, 132):
         monkeypatch.setattr(triton_launch, "num_processors", lambda _, n=processors: n)
-        plan = triton_launch.CentroidLaunch(
-            states, shard.centroids, HeadShape.of(*shape[1:4], 4, 0, 1), shape[0]
+        plan = triton_launch.CentroidStep(
+            states, shard.centroids, HeadShape.of_centroids(shape[1], shape[3])
         ).plan
         layouts.add((plan.splits, plan.block_clusters))
         for launches in (1, 2):
-            found = shard.candidates(cuda, states, 4, k=4, launches=launches)
+            found = candidates(cuda, shard, states, 4, k=4, launches=launches)
             assert torch.equal(found.keys, whole.keys)
     assert len(layouts) == 3
 
@@ -122,10 +121,16 @@ def test_clusters_that_fill_no_tile_are_padded_to_one() -> None:
     assert torch.equal(tiled.centroids.dequantize(), made.centroids.dequantize())
     states = random_states(3, 64)
     for launches in (1, 2):
-        found = on_device(tiled).candidates(
-            cuda, states.to(DEVICE), 5, k=3, need_logsumexp=True, launches=launches
+        found = candidates(
+            cuda,
+            on_device(tiled),
+            states.to(DEVICE),
+            5,
+            k=3,
+            need_logsumexp=True,
+            launches=launches,
         )
-        agree(found, on_device(made).candidates(reference, states.to(DEVICE), 5, k=3,
+        agree(found, candidates(reference, on_device(made), states.to(DEVICE), 5, k=3,
                                                 need_logsumexp=True))  # fmt: skip
 
 
@@ -180,9 +185,15 @@ def test_probing_everything_is_the_dense_head(launches: int) -> None:
     for shape in (SHAPES[0], SHAPES[5], SHAPES[9]):
         shard = make_shard(*shape)
         states = random_states(3, shape[3])
-        logits, ids = shard.every_logit(states)
-        found = on_device(shard).candidates(
-            cuda, states.to(DEVICE), shape[1], k=2, need_logsumexp=True, launches=launches
+        logits, ids = every_logit(shard, states)
+        found = candidates(
+            cuda,
+            on_device(shard),
+            states.to(DEVICE),
+            shape[1],
+            k=2,
+            need_logsumexp=True,
+            launches=launches,
         )
         top = logits.topk(2, dim=1)
         got, got_ids = unpack_keys(found.keys.cpu())
@@ -193,7 +204,7 @@ def test_probing_everything_is_the_dense_head(launches: int) -> None:
         torch.testing.assert_close(found.logsumexp.cpu(), truth, rtol=1e-5, atol=1e-4)
 
 
-def tied_shard() -> Shard:
+def tied_shard() -> IndexShard:
     """All rows and so all scores alike; tokens in falling order, so the last one wins."""
     shard = make_shard(2, 16, 4, 64, 4, 64, 1, torch.bfloat16)
     tokens = torch.arange(129, 1, -1).int().view(2, 16, 4).contiguous()
@@ -206,7 +217,7 @@ def tied_shard() -> Shard:
                           scales=ones(shard.centroids.scales)),
         spread=ones(shard.spread),
         pinned_rows=ones(shard.pinned_rows),
-        pinned_ids=torch.tensor([[500], [400]]).int(),
+        pinned_token_ids=torch.tensor([[500], [400]]).int(),
     )  # fmt: skip
 
 
@@ -215,18 +226,18 @@ def tied_shard() -> Shard:
 def test_ties_go_to_lower_slots_and_smaller_ids(value: float, launches: int) -> None:
     shard = on_device(tied_shard())
     states = torch.full((1, 64), value, device=DEVICE)
-    found = shard.candidates(cuda, states, 3, k=4, need_logsumexp=True, launches=launches)
+    found = candidates(cuda, shard, states, 3, k=4, need_logsumexp=True, launches=launches)
     # Slots 0 to 2 of each group are probed: ids 129..118 and 65..54.
     assert unpack_keys(found.keys)[1].tolist() == [[54, 55, 56, 57]]
-    agree(found, shard.candidates(reference, states, 3, k=4, need_logsumexp=True))
+    agree(found, candidates(reference, shard, states, 3, k=4, need_logsumexp=True))
 
 
 @LAUNCHES
 def test_extreme_logits(launches: int) -> None:
     shard = on_device(make_shard(2, 16, 4, 64, 4, 64, 1, torch.bfloat16))
     states = (random_states(2, 64).float() * 1e30).to(DEVICE)
-    found = shard.candidates(cuda, states, 5, launches=launches, need_logsumexp=True)
-    expected = shard.candidates(reference, states, 5, need_logsumexp=True)
+    found = candidates(cuda, shard, states, 5, launches=launches, need_logsumexp=True)
+    expected = candidates(reference, shard, states, 5, need_logsumexp=True)
     logits, _ = unpack_keys(found.keys)
     wanted, _ = unpack_keys(expected.keys)
     torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-4)
@@ -238,7 +249,7 @@ def test_nothing_to_choose_gives_empty_keys(launches: int) -> None:
     shard = make_shard(2, 16, 4, 64, 4, 64, 0, torch.bfloat16)
     pads = on_device(replace(shard, token_ids=torch.full_like(shard.token_ids, -1)))
     states = random_states(1, 64).to(DEVICE)
-    found = pads.candidates(cuda, states, 2, k=2, need_logsumexp=True, launches=launches)
+    found = candidates(cuda, pads, states, 2, k=2, need_logsumexp=True, launches=launches)
     assert found.keys.tolist() == [[EMPTY_KEY, EMPTY_KEY]]
     assert found.logsumexp is not None
     assert found.logsumexp.tolist() == [float("-inf")]
@@ -247,7 +258,7 @@ def test_nothing_to_choose_gives_empty_keys(launches: int) -> None:
 
 def test_an_empty_batch_and_many_best() -> None:
     shard = on_device(make_shard(*SHAPES[0]))
-    none = shard.candidates(cuda, random_states(0, 64).to(DEVICE), 2, need_logsumexp=True)
+    none = candidates(cuda, shard, random_states(0, 64).to(DEVICE), 2, need_logsumexp=True)
     assert none.keys.shape == (0, 1)
     compare(SHAPES[0], 2, 7, k=70, launches=None)
 
@@ -262,11 +273,11 @@ def test_launches_repeat_bit_for_bit(shape: tuple[Any, ...]) -> None:
     shard = on_device(make_shard(*shape))
     states = random_states(6, shape[3]).to(DEVICE)
     halves = (states[:3], states[3:])
-    first = [shard.candidates(cuda, half, 4, need_logsumexp=True, launches=1) for half in halves]
+    first = [candidates(cuda, shard, half, 4, need_logsumexp=True, launches=1) for half in halves]
     for launches in (1, 2, 1, 2):
         for half, before in zip(halves, first, strict=True):
-            again = shard.candidates(cuda, half, 4, need_logsumexp=True, launches=launches)
-            agree(again, shard.candidates(reference, half, 4, need_logsumexp=True))
+            again = candidates(cuda, shard, half, 4, need_logsumexp=True, launches=launches)
+            agree(again, candidates(reference, shard, half, 4, need_logsumexp=True))
             assert torch.equal(again.keys, before.keys)
 
 
@@ -278,9 +289,9 @@ def test_a_thousand_repeats_are_identical(batch: int) -> None:
     shard = on_device(make_shard(128, 512, 4, 640, 4, 64, 1, torch.bfloat16))
     states = random_states(batch, 640).to(DEVICE)
     for launches in (1, 2):
-        first = shard.candidates(cuda, states, 16, launches=launches, need_logsumexp=True)
+        first = candidates(cuda, shard, states, 16, launches=launches, need_logsumexp=True)
         for _ in range(1000):
-            again = shard.candidates(cuda, states, 16, launches=launches, need_logsumexp=True)
+            again = candidates(cuda, shard, states, 16, launches=launches, need_logsumexp=True)
             assert torch.equal(again.keys, first.keys)
             assert torch.equal(again.logsumexp, first.logsumexp)
 

@@ -14,8 +14,7 @@ import torch
 from flashhead_kernels import reference
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import unpack_keys
-from flashhead_kernels.projection import Projection
-from flashhead_kernels.quantize import quantize_centroids
+from flashhead_kernels.quantize import Projection, quantize_centroids
 from tests.kernels.shards import ALPHA, make_shard, random_states
 from tests.kernels.test_triton_head import DEVICE, SHAPES, on_device
 
@@ -58,8 +57,8 @@ def test_centroids_are_scored_as_in_the_reference(shape: tuple[Any, ...], batch:
     )
     for alpha in (0.0, ALPHA):
         close(
-            cuda.score_centroids(states, shard.centroids, shard.spread, alpha),
-            reference.score_centroids(states, shard.centroids, shard.spread, alpha),
+            cuda.score_centroids(states, shard, alpha),
+            reference.score_centroids(states, shard, alpha),
         )
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from flashhead_kernels import cpu, reference
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import EMPTY_KEY, pack_keys, unpack_keys
-from tests.kernels.shards import ALPHA, Shard, make_shard, random_states
+from flashhead_kernels.shard import IndexShard
+from tests.kernels.shards import ALPHA, candidates, make_shard, random_states
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,24 +44,26 @@ SHAPES = [
 ]
 
 
-def placed(ops: ModuleType, shard: Shard, states: Tensor) -> tuple[Shard, Tensor]:
+def placed(ops: ModuleType, shard: IndexShard, states: Tensor) -> tuple[IndexShard, Tensor]:
     """Where these operations take them from."""
     device = "cpu" if ops is cpu else DEVICE
-    moved = Shard(**{name: value.to(device) for name, value in vars(shard).items()})
+    moved = shard.to(device)
     return moved, states.to(device)
 
 
-def unprobed(ops: ModuleType, shard: Shard, states: Tensor, probes: int, **options: Any) -> Tensor:
+def unprobed(
+    ops: ModuleType, shard: IndexShard, states: Tensor, probes: int, **options: Any
+) -> Tensor:
     on_device, hidden = placed(ops, shard, states)
-    found = on_device.candidates(ops, hidden, probes, need_unprobed=True, **options)
+    found = candidates(ops, on_device, hidden, probes, need_unprobed=True, **options)
     assert found.unprobed is not None
     assert found.unprobed.shape == (len(states),)
     return found.unprobed.cpu()
 
 
-def truth(shard: Shard, states: Tensor, probes: int) -> Tensor:
+def truth(shard: IndexShard, states: Tensor, probes: int) -> Tensor:
     """float64 `[B]`: each group's scores sorted, the first `probes` dropped, the greatest left."""
-    scores = reference.score_centroids(states, shard.centroids, shard.spread, ALPHA).double()
+    scores = reference.score_centroids(states, shard, ALPHA).double()
     left = scores.sort(dim=2, descending=True).values[:, :, probes:]
     return left.flatten(1).amax(1)
 
@@ -96,10 +99,10 @@ def test_it_is_the_best_of_what_was_left_in_any_shape(
 def test_it_goes_with_k_and_the_log_sum_exp(ops: ModuleType, options: dict[str, Any]) -> None:
     shard, states = placed(ops, make_shard(*SHAPES[0]), random_states(2, 64))
     alone = unprobed(ops, shard, states, 3, **options)
-    found = shard.candidates(
-        ops, states, 3, k=4, need_logsumexp=True, need_unprobed=True, **options
-    )
-    plain = shard.candidates(ops, states, 3, k=4, need_logsumexp=True, **options)
+    found = candidates(
+        ops, shard, states, 3, k=4, need_logsumexp=True, need_unprobed=True,
+                       **options)  # fmt: skip
+    plain = candidates(ops, shard, states, 3, k=4, need_logsumexp=True, **options)
     assert found.unprobed is not None
     assert torch.equal(found.unprobed.cpu(), alone)
     assert plain.unprobed is None
@@ -143,7 +146,7 @@ def test_clusters_of_pads_are_no_temptation(ops: ModuleType, options: dict[str, 
 @pytest.mark.parametrize("ops", [cpu, reference, ops_for("cuda")])
 def test_an_empty_batch_leaves_nothing(ops: ModuleType) -> None:
     shard, states = placed(ops, make_shard(*SHAPES[0]), random_states(0, 64))
-    found = shard.candidates(ops, states, 2, need_unprobed=True)
+    found = candidates(ops, shard, states, 2, need_unprobed=True)
     assert found.unprobed is not None
     assert found.unprobed.shape == (0,)
 
@@ -155,17 +158,7 @@ def test_groups_of_one_rank_are_those_of_all_ranks() -> None:
     whole = unprobed(cpu, shard, states, 3)
     parts = []
     for rank in range(4):
-        mine = slice(rank, None, 4)
-        centroids = replace(
-            shard.centroids,
-            values=shard.centroids.values[mine].contiguous(),
-            scales=shard.centroids.scales[mine].contiguous(),
-        )
-        part = Shard(
-            shard.rows[mine].contiguous(), shard.token_ids[mine].contiguous(), centroids,
-            shard.spread[mine].contiguous(), shard.pinned_rows[mine].contiguous(),
-            shard.pinned_ids[mine].contiguous(),
-        )  # fmt: skip
+        part = shard.select_groups(list(range(rank, 6, 4)))
         parts.append(unprobed(cpu, part, states, 3))
     assert torch.equal(torch.stack(parts).amax(0), whole)
     assert len({int(torch.stack(parts)[:, b].argmax()) for b in range(5)}) > 1

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from flashhead_dist.index import IndexShard, load_shard
+from flashhead_dist.index import load_shard
 from tests.launch.scripts import load_script
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "bench_cpu.py"
@@ -54,7 +54,7 @@ def test_the_published_scheme_with_every_cluster_is_the_dense_argmax(
 ) -> None:
     assert bench.main([*SYNTHETIC, "--json"]) == 0
     index = Path(json.loads(capsys.readouterr().out.splitlines()[-1])["index"])
-    shard: IndexShard = load_shard(index)
+    shard = load_shard(index).shard
     real = shard.token_ids >= 0
     embedding = torch.zeros(2000, 64, dtype=shard.rows.dtype)
     embedding[shard.token_ids[real].long()] = shard.rows[real]

@@ -24,7 +24,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.integrations.vllm.engine import Engine, engine_of
 
 if TYPE_CHECKING:
-    from flashhead_dist.index import IndexShard
+    from flashhead_dist.index import LoadedShard
 
 _ROWS_AT_ONCE = 1 << 14
 
@@ -57,7 +57,7 @@ class IndexOrder(UnquantizedEmbeddingMethod):
                 "hold: start without the flashhead option"
             )
         weight: Any = layer.weight
-        shard = self.engine.load(weight.device, weight.dtype)
+        shard = self.engine.load(weight.device, weight.dtype).shard
         assert shard.table is not None
         rows, token_ids = shard.table
         table: Any = nn.Parameter(rows, requires_grad=False)
@@ -110,7 +110,7 @@ class IndexOrderEmbedding(VocabParallelEmbedding):
             self.__class__ = VocabParallelEmbedding  # vLLM's own, as if nothing were installed
             return
         IndexOrder(engine).take_over(self)
-        row_of_token = _rows_of_tokens(engine.shard)
+        row_of_token = _rows_of_tokens(engine.index)
         self.register_buffer("row_of_token", row_of_token, persistent=False)
 
     def forward(self, input_: Tensor) -> Tensor:
@@ -154,9 +154,9 @@ def _engine(layer: VocabParallelEmbedding) -> Engine | None:
     return engine if fits else None
 
 
-def _rows_of_tokens(shard: IndexShard | None) -> Tensor:
+def _rows_of_tokens(index: LoadedShard | None) -> Tensor:
     """int32 `[V]`: the row of each token in this rank's table, -1 where another rank has it."""
-    assert shard is not None
-    packed = shard.token_map.packed
-    own = packed % shard.tp_size == shard.tp_rank
-    return torch.where(own, packed // shard.tp_size, -1)
+    assert index is not None
+    packed = index.token_map.packed
+    own = packed % index.tp_size == index.tp_rank
+    return torch.where(own, packed // index.tp_size, -1)

@@ -24,7 +24,7 @@ from flashhead_dist.integrations.vllm.refusals import refuse
 from flashhead_dist.parallel import TensorParallel
 
 if TYPE_CHECKING:
-    from flashhead_dist.index import IndexManifest, IndexShard
+    from flashhead_dist.index import IndexManifest, LoadedShard
     from flashhead_dist.integrations.vllm.head import RowsHead
 
 
@@ -72,7 +72,7 @@ class Engine:
             getattr(vllm_config.model_config.hf_text_config, "tie_word_embeddings", False)
         )
         self.batch = Batch()
-        self.shard: IndexShard | None = None
+        self.index: LoadedShard | None = None
 
     @property
     def num_candidates(self) -> int:
@@ -82,22 +82,22 @@ class Engine:
         per_group = -(-probes // manifest.num_groups)
         return manifest.num_groups * per_group * manifest.cluster_size
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> IndexShard:
+    def load(self, device: torch.device, dtype: torch.dtype) -> LoadedShard:
         """This rank's part of the index, once."""
         from flashhead_dist.index import load_shard
         from flashhead_dist.index.row_block import with_row_dtype
 
-        if self.shard is None:
+        if self.index is None:
             group = get_tp_group()
             with torch.device("cpu"):
-                shard = load_shard(
+                loaded = load_shard(
                     self.options.index,
                     tp_rank=group.rank_in_group,
                     tp_size=group.world_size,
                     device=device,
                 )
-                self.shard = with_row_dtype(shard, dtype)
-        return self.shard
+                self.index = with_row_dtype(loaded, dtype)
+        return self.index
 
     def rows_head(self, dtype: torch.dtype | None, softcap: float | None, scale: float) -> RowsHead:
         """The head over this rank's part; dtype, softcap and scale are those of vLLM's layer."""
@@ -107,30 +107,31 @@ class Engine:
         from flashhead_dist.integrations.vllm.rows import VocabularyMap
         from flashhead_dist.integrations.vllm.start import GroupControl, start
 
-        manifest, shard, options = self.manifest, self.shard, self.options
-        assert shard is not None
+        manifest, index, options = self.manifest, self.index, self.options
+        assert index is not None
         head = FlashHeadAuto(
             self.place(),
-            shard,
+            index,
             num_probes=options.num_probes or manifest.num_probes,
             alpha=manifest.alpha if options.alpha is None else options.alpha,
         )
+        rows = index.shard.rows
         token_ids, _ = read_token_ids(options.index, manifest)
-        where = VocabularyMap.of(token_ids.to(shard.rows.device), manifest.vocab_size)
-        rows_head = RowsHead(head, Finish(dtype or shard.rows.dtype, softcap, scale), where)
+        where = VocabularyMap.of(token_ids.to(rows.device), manifest.vocab_size)
+        rows_head = RowsHead(head, Finish(dtype or rows.dtype, softcap, scale), where)
         group = get_tp_group()
         place = TensorParallel(
             tp_rank=group.rank_in_group, tp_size=group.world_size, group=group.cpu_group
         )
         control = GroupControl(place)
-        start(rows_head, options, control, largest=self.max_num_rows, dtype=shard.rows.dtype)
+        start(rows_head, options, control, largest=self.max_num_rows, dtype=rows.dtype)
         return rows_head
 
     def place(self) -> TensorParallel:
         """This rank's place in vLLM's tensor-parallel group."""
-        assert self.shard is not None
+        assert self.index is not None
         group = get_tp_group()
-        device = self.shard.rows.device
+        device = self.index.shard.rows.device
         if group.world_size == 1:
             return TensorParallel.single(device)
         return TensorParallel.from_group(group.device_group, device)

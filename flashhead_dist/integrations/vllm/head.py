@@ -60,7 +60,7 @@ class RowsHead:
         return sum(self._num_candidates(need) for need in needs)
 
     def _num_candidates(self, need: RowNeed) -> int:
-        head, manifest = self.head, self.head.shard.manifest
+        head, manifest = self.head, self.head.index.manifest
         probes = head.num_probes if need.rest is Rest.NOTHING else head.sampling_probes
         per_group = -(-probes // head.num_groups) * manifest.cluster_size + manifest.num_pinned
         return len(head.shard.group_ids) * per_group
@@ -137,10 +137,10 @@ class _Positions:
 
     @classmethod
     def of(cls, head: FlashHeadAuto) -> _Positions:
-        shard = head.shard
-        packed = shard.token_map.packed.long()
-        rank, row = packed % shard.tp_size, packed // shard.tp_size
-        manifest = shard.manifest
+        index = head.index
+        packed = index.token_map.packed.long()
+        rank, row = packed % index.tp_size, packed // index.tp_size
+        manifest = index.manifest
         per_group = manifest.clusters_per_group * manifest.cluster_size + manifest.num_pinned
-        width = -(-manifest.num_groups // shard.tp_size) * per_group
+        width = -(-manifest.num_groups // index.tp_size) * per_group
         return cls(rank * width + row, width)

@@ -42,7 +42,7 @@ class IndexLogits(LogitsProcessor):
         if engine is None:
             self.__class__ = LogitsProcessor  # vLLM's own, as if nothing were installed
             return
-        if engine.shard is None:
+        if engine.index is None:
             raise UserError(
                 f"FlashHead did not find the output head of {engine.model_name}, or it is of "
                 f"another shape than the index's: start without the flashhead option"
@@ -53,7 +53,7 @@ class IndexLogits(LogitsProcessor):
                 f"({self.extra_repr()}): start without the flashhead option"
             )
         self.engine: Engine = engine
-        self.counters = HeadCounters(tp_rank=engine.shard.tp_rank)
+        self.counters = HeadCounters(tp_rank=engine.index.tp_rank)
         self.quant_method = _AfterLoading()
 
     @cached_property
@@ -97,10 +97,10 @@ class IndexLogits(LogitsProcessor):
     get_top_k_tokens = get_top_tokens
 
     def _check(self, lm_head: Any, bias: Tensor | None, skip_gather: bool) -> None:
-        shard = self.engine.shard
-        assert shard is not None
-        assert shard.table is not None
-        same = lm_head.weight.data_ptr() == shard.table[0].data_ptr()
+        assert self.engine.index is not None
+        table = self.engine.index.shard.table
+        assert table is not None
+        same = lm_head.weight.data_ptr() == table[0].data_ptr()
         if bias is not None or skip_gather or not same:
             raise UserError(
                 f"{self.engine.model_name} calls its output head in a way that FlashHead does not "

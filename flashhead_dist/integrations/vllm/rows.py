@@ -20,6 +20,7 @@ from flashhead_dist.integrations.vllm.needs import Rest
 from flashhead_dist.parallel import Exchange, Operation, Steps
 from flashhead_kernels.logits import FinalLogits
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
+from flashhead_kernels.shard import Query
 
 _HEAVY = 32
 _BELOW = 2.0**-7
@@ -81,21 +82,18 @@ def know(
     """
     shard, ops = head.shard, sampling_ops_for(hidden_states.device)
     probes = head.sampling_probes if draws else head.num_probes
-    scores = ops.local_scores(
-        hidden_states, shard.rows, shard.token_ids, shard.centroids, shard.spread, head.alpha,
-        -(-probes // head.num_groups), shard.pinned_rows, shard.pinned_token_ids,
-    )  # fmt: skip
+    query = Query(-(-probes // head.num_groups), head.alpha)
+    scores = ops.local_scores(hidden_states, shard, query)
     groups = (len(shard.token_ids), -1)
     ids, logits = scores.token_ids.unflatten(1, groups), scores.logits.unflatten(1, groups)
     final = FinalLogits(softcap=softcap, temperature=temperature / scale)
     capped = ops.final_logits(scores.logits, final).masked_fill(scores.token_ids < 0, -torch.inf)
     mass = ops.cluster_log_mass(
         hidden_states,
+        shard,
         scores.means,
-        shard.num_tokens,
-        shard.spread,
         ops.group_log_mass(capped.unflatten(1, groups)),
-        shard.manifest.shrinkage,
+        head.index.manifest.shrinkage,
         final,
     )
     heavy_mass, heavy = mass.topk(min(_HEAVY, mass.shape[2]), dim=2)
