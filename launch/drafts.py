@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,18 +28,16 @@ from rich.console import Console
 from rich.table import Table
 
 from flashhead_dist.bench.watch import INTERRUPTED
-from flashhead_dist.decode.compare import identical_share, middle
 from flashhead_dist.decode.drafts import (
-    PLAIN,
     Drafted,
     DraftHeads,
     ensure_draft,
+    summarise,
     training_texts,
 )
 from flashhead_dist.decode.prompts import Prompt, held_out_prompts
 from flashhead_dist.errors import UserError
 from flashhead_dist.index import ensure_index
-from flashhead_dist.integrations.eagle_decode import DraftCounts
 from flashhead_dist.models import open_model
 from flashhead_dist.progress import progress
 from flashhead_kernels.cpu_threads import compute_threads
@@ -115,41 +112,6 @@ def run(arguments: argparse.Namespace, num_cores: int) -> tuple[list[Drafted], l
                 if number <= len(prompts):
                     advance.stage(f"prompt {number} of {len(prompts)}")
     return heads.measured, prompts, source.name
-
-
-def summarise(measured: Sequence[Drafted], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """A row a head; times in ms, medians over prompts."""
-    plain = measured[0]
-    assert plain.label == PLAIN
-    rows = []
-    for item in measured:
-        total = DraftCounts()
-        by_source: dict[str, DraftCounts] = defaultdict(DraftCounts)
-        for prompt, counts in zip(prompts, item.counts, strict=True):
-            total.add(counts)
-            by_source[prompt.source].add(counts)
-        proposed = [sum(counts.proposed_at) for counts in item.counts]
-        pairs = list(zip(item.texts, item.counts, strict=True))
-        heads = [c.draft_head_s / n * 1e3 for c, n in zip(item.counts, proposed, strict=True) if n]
-        drafts = [c.draft_s / n * 1e3 for c, n in zip(item.counts, proposed, strict=True) if n]
-        rows.append(
-            {
-                "head": item.label,
-                "head_bytes": item.head_bytes,
-                "identical_tokens_share": identical_share(item.texts, plain.texts),
-                "acceptance": total.acceptance if total.proposed_at else None,
-                "accepted_at": total.accepted_at,
-                "proposed_at": total.proposed_at,
-                "tokens_per_pass": sum(map(len, item.texts)) / total.passes,
-                "draft_head_ms": middle(heads) if heads else None,
-                "draft_ms": middle(drafts) if drafts else None,
-                "ms_per_token": middle([c.total_s / len(t) * 1e3 for t, c in pairs]),
-                "acceptance_by_source": {
-                    name: counts.acceptance for name, counts in by_source.items()
-                } if total.proposed_at else {},
-            }
-        )  # fmt: skip
-    return rows
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:

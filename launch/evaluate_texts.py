@@ -15,16 +15,18 @@ from rich.console import Console
 from rich.table import Table
 
 from flashhead_dist.decode.prompts import Prompt, held_out_prompts, read_prompts
-from flashhead_dist.decode.texts.dense import DENSE, Batch, TextDecoder
-from flashhead_dist.decode.texts.first_difference import (
+from flashhead_dist.errors import UserError
+from flashhead_dist.evaluate.texts import (
+    DENSE,
+    Batch,
+    TextDecoder,
     TextRecord,
     append_records,
     compare_texts,
     first_difference,
     read_records,
+    summarize,
 )
-from flashhead_dist.decode.texts.summary import summarize
-from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.flashhead_escalate import FlashHeadEscalate
 from flashhead_dist.heads.named import NamedHead, named_head

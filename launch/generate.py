@@ -17,12 +17,10 @@ from typing import Any
 from flashhead_dist.bench.control import Control
 from flashhead_dist.bench.crossover import find_crossover_of
 from flashhead_dist.bench.environment import Setup, decide_setup
-from flashhead_dist.decode.compare import Measured, Request, compare, warm_up
-from flashhead_dist.decode.engine import Engine, Variant
+from flashhead_dist.decode.compare import Measured, Request, TextLog, compare, warm_up
+from flashhead_dist.decode.engine import Engine, Traffic, Variant, count_traffic
 from flashhead_dist.decode.prompts import read_prompts
 from flashhead_dist.decode.sequences import DecodeState
-from flashhead_dist.decode.text_log import TextLog
-from flashhead_dist.decode.traffic import Traffic, count_traffic
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
 from flashhead_dist.heads.registry import needs_index

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,12 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.tasks import Item, Task
 
 _TAIL = 16
-"""Tokens at the end of a text in which a stop string is looked for at every step."""
+"""Tokens at the end of a text that are searched for a stop string at every step."""
 
 
 @dataclass(frozen=True)
 class AskOptions:
-    """How items are put to a model. max_new_tokens: a turn; the task's own where None."""
+    """How a model is asked. max_new_tokens: of a turn; the task's own where None."""
 
     batch_size: int = 8
     max_new_tokens: int | None = None
@@ -29,15 +29,14 @@ class AskOptions:
 
 
 class _Answers:
-    """What one variant has said of a batch: lists by item, and seconds of all turns."""
+    """The answers of one variant to a batch, by item, and the seconds of all turns."""
 
     def __init__(self, num_items: int) -> None:
         self.prompts: list[list[str]] = [[] for _ in range(num_items)]
         self.texts: list[list[str]] = [[] for _ in range(num_items)]
         self.tokens: list[list[int]] = [[] for _ in range(num_items)]
         self.reasons: list[list[str]] = [[] for _ in range(num_items)]
-        self.first_token_s = 0.0
-        self.later_s = 0.0
+        self.first_token_s = self.later_s = 0.0
         self.later_tokens = 0
 
 
@@ -62,48 +61,47 @@ def answer_batch(
 ) -> list[dict[str, Any]]:
     """Records of `items`, as `evaluate.tasks.records` describes them.
 
-    variants: the first is the one that others are compared with. turn: of the variants, which
-        rotate, so that none always meets what the one before has left behind.
+    variants: the first is the reference of the others. turn: rotates their order.
 
     Raises:
         UserError: a prompt that does not fit the model, or a tokenizer without a chat template.
     """
     order = [variants[(place + turn) % len(variants)] for place in range(len(variants))]
-    found = {variant: _answer(engine, variant, task, items, options) for variant in order}
-    truth = found[variants[0]]
-    name = f"{task.name}-{items[0].id}"
+    answers = {variant: _answer(engine, variant, task, items, options) for variant in order}
+    truth = answers[variants[0]]
+
+    def record(row: int, own: _Answers) -> dict[str, Any]:
+        judged = task.judge(items[row], own.texts[row])
+        same = own.texts[row] == truth.texts[row]
+        difference = None if same else first_difference(own.tokens[row], truth.tokens[row])
+        return {
+            "texts": own.texts[row],
+            "final": judged.final,
+            "correct": judged.correct,
+            "details": judged.details,
+            "num_tokens": len(own.tokens[row]),
+            "finish_reasons": own.reasons[row],
+            "first_difference": difference,
+            "batch_tokens": own.later_tokens,
+            "batch_s": own.later_s,
+            "batch_first_token_s": own.first_token_s,
+        }
+
     return [
         {
             "task": task.name,
             "item": item.id,
-            "batch": name,
+            "batch": f"{task.name}-{items[0].id}",
             "truth": item.truth,
-            "prompts": {v.label: found[v].prompts[row] for v in variants},
-            "answers": {v.label: _of_row(task, item, row, found[v], truth) for v in variants},
+            "prompts": {v.label: answers[v].prompts[row] for v in variants},
+            "answers": {v.label: record(row, answers[v]) for v in variants},
         }
         for row, item in enumerate(items)
     ]
 
 
-def _of_row(task: Task, item: Item, row: int, own: _Answers, truth: _Answers) -> dict[str, Any]:
-    judged = task.judge(item, own.texts[row])
-    same = own.texts[row] == truth.texts[row]
-    return {
-        "texts": own.texts[row],
-        "final": judged.final,
-        "correct": judged.correct,
-        "details": judged.details,
-        "num_tokens": len(own.tokens[row]),
-        "finish_reasons": own.reasons[row],
-        "first_difference": None if same else first_difference(own.tokens[row], truth.tokens[row]),
-        "batch_tokens": own.later_tokens,
-        "batch_s": own.later_s,
-        "batch_first_token_s": own.first_token_s,
-    }
-
-
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int:
-    """The first place, from 0, where two texts hold other tokens, or one has ended."""
+    """The first index at which two texts differ, or one has ended."""
     pairs = zip(left, right, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
 
@@ -125,8 +123,16 @@ def _answer(
             pad_token_id=engine.pad_token_id,
             check_every=variant.check_every,
         )
-        stopper = _Stopper(engine.tokenizer, task, state)
-        (times,), _ = engine.decode(variant, [state], stopper.look)
+
+        def stop(_: int = 0, state: DecodeState = state) -> None:
+            """End each sequence whose text holds one of the task's stop strings."""
+            for row in range(state.batch_size if task.stops else 0):
+                if state.finish_reason(row) is None:
+                    tail = engine.tokenizer.decode(state.tokens(row)[-_TAIL:])
+                    if task.cut(tail) != tail:
+                        state.stop(row)
+
+        (times,), _ = engine.decode(variant, [state], stop)
         found.first_token_s += times.first_token_s
         found.later_s += times.total_s - times.first_token_s
         found.later_tokens += sum(len(state.tokens(row)) - 1 for row in range(len(items)))
@@ -138,25 +144,6 @@ def _answer(
             found.texts[row].append(task.cut(text))
             found.reasons[row].append(str(state.finish_reason(row)))
     return found
-
-
-class _Stopper:
-    """Ends each sequence once its text holds one of the task's stop strings."""
-
-    def __init__(self, tokenizer: Any, task: Task, state: DecodeState) -> None:
-        self._tokenizer, self._task, self._state = tokenizer, task, state
-
-    def look(self, _number: int = 0) -> None:
-        """To be called after every step, with the state's number."""
-        if self._task.stops:
-            for row in self._running():
-                tail = self._tokenizer.decode(self._state.tokens(row)[-_TAIL:])
-                if self._task.cut(tail) != tail:
-                    self._state.stop(row)
-
-    def _running(self) -> Iterator[int]:
-        state = self._state
-        return (row for row in range(state.batch_size) if state.finish_reason(row) is None)
 
 
 def _token_ids(

@@ -1,10 +1,13 @@
-"""Decoding prompts with several variants in turn, so that all of them meet the same machine."""
+"""Prompts decoded by several variants in turn, and the texts of such a run."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 from flashhead_dist.decode.engine import DENSE, Engine, Variant
 from flashhead_dist.decode.loop import DecodeTimes
@@ -13,13 +16,15 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.integrations.pipeline_bubble import StageTimes
 from flashhead_profiles.ranges import CAPTURE, annotate
 
+INTERRUPTED_NAME = Path("generate-interrupted.jsonl")
+"""The file for texts of an interrupted run if none was named."""
 _WARMUP_TOKENS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to decode. prompts: token ids; batch_size: prompts in one batch, or micro-batch;
-    in_flight: micro-batches at once, where there are pipeline stages."""
+    """What to decode. prompts: token ids; batch_size: prompts in one batch or micro-batch;
+    in_flight: micro-batches at once, with pipeline stages."""
 
     prompts: Sequence[Sequence[int]]
     max_new_tokens: int
@@ -48,7 +53,7 @@ class Request:
 
 @dataclass
 class Measured:
-    """What one variant has done so far.
+    """The texts and times of one variant so far.
 
     tokens: of each prompt, in order. ttft_s, tpot_s: of each batch; a batch of one token has no
     TPOT. run_s: whole runs, one after another; head_s, check_s: parts of them. stages: of every
@@ -90,10 +95,7 @@ def p90(values: Sequence[float]) -> float:
 
 
 def identical_share(tokens: Sequence[Sequence[int]], truth: Sequence[Sequence[int]]) -> float:
-    """Share of the truth's tokens that `tokens` has in the same place of the same text.
-
-    After a difference the texts usually part for good.
-    """
+    """Share of the truth's tokens that `tokens` has at the same place of the same text."""
     total = sum(map(len, truth))
     pairs = zip(tokens, truth, strict=True)
     same = sum(a == b for one, other in pairs for a, b in zip(one, other, strict=False))
@@ -101,7 +103,7 @@ def identical_share(tokens: Sequence[Sequence[int]], truth: Sequence[Sequence[in
 
 
 def warm_up(engine: Engine, variants: Sequence[Variant], request: Request) -> None:
-    """Decode a few tokens with each variant, unmeasured: kernels are compiled, weights touched."""
+    """Decode a few tokens with each variant, unmeasured, so that kernels are compiled."""
     first = list(request.prompts[: request.batch_size])
     count = min(_WARMUP_TOKENS, request.max_new_tokens)
     for variant in variants:
@@ -119,13 +121,11 @@ def compare(
     *,
     on_states: Callable[[Variant, list[DecodeState], int], Callable[[int], None] | None],
 ) -> Iterator[None]:
-    """Decode all prompts with every variant, pausing after each batch.
+    """Decode all prompts with every variant, pausing after each batch; their order rotates.
 
-    The variants take turns batch by batch, in an order that rotates.
-
-    measured: one a variant, filled in. on_states: told of the states about to be decoded and the
-        first one's first prompt; what it returns is called with the number of a state that may
-        have released tokens.
+    measured: one for each variant, filled in. on_states: called with the states about to be decoded
+        and the number of their first prompt; its result is called with the number of a state that
+        may have released tokens.
     """
     span = request.batch_size * request.in_flight
     for turn, start in enumerate(range(0, len(request.prompts), span)):
@@ -181,3 +181,68 @@ def _record(
 def against_dense(measured: Sequence[Measured]) -> Measured | None:
     """The unchecked dense variant, where it is among them."""
     return next((item for item in measured if item.variant == Variant(DENSE)), None)
+
+
+class TextLog:
+    """Finished texts and states in progress, on every rank, so that any survivor can save them."""
+
+    def __init__(self, tokenizer: Any, path: Path | None) -> None:
+        """path: a .jsonl file for finished texts, if any.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self._tokenizer, self._path = tokenizer, path
+        self._finished: list[dict[str, Any]] = []
+        self._label = ""
+        self._first = 0
+        self._states: Sequence[DecodeState] = ()
+        if path is not None:
+            try:
+                path.write_text("", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{path} cannot be written ({error.strerror}): name another") from (
+                    error
+                )
+
+    def begin(self, variant: Variant, states: Sequence[DecodeState], first_prompt: int) -> None:
+        """These states are about to be decoded."""
+        self.end()
+        self._label, self._states, self._first = variant.label, states, first_prompt
+
+    def end(self) -> None:
+        """Add the texts of the states in progress; writes them where a file is named."""
+        lines = self._in_progress()
+        self._states = ()
+        self._finished += lines
+        if self._path is not None and lines:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_json_lines(lines))
+
+    def _in_progress(self) -> list[dict[str, Any]]:
+        rows = [(state, row) for state in self._states for row in range(state.batch_size)]
+        return [
+            {
+                "head": self._label,
+                "prompt": number,
+                "text": self._tokenizer.decode(state.tokens(row), skip_special_tokens=True),
+                "finish_reason": None if (end := state.finish_reason(row)) is None else end.value,
+            }
+            for number, (state, row) in enumerate(rows, start=self._first)
+        ]
+
+    def save_interrupted(self) -> str:
+        """Save everything so far; returns a sentence that says where."""
+        lines = [line for line in [*self._finished, *self._in_progress()] if line["text"]]
+        if not lines:
+            return " No text was produced yet."
+        path = self._path or INTERRUPTED_NAME
+        try:
+            path.write_text(_json_lines(lines), encoding="utf-8")
+        except OSError as error:
+            return f" The text so far could not be saved in {path} ({error.strerror})."
+        return f" The text so far is in {path}."
+
+
+def _json_lines(lines: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -1,9 +1,10 @@
-"""Decoding prompts with draft heads in turn, over one target, one draft and one dense verifier."""
+"""Comparison of draft heads in turn, over one target, one draft and one dense verifier."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashhead_dist.decode.compare import identical_share, middle
 from flashhead_dist.decode.cpu_attention import fuse_attention
 from flashhead_dist.decode.cpu_linear import stream_linears
 from flashhead_dist.decode.cpu_mlp import fuse_mlps
@@ -28,10 +30,15 @@ from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
 from flashhead_dist.index import IndexOptions, ensure_index
 from flashhead_dist.index.locate import default_states
 from flashhead_dist.integrations.deepspeed import drop_head
-from flashhead_dist.integrations.draft_vocabulary import frequent_token_ids, over_whole_vocabulary
-from flashhead_dist.integrations.eagle import EagleDraft, load_draft
-from flashhead_dist.integrations.eagle_decode import DraftCounts, decode_with_draft
-from flashhead_dist.integrations.eagle_train import read_states, train_draft
+from flashhead_dist.integrations.eagle import (
+    DraftCounts,
+    DraftDecoder,
+    frequent_token_ids,
+    load_draft,
+    over_full_vocabulary,
+    read_states,
+    train_draft,
+)
 from flashhead_dist.models import ModelSource, cache_root
 from flashhead_dist.models.cache import make_once
 from flashhead_dist.models.subset import reduce_vocabulary
@@ -58,13 +65,6 @@ def training_texts(tokenizer: Any, context: int = _TRAINING_CONTEXT) -> list[lis
     return [list(tokenizer(text, truncation=True, max_length=context).input_ids) for text in texts]
 
 
-def draft_folder(source: ModelSource, num_epochs: int) -> Path:
-    """Where the draft of `source` is kept in the cache."""
-    settings = [_VERSION, source.weight_hash, texts_hash(shipped_texts()), num_epochs]
-    key = hashlib.sha256(json.dumps([*settings, _TRAINING_CONTEXT]).encode()).hexdigest()[:12]
-    return cache_root() / "drafts" / f"{source.name.replace('/', '--')}-{key}"
-
-
 def ensure_draft(
     source: ModelSource,
     model: Any,
@@ -73,7 +73,9 @@ def ensure_draft(
     num_epochs: int,
     on_batch: Callable[[float], None] | None = None,
 ) -> Path:
-    """The folder of a draft of `model`, trained first where there is none (minutes on a CPU)."""
+    """The cached draft of `model`, trained first where there is none (minutes on a CPU)."""
+    settings = [_VERSION, source.weight_hash, texts_hash(shipped_texts()), num_epochs]
+    key = hashlib.sha256(json.dumps([*settings, _TRAINING_CONTEXT]).encode()).hexdigest()[:12]
 
     def make(folder: Path) -> None:
         config = model.get_decoder().config
@@ -84,12 +86,12 @@ def ensure_draft(
         origin = {"model": source.name, "weight_hash": source.weight_hash, "epochs": num_epochs}
         draft.save(folder, origin)
 
-    return make_once(draft_folder(source, num_epochs), make)
+    return make_once(cache_root() / "drafts" / f"{source.name.replace('/', '--')}-{key}", make)
 
 
 @dataclass
 class Drafted:
-    """What one draft head has done so far, prompt by prompt."""
+    """The results of one draft head, prompt by prompt."""
 
     label: str
     head_bytes: int = 0
@@ -111,31 +113,38 @@ class DraftHeads:
         vocabularies: Sequence[int],
         threads: int,
     ) -> None:
-        """texts: of which the frequent tokens make reduced `vocabularies`, one each of that size.
+        """texts: their most frequent tokens make reduced `vocabularies`, one of each size.
 
         Raises:
             UserError: what does not fit the model.
         """
-        self._model = model
-        states = partial(default_states, source, None, False)
-        self._draft: EagleDraft = load_draft(draft_dir, model, source.weight_hash)
+        draft = load_draft(draft_dir, model, source.weight_hash)
         tp = TensorParallel.single(torch.device("cpu"))
-        whole = HeadBuilder(tp=tp, model=source, index_dir=index, dtype=torch.float32)
+        build = HeadBuilder(tp=tp, model=source, index_dir=index, dtype=torch.float32).build
+        dense = build(DenseLocalMax.name)
+        target = _chooser(dense)
         self.measured = [Drafted(PLAIN)]
-        self._heads: dict[str, Choose] = {}
+        self._decoders: dict[str, DraftDecoder] = {}
+
+        def add(label: str, choose: Choose, head_bytes: int) -> None:
+            self._decoders[label] = DraftDecoder(model, target, draft, choose)
+            self.measured.append(Drafted(label, head_bytes))
+
         for name in _HEADS:
-            self._add(name, whole.build(name), None)
-        self._target = self._heads[DenseLocalMax.name]
-        dense = whole.build(DenseLocalMax.name)
-        self._heads[PLAIN] = self._target
+            head = build(name)
+            add(name, _chooser(head), head.read_bytes_per_row)
+        self._decoders[PLAIN] = self._decoders[DenseLocalMax.name]
         for size in vocabularies:
             token_ids = frequent_token_ids(texts, source.vocab_size, size)
-            few = reduce_vocabulary(source, token_ids)
+            reduced = reduce_vocabulary(source, token_ids)
             options = IndexOptions(num_groups=max(1, min(_MOST_GROUPS, size // 256)))
-            folder = ensure_index(few, options, states=states)
-            some = HeadBuilder(tp=tp, model=few, index_dir=folder, dtype=torch.float32)
+            states = partial(default_states, source, None, False)
+            folder = ensure_index(reduced, options, states=states)
+            builder = HeadBuilder(tp=tp, model=reduced, index_dir=folder, dtype=torch.float32)
             for name in _HEADS:
-                self._add(f"{name}, {size:,} tokens", some.build(name), token_ids)
+                head = builder.build(name)
+                choose = over_full_vocabulary(_chooser(head), token_ids)
+                add(f"{name}, {size:,} tokens", choose, head.read_bytes_per_row)
         share_embedding(model, dense, tp)
         drop_head(model)
         if threads > 1:
@@ -144,26 +153,12 @@ class DraftHeads:
             fuse_attention(model)
             fuse_mlps(model)
 
-    def _add(self, label: str, head: Head, token_ids: Tensor | None) -> None:
-        parameters = SamplingParameters()
-
-        def choose(hidden: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
-            return choose_tokens(head, hidden, positions, sequences, parameters)
-
-        found = choose if token_ids is None else over_whole_vocabulary(choose, token_ids)
-        self._heads[label] = found
-        self.measured.append(Drafted(label, head.read_bytes_per_row))
-
-    def decode(self, token_ids: Sequence[int], label: str, num_drafts: int, count: int) -> Any:
-        """`decode_with_draft` under the head of that label, and none for PLAIN."""
-        return decode_with_draft(
-            self._model,
-            self._target,
-            self._draft,
-            self._heads[label],
-            token_ids,
-            max_new_tokens=count,
-            num_drafts=0 if label == PLAIN else num_drafts,
+    def decode(
+        self, token_ids: Sequence[int], label: str, num_drafts: int, count: int
+    ) -> tuple[list[int], DraftCounts]:
+        """`DraftDecoder.decode` with the head of that label; without drafts for PLAIN."""
+        return self._decoders[label].decode(
+            token_ids, max_new_tokens=count, num_drafts=0 if label == PLAIN else num_drafts
         )
 
     def compare(
@@ -178,3 +173,43 @@ class DraftHeads:
                 entry.texts.append(text)
                 entry.counts.append(counts)
             yield prompt
+
+
+def _chooser(head: Head) -> Choose:
+    def choose(hidden: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
+        return choose_tokens(head, hidden, positions, sequences, SamplingParameters())
+
+    return choose
+
+
+def summarise(measured: Sequence[Drafted], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    """A row for each head; times in ms, medians over prompts."""
+    rows: list[dict[str, Any]] = []
+    for item in measured:
+        total = DraftCounts()
+        by_source: dict[str, DraftCounts] = defaultdict(DraftCounts)
+        for prompt, counts in zip(prompts, item.counts, strict=True):
+            total.add(counts)
+            by_source[prompt.source].add(counts)
+        drafted = [(counts, n) for counts in item.counts if (n := sum(counts.proposed_at))]
+        seconds = [c.total_s / len(t) for c, t in zip(item.counts, item.texts, strict=True)]
+        row = {
+            "head": item.label,
+            "head_bytes": item.head_bytes,
+            "identical_tokens_share": identical_share(item.texts, measured[0].texts),
+            "acceptance": None,
+            "accepted_at": total.accepted_at,
+            "proposed_at": total.proposed_at,
+            "tokens_per_pass": sum(map(len, item.texts)) / total.passes,
+            "draft_head_ms": None,
+            "draft_ms": None,
+            "ms_per_token": middle([s * 1e3 for s in seconds]),
+            "acceptance_by_source": {},
+        }
+        if drafted:
+            row["acceptance"] = total.acceptance
+            row["draft_head_ms"] = middle([c.draft_head_s / n * 1e3 for c, n in drafted])
+            row["draft_ms"] = middle([c.draft_s / n * 1e3 for c, n in drafted])
+            row["acceptance_by_source"] = {name: c.acceptance for name, c in by_source.items()}
+        rows.append(row)
+    return rows

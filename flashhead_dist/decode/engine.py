@@ -1,9 +1,13 @@
-"""One rank of a model that decodes with several heads in turn, on any layout of ranks."""
+"""One rank of a model that decodes with several heads in turn, on any layout of ranks.
+
+Also the bytes that its collectives carry for each token (`count_traffic`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,14 @@ from flashhead_dist.heads.flashhead_escalate import Escalation
 from flashhead_dist.heads.named import NamedHead
 from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
-from flashhead_dist.integrations.deepspeed import DeepSpeedCalls, drop_head, shard_body
+from flashhead_dist.integrations.deepspeed import (
+    HEAD_PREFIX,
+    DeepSpeedCalls,
+    LoggedCollective,
+    communication_log,
+    drop_head,
+    shard_body,
+)
 from flashhead_dist.integrations.pipeline import PipelineDecoder
 from flashhead_dist.integrations.pipeline_bubble import StageTimes
 from flashhead_dist.models import ModelSource
@@ -34,8 +45,9 @@ from flashhead_dist.models.quantized import unpack_linears
 from flashhead_dist.parallel import TensorParallel
 
 DENSE = DenseLocalMax.name
-"""The head whose text the others are compared with, and that lossless mode repeats."""
+"""The reference of other heads, and of lossless mode."""
 _CONFIRMING = "confirming"
+_TRAFFIC_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -52,19 +64,19 @@ class Variant:
 
     @property
     def named(self) -> NamedHead:
-        """The head without its checks, which are the engine's to make."""
+        """The head without its checks."""
         return NamedHead(self.head, self.num_probes, self.index)
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         own = self.named.label
         return f"{own} --lossless {self.check_every}" if self.check_every else own
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`pp_size` pipeline stages of `tp_size` ranks; rank = stage * tp_size + place in the stage."""
+    """`pp_size` pipeline stages of `tp_size` ranks: rank = stage * tp_size + tp_rank."""
 
     pp_size: int = 1
     tp_size: int = 1
@@ -146,11 +158,12 @@ class Engine:
                 self._build_heads(self._pipeline.tp)
             return
         group = dist.group.WORLD if self.layout.tp_size > 1 else None
-        tp, lookups = TensorParallel.single(self.device), TensorParallel.single(self.device)
-        if group is not None:
-            tp = TensorParallel.from_group(group, self.device, calls=DeepSpeedCalls())
-            calls = DeepSpeedCalls("embedding")
-            lookups = TensorParallel.from_group(group, self.device, calls=calls)
+        tp, lookups = (
+            TensorParallel.single(self.device)
+            if group is None
+            else TensorParallel.from_group(group, self.device, calls=DeepSpeedCalls(prefix))
+            for prefix in (HEAD_PREFIX, "embedding")
+        )
         self._build_heads(tp)
         body = self._load_body()
         # One set of rows in memory for both ends of a tied model.
@@ -167,34 +180,26 @@ class Engine:
         fuse_mlps(self._body)
 
     def _build_heads(self, tp: TensorParallel) -> None:
-        folders = dict.fromkeys([self._index_dir, *(head.index for head in self._named)])
         builders = {
             folder: HeadBuilder(
-                tp=tp,
-                model=self.model,
-                index_dir=folder,
-                dtype=self.dtype,
-                device=self.device,
+                tp=tp, model=self.model, index_dir=folder, dtype=self.dtype, device=self.device,
                 escalation=self._escalation,
             )
-            for folder in folders
-        }
+            for folder in {self._index_dir, *(head.index for head in self._named)}
+        }  # fmt: skip
         for head in self._named:
             probes = None if head.name == DENSE else head.num_probes or self._num_probes
             builder = builders[head.index or self._index_dir]
             self._heads[head.label] = builder.build(head.name, num_probes=probes)
         if self._checks:
             self._heads[_CONFIRMING] = builders[self._index_dir].build_confirming()
-        for label in self._heads:
-            self._try_out(label)
-
-    def _try_out(self, label: str) -> None:
-        """Choose a token once, so that what a head cannot serve is said before a body waits."""
-        choose = self._chooser(label)
-        assert choose is not None
-        nothing = torch.zeros(1, dtype=torch.int64)
+        zero = torch.zeros(1, dtype=torch.int64)
         hidden = torch.zeros(1, self.model.hidden_size, dtype=self.dtype, device=self.device)
-        choose(hidden, nothing, nothing)
+        for label in self._heads:
+            # Once, so that a head's errors come before a body is loaded.
+            choose = self._chooser(label)
+            assert choose is not None
+            choose(hidden, zero, zero)
 
     def _load_body(self) -> Any:
         body, self.tokenizer = self.model.load_body(self.dtype)
@@ -230,15 +235,14 @@ class Engine:
         found = []
         for number, state in enumerate(states):
             body = TransformersBody(self._body, recording=state.check_every > 0)
-            step = None if on_step is None else _bind(on_step, number)
+            step = None if on_step is None else partial(on_step, number)
             found.append(decode(body, state, choose, confirm=confirm, on_step=step))
         return found, []
 
     def _chooser(self, label: str) -> Choose | None:
         head = self._heads.get(label)
         if head is None:
-            # A stage of the pipeline that holds no head.
-            return None
+            return None  # a pipeline stage without a head
         contract = self.model.contract
 
         def choose(hidden: Tensor, positions: Tensor, sequences: Tensor) -> Tensor:
@@ -249,5 +253,37 @@ class Engine:
         return choose
 
 
-def _bind(on_step: Callable[[int], None], number: int) -> Callable[[], None]:
-    return lambda: on_step(number)
+@dataclass(frozen=True)
+class Traffic:
+    """Message bytes of this rank's collectives for a token of one sequence, without the prompt."""
+
+    head_bytes_per_token: float
+    body_bytes_per_token: float
+    collectives: tuple[LoggedCollective, ...]
+
+
+def count_traffic(
+    engine: Engine, variants: Sequence[Variant], prompt: list[int]
+) -> dict[str, Traffic]:
+    """Traffic by label, from DeepSpeed's communication log: a few more tokens less the first one.
+
+    The run is unmeasured: the log's timers would be part of every step.
+    """
+    found = {}
+    for variant in (variant for variant in variants if not variant.check_every):
+        logs = [_log(engine, variant, prompt, steps) for steps in (1, 1 + _TRAFFIC_STEPS)]
+        sums = [_sums(log) for log in logs]
+        head, body = ((more - less) / _TRAFFIC_STEPS for less, more in zip(*sums, strict=True))
+        found[variant.label] = Traffic(head, body, tuple(logs[1]))
+    return found
+
+
+def _log(engine: Engine, variant: Variant, prompt: list[int], steps: int) -> list[LoggedCollective]:
+    with communication_log() as log:
+        engine.decode(variant, [DecodeState([prompt], max_new_tokens=steps)])
+    return log
+
+
+def _sums(log: Sequence[LoggedCollective]) -> tuple[int, int]:
+    head = sum(item.total_bytes for item in log if item.name.startswith(HEAD_PREFIX))
+    return head, sum(item.total_bytes for item in log) - head

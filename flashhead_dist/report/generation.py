@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -14,7 +15,7 @@ from flashhead_dist.decode.compare import (
     middle,
     p90,
 )
-from flashhead_dist.decode.traffic import Traffic
+from flashhead_dist.decode.engine import Traffic
 from flashhead_dist.integrations.pipeline_bubble import measured_bubble
 
 
@@ -95,7 +96,7 @@ def generation_document(
         "checks": {item.variant.label: vars(item.counts) for item in measured},
         "num_tokens": by_label(lambda item: item.num_tokens),
         "finish_reasons": {item.variant.label: item.reasons for item in measured},
-        "bytes_per_token": {label: found.as_json() for label, found in traffic.items()},
+        "bytes_per_token": {label: asdict(found) for label, found in traffic.items()},
         "texts": dict(texts),
     }
     if dense is not None:

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.integrations.vllm import refusals
+from flashhead_dist.integrations.vllm import options
 from flashhead_dist.integrations.vllm.needs import REASONS, RequestNeed, Rest, request_need
-from flashhead_dist.integrations.vllm.options import FlashHeadOptions, options_of
-from flashhead_dist.integrations.vllm.refusals import refuse
-from flashhead_dist.integrations.vllm.versions import unsupported
+from flashhead_dist.integrations.vllm.options import (
+    FlashHeadOptions,
+    options_of,
+    refuse,
+    unsupported_version,
+)
 
 USUAL: dict[str, Any] = {
     "temperature": 0.0,
@@ -160,7 +163,7 @@ def test_other_logits_processors_are_refused(
     with pytest.raises(UserError, match=r"some\.module:Processor"):
         refuse(asked, MANIFEST, "0.32.0")
     installed = SimpleNamespace(name="theirs")
-    monkeypatch.setattr(refusals, "entry_points", lambda group: [installed])
+    monkeypatch.setattr(options, "entry_points", lambda group: [installed])
     with pytest.raises(UserError, match="theirs"):
         refuse(config(tmp_path), MANIFEST, "0.32.0")
 
@@ -174,7 +177,7 @@ def test_an_index_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.7", "0.32.1rc1+cpu"])
 def test_the_versions_that_are_supported(version: str) -> None:
-    assert unsupported(version) is None
+    assert unsupported_version(version) is None
 
 
 @pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "1.32.0", "dev"])

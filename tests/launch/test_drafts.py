@@ -10,8 +10,7 @@ from types import ModuleType
 import pytest
 
 from flashhead_dist.decode import drafts
-from flashhead_dist.integrations.eagle import EagleDraft
-from flashhead_dist.integrations.eagle_decode import DraftCounts
+from flashhead_dist.integrations.eagle import DraftCounts, EagleDraft
 from flashhead_dist.models import open_model
 from tests.launch.ground import LAUNCH, build_small
 from tests.launch.scripts import load_script

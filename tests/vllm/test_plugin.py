@@ -164,7 +164,7 @@ def test_vllm_starts_after_the_plugin_is_registered() -> None:
     """vLLM 0.32 does not start on a CPU once llvmlite is imported: the plugin imports it late."""
     code = (
         "import sys; from flashhead_dist.integrations.vllm.plugin import register; register(); "
-        "register(); import flashhead_dist.integrations.vllm.request_processor; "
+        "register(); import flashhead_dist.integrations.vllm.engine; "
         "assert 'llvmlite' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

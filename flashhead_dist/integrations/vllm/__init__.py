@@ -1,10 +1,10 @@
 """FlashHead inside vLLM, through vLLM's own extension points: see docs/vllm.md.
 
-plugin              what vLLM calls in each of its processes; registers the layers below
-options, refusals   what the user asked for, and what is refused at start with a reason
-engine              what the pieces of one engine share
-request_processor   what each request of a batch needs of its row (needs), before each step
-embedding           the output embedding in the order of an index, held once
-logits_processor    the layer that turns hidden states into rows of logits
-head, rows          those rows, from this project's heads; neither imports vLLM
+plugin      vLLM calls it in each of its processes; registers the layers
+options     the user's options, and the configurations that are refused at start
+engine      the state that the layers of one engine share, and the requests of each batch
+needs       what each request needs of its row of logits
+layers      the output embedding in the index's order, and the layer that makes rows of logits
+head, rows  those rows; neither imports vLLM
+metrics     counters
 """

@@ -1,8 +1,10 @@
-"""What the pieces of one engine share in one process: options, index, batch, and the table.
+"""The state that the layers of one engine share in a process: options, index shard, and batch.
+
+Also the entry point `vllm.logits_processors`, by which vLLM reports the requests of each batch.
 
 vLLM imports this where FlashHead is off too, and on a CPU does not start once llvmlite is loaded
-(`vllm.triton_utils.dispatcher` 0.32 stumbles over it): what needs numba is imported where it is
-first used.
+(`vllm.triton_utils.dispatcher` 0.32 fails): modules that need numba are imported at their first
+use.
 """
 
 from __future__ import annotations
@@ -13,14 +15,19 @@ from weakref import WeakValueDictionary
 
 import torch
 import vllm
+from torch import Tensor
 from vllm.distributed import get_tp_group
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import (
+    LogitsProcessor as V2LogitsProcessor,
+)
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.integrations.vllm.needs import RequestNeed, RowNeed
-from flashhead_dist.integrations.vllm.options import FlashHeadOptions, options_of
-from flashhead_dist.integrations.vllm.refusals import refuse
+from flashhead_dist.integrations.vllm.needs import RequestNeed, RowNeed, request_need
+from flashhead_dist.integrations.vllm.options import FlashHeadOptions, options_of, refuse
 from flashhead_dist.parallel import TensorParallel
 
 if TYPE_CHECKING:
@@ -40,7 +47,7 @@ class Batch:
         return [self.needs[row].row for row in range(self.size)]
 
     def dense(self, num_rows: int) -> str | None:
-        """Why a step of so many rows needs every logit; None where it does not."""
+        """Why a step of `num_rows` rows needs every logit, or None."""
         for row in range(self.size):
             need = self.needs.get(row)
             reason = "unknown_rows" if need is None else need.dense
@@ -50,7 +57,7 @@ class Batch:
 
 
 class Engine:
-    """One engine that FlashHead serves; found by every piece through its vLLM configuration."""
+    """One engine with FlashHead; `engine_of` finds it by its vLLM configuration."""
 
     def __init__(self, vllm_config: Any, options: FlashHeadOptions) -> None:
         """Raises UserError for a configuration or an index that does not fit."""
@@ -63,8 +70,8 @@ class Engine:
         if layer is None or not layer.__module__.startswith(__package__ or ""):
             raise UserError(
                 "vLLM has not loaded FlashHead's layers (VLLM_PLUGINS leaves them out, or another "
-                f"plugin's {layer} stands in their place): let it load the plugin flashhead, or "
-                "start without the flashhead option"
+                f"plugin's {layer} replaces them): let it load the plugin flashhead, or start "
+                "without the flashhead option"
             )
         self.max_num_rows: int = vllm_config.scheduler_config.max_num_seqs
         self.model_name: str = vllm_config.model_config.model
@@ -100,50 +107,45 @@ class Engine:
         return self.index
 
     def rows_head(self, dtype: torch.dtype | None, softcap: float | None, scale: float) -> RowsHead:
-        """The head over this rank's part; dtype, softcap and scale are those of vLLM's layer."""
+        """The head over this rank's shard; dtype, softcap and scale are those of vLLM's layer."""
         from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
         from flashhead_dist.index.whole import read_token_ids
-        from flashhead_dist.integrations.vllm.head import Finish, RowsHead
+        from flashhead_dist.integrations.vllm.head import Finish, GroupControl, RowsHead, start
         from flashhead_dist.integrations.vllm.rows import VocabularyMap
-        from flashhead_dist.integrations.vllm.start import GroupControl, start
 
         manifest, index, options = self.manifest, self.index, self.options
         assert index is not None
+        group, rows = get_tp_group(), index.shard.rows
+        device = rows.device
+        tp = TensorParallel.single(device)
+        if group.world_size > 1:
+            tp = TensorParallel.from_group(group.device_group, device)
         head = FlashHeadAuto(
-            self.place(),
+            tp,
             index,
             num_probes=options.num_probes or manifest.num_probes,
             alpha=manifest.alpha if options.alpha is None else options.alpha,
         )
-        rows = index.shard.rows
         token_ids, _ = read_token_ids(options.index, manifest)
-        where = VocabularyMap.of(token_ids.to(rows.device), manifest.vocab_size)
+        where = VocabularyMap.of(token_ids.to(device), manifest.vocab_size)
         rows_head = RowsHead(head, Finish(dtype or rows.dtype, softcap, scale), where)
-        group = get_tp_group()
-        place = TensorParallel(
+        on_cpu = TensorParallel(
             tp_rank=group.rank_in_group, tp_size=group.world_size, group=group.cpu_group
         )
-        control = GroupControl(place)
-        start(rows_head, options, control, largest=self.max_num_rows, dtype=rows.dtype)
+        start(
+            rows_head, options.crossover, GroupControl(on_cpu),
+            largest=self.max_num_rows, dtype=rows.dtype,
+        )  # fmt: skip
         return rows_head
-
-    def place(self) -> TensorParallel:
-        """This rank's place in vLLM's tensor-parallel group."""
-        assert self.index is not None
-        group = get_tp_group()
-        device = self.index.shard.rows.device
-        if group.world_size == 1:
-            return TensorParallel.single(device)
-        return TensorParallel.from_group(group.device_group, device)
 
 
 _ENGINES: WeakValueDictionary[str, Engine] = WeakValueDictionary()
 
 
 def engine_of(vllm_config: Any) -> Engine | None:
-    """The engine of a configuration, the same object for every piece; None where FlashHead is off.
+    """The engine of a configuration, the same object for all callers; None where FlashHead is off.
 
-    The caller keeps it: nothing else does.
+    The caller must hold it: the registry holds weak references.
 
     Raises:
         UserError: see `Engine` and `options_of`.
@@ -156,3 +158,38 @@ def engine_of(vllm_config: Any) -> Engine | None:
         found = Engine(vllm_config, options)
         _ENGINES[vllm_config.instance_id] = found
     return found
+
+
+class RequestProcessor(V1LogitsProcessor, V2LogitsProcessor):
+    """Keeps `Engine.batch` equal to vLLM's batch; never changes a logit.
+
+    vLLM makes one for each engine, whether FlashHead is on or not. It has the interfaces of both
+    model runners, since each refuses to start beside a processor of the other's interface.
+    """
+
+    def __init__(self, vllm_config: Any, *_: Any) -> None:
+        self.engine = engine_of(vllm_config)
+
+    def is_argmax_invariant(self) -> bool:
+        """It changes no logit."""
+        return True
+
+    def update_state(self, batch_update: Any) -> None:
+        """Follow requests that came, went, or changed rows (V1 model runner, before each step)."""
+        if self.engine is None or batch_update is None:
+            return
+        batch = self.engine.batch
+        process_dict_updates(batch.needs, batch_update, self._need)
+        batch.size = batch_update.batch_size
+
+    def _need(self, parameters: Any, _: Any, output_token_ids: list[int]) -> RequestNeed:
+        assert self.engine is not None
+        return request_need(parameters, output_token_ids, self.engine.num_candidates)
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """It modifies no request's logits (V2 model runner)."""
+        return False
+
+    def apply(self, logits: Tensor, *_: Any) -> Tensor:
+        """The logits, as they are."""
+        return logits

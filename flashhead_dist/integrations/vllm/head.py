@@ -1,31 +1,49 @@
 """From hidden states to rows of logits, for the kinds of rows that a batch of requests needs.
 
+`start` measures the crossover and compiles the kernels before vLLM's first step.
+
 Letters: `B` rows, `V` vocabulary, `D` hidden size, `R` rows of this rank's table.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashhead_dist.bench.control import Control
+from flashhead_dist.bench.crossover import find_crossover_of, settle_crossover
 from flashhead_dist.heads.base import Want
 from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
 from flashhead_dist.integrations.vllm.needs import Rest, RowNeed
+from flashhead_dist.integrations.vllm.options import MEASURE, NEVER
 from flashhead_dist.integrations.vllm.rows import VocabularyMap, know, make_rows
+from flashhead_dist.parallel import TensorParallel
 from flashhead_kernels.transfer import to_device
 from flashhead_profiles.ranges import HEAD, annotate
 
+logger = logging.getLogger("vllm.flashhead")
+
 _BEST = 4
-"""Best tokens asked for: logits that are equal once rounded go to the smallest id, as in vLLM."""
+"""Best tokens to find: logits that are equal once rounded go to the smallest id, as in vLLM."""
+_LARGEST = 256
+"""Rows of the largest batch that is timed."""
+_KINDS = (
+    RowNeed(Rest.NOTHING, best_only=True),
+    RowNeed(Rest.NOTHING),
+    RowNeed(Rest.EVEN),
+    RowNeed(Rest.CLUSTERS),
+)
 
 
 @dataclass(frozen=True)
 class Finish:
-    """What becomes of `hidden . row`: vLLM's own steps, in its head's dtype."""
+    """From `hidden . row` to final logits: vLLM's own steps, in its head's dtype."""
 
     dtype: torch.dtype
     softcap: float | None = None
@@ -66,8 +84,8 @@ class RowsHead:
         return len(head.shard.group_ids) * per_group
 
     def serves(self, needs: Sequence[RowNeed]) -> bool:
-        """Whether `rows` is the faster way for a batch with these needs: past the crossover only
-        where the head's own scan can serve it.
+        """Whether `rows` is faster than `dense`: past the crossover only if the head's scan can
+        serve these needs.
         """
         return not self.head.scans(len(needs)) or all(need.best_only for need in needs)
 
@@ -125,22 +143,78 @@ class RowsHead:
 
     @cached_property
     def _position(self) -> _Positions:
-        return _Positions.of(self.head)
+        index, manifest = self.head.index, self.head.index.manifest
+        packed = index.token_map.packed.long()
+        rank, row = packed % index.tp_size, packed // index.tp_size
+        per_group = manifest.clusters_per_group * manifest.cluster_size + manifest.num_pinned
+        width = -(-manifest.num_groups // index.tp_size) * per_group
+        return _Positions(rank * width + row, width)
 
 
 @dataclass(frozen=True)
 class _Positions:
-    """Where a token's logit stands once the ranks' logits, padded to `width`, are side by side."""
+    """The position of each token's logit when the ranks' logits, padded to `width`, are joined."""
 
     of_token: Tensor
     width: int
 
-    @classmethod
-    def of(cls, head: FlashHeadAuto) -> _Positions:
-        index = head.index
-        packed = index.token_map.packed.long()
-        rank, row = packed % index.tp_size, packed // index.tp_size
-        manifest = index.manifest
-        per_group = manifest.clusters_per_group * manifest.cluster_size + manifest.num_pinned
-        width = -(-manifest.num_groups // index.tp_size) * per_group
-        return cls(rank * width + row, width)
+
+class GroupControl(Control):
+    """Agreement of ranks through their process group instead of a store."""
+
+    def __init__(self, tp: TensorParallel) -> None:
+        """tp: on a group of the CPU."""
+        self.rank = tp.tp_rank
+        self.ranks = tuple(range(tp.tp_size))
+        self._tp = tp
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable value, in order."""
+        return self._tp.gather_objects(value)
+
+    def broadcast(self, value: Any) -> Any:
+        """The first rank's value."""
+        return self.gather(value)[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.gather(None)
+
+
+def start(
+    head: RowsHead, crossover: int | str, control: Control, *, largest: int, dtype: torch.dtype
+) -> None:
+    """Set the crossover of `head` for batches of up to `largest` rows, and run it once.
+
+    crossover: see `FlashHeadOptions`. dtype: of the hidden states. Every rank calls it.
+    """
+    auto, largest = head.head, min(largest, _LARGEST)
+    if crossover == MEASURE:
+        if find_crossover_of(auto, control, largest=largest) is None and control.is_first:
+            logger.info("timing the head and a dense scan for batches of up to %d rows", largest)
+        found = settle_crossover(
+            auto,
+            lambda size: [_states(head, size, dtype, seed) for seed in range(4)],
+            control,
+            largest=largest,
+            in_turn=False,
+        )
+        if control.is_first:
+            changes = ", ".join(map(str, found.changes_at)) or f"none up to {largest}"
+            logger.info("rows at which retrieval and dense scan change over: %s", changes)
+    elif crossover != NEVER:
+        auto.changes_at = (int(crossover),)
+    states = _states(head, 2, dtype)
+    for kind in _KINDS:
+        head.rows(states, [kind] * 2)
+
+
+def _states(head: RowsHead, size: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Synthetic hidden states `[size, D]`, the same on every rank. Their rows probe different
+    clusters, the most expensive case for retrieval.
+    """
+    draw = torch.Generator("cpu").manual_seed(seed)
+    # vLLM has its own default device and dtype while it loads a model.
+    shape = (size, head.head.hidden_size)
+    states = torch.randn(shape, generator=draw, device="cpu", dtype=torch.float32)
+    return states.to(head.head.shard.rows.device, dtype)

@@ -1,10 +1,10 @@
 """Counters of the head, on vLLM's own /metrics and in `LLM.get_metrics()`.
 
-The head runs in worker processes and Prometheus asks the API server, to which vLLM offers a worker
-no way for figures of its own. So workers count in files of prometheus_client's multiprocess mode
+The head runs in worker processes, and Prometheus reads the API server; vLLM forwards no counters of
+others between them. So workers count in files of prometheus_client's multiprocess mode
 (https://prometheus.github.io/client_python/multiprocess/), and a collector in vLLM's registry reads
-them when it is asked. With several API servers vLLM itself runs in that mode: the files then lie in
-its folder, and its own collector reads them.
+them on request. With several API servers vLLM itself runs in that mode: the files are then in its
+folder, and its own collector reads them.
 
 vllm:flashhead_steps_total{head}, vllm:flashhead_rows_total{head}: forward passes of the head that
 chose tokens, and their rows. vllm:flashhead_fallbacks_total{reason}: steps that took the dense

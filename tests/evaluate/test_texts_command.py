@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from flashhead_dist.decode.texts import dense
+from flashhead_dist.evaluate.texts import TextDecoder
 from flashhead_dist.models import open_model
 from tests.integrations.transformers_models import make_index
 
@@ -94,7 +94,7 @@ def test_a_run_that_was_ended_goes_on_where_it_was(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original, calls = dense.TextDecoder.decode, []
+    original, calls = TextDecoder.decode, []
 
     def decode(decoder: Any, batch: Any, *rest: Any) -> Any:
         calls.append(batch.first)
@@ -102,7 +102,7 @@ def test_a_run_that_was_ended_goes_on_where_it_was(
             raise KeyboardInterrupt
         return original(decoder, batch, *rest)
 
-    monkeypatch.setattr(dense.TextDecoder, "decode", decode)
+    monkeypatch.setattr(TextDecoder, "decode", decode)
     assert launch.main(arguments) == 130
     out = tmp_path / "texts.jsonl"
     assert len(out.read_text().splitlines()) == 9

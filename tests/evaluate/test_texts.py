@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from flashhead_dist.decode.prompts import Prompt, held_out_prompts
-from flashhead_dist.decode.texts.dense import TextDecoder
-from flashhead_dist.decode.texts.first_difference import (
+from flashhead_dist.errors import UserError
+from flashhead_dist.evaluate.texts import (
+    TextDecoder,
     TextRecord,
     append_records,
     compare_texts,
     first_difference,
     read_records,
+    summarize,
 )
-from flashhead_dist.decode.texts.summary import summarize
-from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.registry import build_head
 from flashhead_dist.models import ModelSource, open_model

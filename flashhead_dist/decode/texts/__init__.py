@@ -1,1 +1,0 @@
-"""Greedy texts of heads beside the dense head's: where they first part."""
