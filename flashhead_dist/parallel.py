@@ -4,8 +4,8 @@ A head does not call a collective, it *yields* an `Exchange` and is sent the res
 
     merged = yield Exchange(Operation.MAX, keys)
 
-`TensorParallel.run` answers with a real collective; `heads.emulated` answers for all ranks of one
-process in lock step. Both therefore run the same head code.
+`TensorParallel.run` answers with a real collective; `run_in_lock_step` answers for all ranks of one
+process without one. Both therefore run the same head code.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
+from math import ceil
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -32,8 +33,11 @@ from flashhead_kernels.exchange_choice import (
     choose_exchange,
 )
 from flashhead_profiles.ranges import EXCHANGE, annotate
+from flashhead_topology.links import payload_bytes, ring_sent_bytes
 
 T = TypeVar("T")
+GLOO_SEGMENT_BYTES = 2**20
+"""Longest segment that gloo's ring all-reduce sends at a time."""
 _NO_CHOICE = "nothing is sent: one rank, or emulated ranks"
 
 
@@ -109,27 +113,6 @@ class Exchange:
 
 Steps = Generator[Exchange, Tensor, T]
 """A rank's part of a head: yields exchanges, is sent their answers, returns its result."""
-
-
-def payload_bytes(operation: Operation, operand_bytes: int, tp_size: int) -> int:
-    """Size of an exchange, as nccl-tests defines `size`.
-
-    The reduced buffer for an all-reduce; the gathered buffer, all ranks' parts, for an all-gather.
-    No exchange takes place at `tp_size` 1.
-    """
-    if tp_size == 1:
-        return 0
-    return operand_bytes * (tp_size if operation is Operation.GATHER else 1)
-
-
-def ring_sent_bytes(operation: Operation, operand_bytes: int, tp_size: int) -> float:
-    """Bytes that each rank sends where the exchange is a ring, to compare with a counter.
-
-    `2 (P - 1) / P` of the buffer for an all-reduce, `P - 1` operands for an all-gather.
-    """
-    if operation is Operation.GATHER:
-        return float(operand_bytes * (tp_size - 1))
-    return 2 * operand_bytes * (tp_size - 1) / tp_size
 
 
 class TensorParallel:
@@ -348,3 +331,67 @@ def world_tensor_parallel(device: torch.device | str = "cpu") -> TensorParallel:
 
 def _timing_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def run_in_lock_step(ranks: Sequence[Steps[T]]) -> list[T]:
+    """Drive the steps of all ranks of one process to their results, in lock step.
+
+    Each round runs every rank to its next exchange, one after another, and answers all of them. The
+    answers are those of real ranks: a maximum and a gather have no order, and a sum is added in the
+    order of gloo's ring. NCCL adds in other orders, so against NCCL a SUM agrees within the
+    rounding of its dtype only.
+
+    Raises:
+        RuntimeError: ranks ask for different exchanges, which would hang on real ranks.
+    """
+    results: list[T] = []
+    answers: list[Tensor | None] = [None] * len(ranks)
+    while True:
+        exchanges: list[Exchange] = []
+        for steps, answer in zip(ranks, answers, strict=True):
+            try:
+                exchanges.append(next(steps) if answer is None else steps.send(answer))
+            except StopIteration as stop:
+                results.append(stop.value)
+        if len(results) == len(ranks):
+            return results
+        answers = list(_answer(exchanges, len(ranks)))
+
+
+def _answer(exchanges: Sequence[Exchange], tp_size: int) -> list[Tensor]:
+    kinds = {(e.operation, e.tensor.shape, e.tensor.dtype) for e in exchanges}
+    if len(kinds) != 1 or len(exchanges) != tp_size:
+        raise RuntimeError(f"ranks ask for different exchanges: {kinds}")
+    parts = torch.stack([exchange.tensor for exchange in exchanges])
+    operation = exchanges[0].operation
+    if operation is Operation.GATHER:
+        return [parts] * tp_size
+    if operation is Operation.MAX:
+        best = parts.amax(0)
+        for exchange in exchanges:
+            if exchange.unpacked is not None:
+                ops_for(best.device).unpack_keys_into(best, *exchange.unpacked)
+        return [best] * tp_size
+    return [gloo_ring_sum(parts)] * tp_size
+
+
+def gloo_ring_sum(parts: Tensor) -> Tensor:
+    """Sum `parts [P, *shape]` over P as gloo's ring all-reduce does, rounding at each addition.
+
+    The flat buffer is cut into P blocks of whole segments; block b starts at rank b - 1 and adds
+    the ranks below it in descending, cyclic order.
+    """
+    tp_size = parts.shape[0]
+    flat = parts.flatten(1)
+    total, element = flat[0].nbytes, flat.element_size()
+    segments_per_rank = max(2, ceil(ceil(total / GLOO_SEGMENT_BYTES) / tp_size))
+    segment_elements = ceil(ceil(total / (segments_per_rank * tp_size)) / element)
+    block = segments_per_rank * segment_elements
+    summed = torch.empty_like(flat[0])
+    for b in range(tp_size):
+        piece = flat[:, b * block : (b + 1) * block]
+        result = piece[b - 1].clone()
+        for step in range(1, tp_size):
+            result += piece[(b - 1 - step) % tp_size]
+        summed[b * block : (b + 1) * block] = result
+    return summed.view(parts.shape[1:])

@@ -38,7 +38,7 @@ from flashhead_dist.bench.records import RECORDS_NAME, write_pipeline
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
-from flashhead_dist.heads.registry import HEAD_NAMES, HeadBuilder, check_head_names, needs_index
+from flashhead_dist.heads.registry import HEADS, HeadBuilder, check_head_names, needs_index
 from flashhead_dist.index import ensure_index
 from flashhead_dist.integrations.pipeline import PipelineDecoder
 from flashhead_dist.integrations.pipeline_bubble import (
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-batches", type=integers, default=[1, 2, 4], metavar="N,N")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="of each of them")
     parser.add_argument("--model", help="HF folder, .gguf file or hub id (default: built in)")
-    parser.add_argument("--head", default="flashhead", help=f"one of {', '.join(HEAD_NAMES)}")
+    parser.add_argument("--head", default="flashhead", help=f"one of {', '.join(HEADS)}")
     parser.add_argument("--index", type=Path, metavar="DIR", help="default: the model's, cached")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--prompt-tokens", type=int, default=16, metavar="N")

@@ -50,7 +50,7 @@ from flashhead_dist.report.calibration import (
     write_points,
 )
 from flashhead_dist.report.present import report_console
-from flashhead_topology.fit import fit_level
+from flashhead_topology.links import fit_level
 from flashhead_topology.machine import oversubscription
 from flashhead_topology.probe import probe_machine
 from flashhead_topology.slow_links import slow_links

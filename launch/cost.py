@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from flashhead_dist.bench.head_shape import shape_of_index
 from flashhead_dist.errors import UserError
-from flashhead_dist.heads.registry import check_head_names
+from flashhead_dist.heads.base import HeadShape
+from flashhead_dist.heads.registry import HEADS, check_head_names, head_cost
 from flashhead_dist.index import load_manifest
 from flashhead_dist.report.cost_tables import cost_table, sources_table, systems_table
 from flashhead_dist.report.present import report_console
-from flashhead_topology.head_cost import HEAD_NAMES, HeadShape, StepCost, step_cost
+from flashhead_topology.cost import StepCost
 from flashhead_topology.systems import System, SystemFileError, list_systems, load_system
 from rank_parser import integers
 
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sources", action="store_true", help="list the system's figures")
     parser.add_argument("--shape", type=integers, default=[262_144, 640], metavar="V,D")
     parser.add_argument("--index", type=Path, metavar="DIR", help="an index, in place of --shape")
-    parser.add_argument("--heads", default=_DEFAULT_HEADS, help=f"of {', '.join(HEAD_NAMES)}")
+    parser.add_argument("--heads", default=_DEFAULT_HEADS, help=f"of {', '.join(HEADS)}")
     parser.add_argument("--tp-sizes", type=integers, default=[1, 2, 4, 8, 16, 64], metavar="N,N")
     parser.add_argument("--pp-size", type=int, default=1, metavar="N", help="pipeline stages")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N")
@@ -92,7 +92,7 @@ def _shape(arguments: argparse.Namespace) -> HeadShape:
             given = ",".join(map(str, arguments.shape))
             raise UserError(f"--shape {given} is no vocabulary and hidden size: give V,D")
         return HeadShape.with_default_index(*arguments.shape)
-    return shape_of_index(load_manifest(arguments.index))
+    return HeadShape.of_index(load_manifest(arguments.index))
 
 
 def _costs(
@@ -102,7 +102,7 @@ def _costs(
     check_head_names(heads)
     try:
         return {
-            (head, tp_size): step_cost(
+            (head, tp_size): head_cost(
                 head,
                 shape,
                 system,

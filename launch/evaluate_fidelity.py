@@ -16,8 +16,13 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.divergence import evaluate_divergence, predict_tokens
 from flashhead_dist.evaluate.fidelity import evaluate_fidelity
 from flashhead_dist.evaluate.truth import dense_truth
-from flashhead_dist.heads.closed_form import SAMPLING_HEADS
-from flashhead_dist.heads.registry import HEAD_NAMES, check_head_names, emulate_head, needs_index
+from flashhead_dist.heads.registry import (
+    HEADS,
+    check_head_names,
+    emulate_head,
+    needs_index,
+    sampling_heads,
+)
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.states import (
@@ -71,7 +76,7 @@ def add_commands(commands: Any) -> None:
         "--tokens", type=int, default=30_000, metavar="N", help="of --texts, over all sources"
     )
     fidelity.add_argument(
-        "--head", default="flashhead", metavar="NAME", help=f"one of {', '.join(HEAD_NAMES)}"
+        "--head", default="flashhead", metavar="NAME", help=f"one of {', '.join(HEADS)}"
     )
     fidelity.add_argument("--tp-size", type=int, default=1, metavar="N", help="ranks to emulate")
     fidelity.add_argument(
@@ -128,7 +133,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             states = _test_states(model)
         truth = dense_truth(model, states.states)
         divergence = None
-        if arguments.kl and arguments.head in SAMPLING_HEADS:
+        if arguments.kl and arguments.head in sampling_heads():
             divergence = evaluate_divergence(
                 head, model, states.states.to(arguments.device), token_ids
             )

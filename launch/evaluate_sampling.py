@@ -14,8 +14,8 @@ from flashhead_dist import corpus
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.divergence import evaluate_likelihood, predict_tokens
 from flashhead_dist.evaluate.sampling import evaluate_sampling
-from flashhead_dist.heads.closed_form import SAMPLING_HEADS, require_sampling_head
-from flashhead_dist.heads.registry import build_head, emulate_head
+from flashhead_dist.heads.closed_form import require_sampling_head
+from flashhead_dist.heads.registry import BASELINE, build_head, emulate_head, sampling_heads
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.models import open_model
 from flashhead_dist.parallel import TensorParallel
@@ -43,7 +43,9 @@ def add_commands(commands: Any) -> None:
         )
         parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     sampling.add_argument("--synthetic", metavar="V,D", help="a made-up embedding, marked as such")
-    sampling.add_argument("--head", default="flashhead", help=f"one of {', '.join(SAMPLING_HEADS)}")
+    sampling.add_argument(
+        "--head", default="flashhead", help=f"one of {', '.join(sampling_heads())}"
+    )
     sampling.add_argument("--draws", type=int, default=200_000, metavar="N", help="in all")
     sampling.add_argument("--states", type=int, default=50, metavar="N", help="hidden states")
     sampling.add_argument("--temperatures", type=float, nargs="+", default=[0.7, 1.0], metavar="T")
@@ -115,7 +117,7 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
         for size in tp_sizes
     ]
     require_sampling_head(heads[0].ranks[0])
-    dense = build_head("dense_local_max", tp=TensorParallel.single(), model=model)
+    dense = build_head(BASELINE, tp=TensorParallel.single(), model=model)
     if arguments.hidden_states is not None:
         states = load_hidden_states(arguments.hidden_states)
     elif model.synthetic:

@@ -21,8 +21,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.tasks import TASK_NAMES, Item, Task, find_tasks
 from flashhead_dist.evaluate.tasks.base import read_items
 from flashhead_dist.evaluate.tasks.records import TaskRun, summarise
-from flashhead_dist.heads.named import named_head
-from flashhead_dist.heads.registry import HEAD_NAMES, needs_index
+from flashhead_dist.heads.registry import HEADS, named_head, needs_index
 from flashhead_dist.heads.sampling import SamplingParameters
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.models import ModelSource, open_model
@@ -74,7 +73,7 @@ def add_commands(commands: Any) -> None:
         default="flashhead",
         metavar="NAME[:PROBES][@DIR],...",
         help=f"beside {DENSE}, each with its number of probes and an index folder where they are "
-        f"not those below: {', '.join(name for name in HEAD_NAMES if name != DENSE)}",
+        f"not those below: {', '.join(name for name in HEADS if name != DENSE)}",
     )
     how.add_argument(
         "--lossless", type=int, default=0, metavar="N", help="each --head checked as well, every N"
@@ -165,7 +164,7 @@ def _check(arguments: argparse.Namespace) -> tuple[list[Task], list[Variant]]:
             raise UserError(f"--{name.replace('_', '-')} is {value}: give {least} or more")
     heads = [named_head(text) for text in arguments.head.split(",") if text]
     if not heads:
-        raise UserError(f"--head names none: choose from {', '.join(HEAD_NAMES)}")
+        raise UserError(f"--head names none: choose from {', '.join(HEADS)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda needs a GPU, and there is none here: leave it out")
     if arguments.index is not None:

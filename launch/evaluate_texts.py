@@ -29,8 +29,7 @@ from flashhead_dist.evaluate.texts import (
 )
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.flashhead_escalate import FlashHeadEscalate
-from flashhead_dist.heads.named import NamedHead, named_head
-from flashhead_dist.heads.registry import HEAD_NAMES, build_head, needs_index
+from flashhead_dist.heads.registry import HEADS, NamedHead, build_head, named_head, needs_index
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.parallel import TensorParallel
@@ -73,7 +72,7 @@ def add_commands(commands: Any) -> None:
     texts.add_argument(
         "--heads", nargs="+", default=["flashhead"], metavar="NAME[:PROBES][@DIR]",
         help="heads, each with its number of probes (default: the index's) and an index folder "
-        f"(default: the model's): {', '.join(HEAD_NAMES)}",
+        f"(default: the model's): {', '.join(HEADS)}",
     )  # fmt: skip
     texts.add_argument(
         "--prompts", type=Path, metavar="FILE",

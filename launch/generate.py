@@ -22,7 +22,7 @@ from flashhead_dist.decode.engine import Engine, Traffic, Variant, count_traffic
 from flashhead_dist.decode.prompts import read_prompts
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError
-from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
+from flashhead_dist.heads.flashhead import FlashHeadAuto
 from flashhead_dist.heads.registry import needs_index
 from flashhead_dist.index import ensure_index
 from flashhead_dist.models import ModelSource, open_model

@@ -9,8 +9,7 @@ from pathlib import Path
 from escalation_arguments import add_escalation, escalation_of
 from flashhead_dist.decode.engine import DENSE, Layout, Variant
 from flashhead_dist.errors import UserError
-from flashhead_dist.heads.closed_form import SAMPLING_HEADS
-from flashhead_dist.heads.registry import HEAD_NAMES, check_head_names
+from flashhead_dist.heads.registry import HEADS, check_head_names, sampling_heads
 from flashhead_dist.heads.sampling import SamplingParameters
 from rank_parser import DTYPES, RankParser, integers
 
@@ -83,7 +82,7 @@ def _parser(description: str | None, *, speaks: bool) -> RankParser:
         "--head",
         default="flashhead",
         metavar="A[,B]",
-        help=f"one or more, in turn: {', '.join(HEAD_NAMES)}",
+        help=f"one or more, in turn: {', '.join(HEADS)}",
     )
     how.add_argument(
         "--lossless",
@@ -127,10 +126,10 @@ def _check(arguments: argparse.Namespace) -> None:
     arguments.heads = [name for name in arguments.head.split(",") if name]
     check_head_names(arguments.heads or [arguments.head])
     for name in arguments.heads:
-        if arguments.temperature > 0 and name not in SAMPLING_HEADS:
+        if arguments.temperature > 0 and name not in sampling_heads():
             raise UserError(
-                f"--head {name} does not sample: choose from {', '.join(SAMPLING_HEADS)}, or leave "
-                f"out --temperature"
+                f"--head {name} does not sample: choose from "
+                f"{', '.join(sampling_heads())}, or leave out --temperature"
             )
     least = {
         "max_new_tokens": 1, "lossless": 0, "num_probes": 1, "tp_size": 1, "pp_size": 1,

@@ -44,7 +44,6 @@ from flashhead_dist.bench.environment import (
     describe_environment,
     make_provenance,
 )
-from flashhead_dist.bench.head_shape import head_shape_of
 from flashhead_dist.bench.records import (
     RECORDS_NAME,
     RecordWriter,
@@ -55,6 +54,7 @@ from flashhead_dist.bench.sweep import Inputs, Plan, Sweep
 from flashhead_dist.bench.topology import describe_topology, gather_topology, write_topology
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.workload import Request, Workload, prepare_workload
+from flashhead_dist.heads.base import HeadShape
 from flashhead_dist.index import load_manifest
 from flashhead_dist.measured_choices import describe_launches, keep_launches
 from flashhead_dist.models import ModelSource
@@ -267,9 +267,10 @@ def _key_exchange(places: Mapping[int, TensorParallel | None]) -> dict[int, dict
 
 def _head_shape(model: ModelSource, workload: Workload, plan: Plan) -> dict[str, Any]:
     """What the cost model needs of the heads, for projections from this run."""
-    manifest = None if workload.index_dir is None else load_manifest(workload.index_dir)
-    shape = head_shape_of(model, manifest, num_probes=plan.num_probes, dtype=plan.dtype)
-    return asdict(shape)
+    if workload.index_dir is None:
+        return asdict(HeadShape.of_model(model, plan.dtype))
+    index, size = load_manifest(workload.index_dir), plan.dtype.itemsize
+    return asdict(HeadShape.of_index(index, num_probes=plan.num_probes, row_bytes=size))
 
 
 def _inputs(model: ModelSource, workload: Workload) -> Inputs:

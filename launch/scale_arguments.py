@@ -9,7 +9,7 @@ from pathlib import Path
 
 from escalation_arguments import add_escalation, escalation_of
 from flashhead_dist.errors import UserError
-from flashhead_dist.heads.registry import HEAD_NAMES, check_head_names
+from flashhead_dist.heads.registry import HEADS, check_head_names
 from rank_parser import DTYPES, RankParser, integers
 
 
@@ -39,7 +39,7 @@ def _parser(description: str | None, *, speaks: bool) -> RankParser:
         "--hidden-states", type=Path, metavar="FILE", help="test states [N, D] (default: corpus)"
     )
     what.add_argument(
-        "--heads", type=_names, metavar="A,B", help=f"default: all of {', '.join(HEAD_NAMES)}"
+        "--heads", type=_names, metavar="A,B", help=f"default: all of {', '.join(HEADS)}"
     )
     what.add_argument(
         "--tp-sizes", type=_ascending, metavar="N,N", help="default: 1, 2, 4, ... and all ranks"
@@ -80,7 +80,7 @@ def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     check_head_names(names)
     if not names:
-        raise UserError(f"--heads names none: choose from {', '.join(HEAD_NAMES)}")
+        raise UserError(f"--heads names none: choose from {', '.join(HEADS)}")
     return list(dict.fromkeys(names))
 
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from flashhead_dist import parallel
 from flashhead_dist.errors import UserError
-from flashhead_dist.heads.emulated import gloo_ring_sum, run_in_lock_step
 from flashhead_dist.integrations import deepspeed
 from flashhead_dist.parallel import (
     Exchange,
@@ -22,11 +21,13 @@ from flashhead_dist.parallel import (
     Steps,
     TensorParallel,
     TorchCalls,
-    payload_bytes,
+    gloo_ring_sum,
+    run_in_lock_step,
     split_tensor_parallel,
     world_tensor_parallel,
 )
 from flashhead_kernels.keys import pack_keys, unpack_keys
+from flashhead_topology.links import payload_bytes
 
 WORLD_SIZE = 5
 TP_SIZES = (1, 2, 3, 5)

@@ -29,8 +29,7 @@ from flashhead_dist.bench.timer import (
 )
 from flashhead_dist.heads.base import Want
 from flashhead_dist.heads.dense import DenseLocalMax
-from flashhead_dist.heads.flashhead import FlashHead
-from flashhead_dist.heads.flashhead_auto import FlashHeadAuto, scans_at
+from flashhead_dist.heads.flashhead import FlashHead, FlashHeadAuto, scans_at
 from flashhead_dist.measured_choices import measured_choices
 from flashhead_kernels.timing import kernels_hash, time_steps
 from flashhead_topology.probe import probe_machine

@@ -11,9 +11,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,7 @@ import torch
 from flashhead_dist import __version__
 from flashhead_dist.bench.records import SCHEMA_VERSION, Provenance
 from flashhead_dist.errors import UserError
-from flashhead_dist.heads.faiss_ivf import FaissIvf
-from flashhead_dist.heads.registry import HEAD_NAMES
+from flashhead_dist.heads.registry import HEADS
 from flashhead_dist.models import ModelSource
 from flashhead_topology.machine import (
     Machine,
@@ -118,18 +115,10 @@ def decide_setup(
 
 
 def _all_heads(device_type: str) -> tuple[list[str], list[str]]:
-    """All heads, without faiss_ivf where no faiss serves the device, and a note if so."""
-    if find_spec("faiss") is None:
-        reason = "faiss is not installed; pip install 'flashhead-dist[faiss]' to measure it"
-    elif device_type == "cuda" and not hasattr(import_module("faiss"), "StandardGpuResources"):
-        reason = (
-            "the installed faiss has no GPU support; "
-            "install flashhead-dist[faiss-gpu] in place of faiss-cpu to measure it"
-        )
-    else:
-        return list(HEAD_NAMES), []
-    others = [name for name in HEAD_NAMES if name != FaissIvf.name]
-    return others, [f"{FaissIvf.name} is SKIPPED: {reason}."]
+    """The heads that can run here, and a note for each other one."""
+    reasons = {name: head.unavailable(device_type) for name, head in HEADS.items()}
+    names = [name for name, reason in reasons.items() if reason is None]
+    return names, [f"{name} is SKIPPED: {why}." for name, why in reasons.items() if why]
 
 
 def software_versions() -> dict[str, str]:

@@ -33,12 +33,10 @@ from flashhead_dist.parallel import (
     Exchange,
     Operation,
     TensorParallel,
-    ring_sent_bytes,
     round_trip,
 )
 from flashhead_kernels.exchange_layout import DEFAULT_CAPACITY
-from flashhead_topology.collective_cost import CollectiveOperation
-from flashhead_topology.fit import Fit, Sample
+from flashhead_topology.links import CollectiveOperation, Fit, Sample, ring_sent_bytes
 from flashhead_topology.systems import Level, Source, System
 
 _SMALL_BYTES, _LARGE_BYTES = 8, 1 << 20

@@ -25,8 +25,6 @@ RECORDS_NAME = "records.jsonl"
 ENVIRONMENT_NAME = "environment.json"
 PIPELINE_NAME = "pipeline.json"
 """What launch/bench_pipeline.py leaves in the folder of a run, for its report."""
-BASELINE = "dense_local_max"
-"""The head that others are compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,13 +29,13 @@ from flashhead_dist.bench.memory import (
     release_memory,
     roofline_share,
 )
-from flashhead_dist.bench.records import BASELINE, Provenance, Record
+from flashhead_dist.bench.records import Provenance, Record
 from flashhead_dist.bench.timer import capture_note
 from flashhead_dist.bench.wire import WireCounter
 from flashhead_dist.heads.base import Head
-from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
+from flashhead_dist.heads.flashhead import FlashHeadAuto
 from flashhead_dist.heads.flashhead_escalate import Escalation
-from flashhead_dist.heads.registry import build_head, needs_index
+from flashhead_dist.heads.registry import BASELINE, build_head, needs_index
 from flashhead_dist.models import ModelSource
 from flashhead_dist.parallel import Operation, TensorParallel
 from flashhead_kernels.cpu_threads import compute_threads

@@ -27,8 +27,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.dense import DenseLocalMax
 from flashhead_dist.heads.flashhead_escalate import Escalation
-from flashhead_dist.heads.named import NamedHead
-from flashhead_dist.heads.registry import HeadBuilder
+from flashhead_dist.heads.registry import HeadBuilder, NamedHead
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
 from flashhead_dist.integrations.deepspeed import (
     HEAD_PREFIX,

@@ -30,7 +30,7 @@ from torch import Tensor
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.closed_form import ClosedForm, closed_form
-from flashhead_dist.heads.emulated import EmulatedHead
+from flashhead_dist.heads.registry import EmulatedHead
 from flashhead_dist.models import ModelSource, OutputContract
 from flashhead_dist.states import HiddenStates, require_finite
 from flashhead_dist.states.body import body_dtype, run_body

@@ -24,7 +24,7 @@ from flashhead_dist.evaluate.intervals import (
 )
 from flashhead_dist.evaluate.truth import DenseTruth
 from flashhead_dist.heads.base import Head, HeadOutput, Want
-from flashhead_dist.heads.emulated import EmulatedHead
+from flashhead_dist.heads.registry import EmulatedHead
 from flashhead_dist.states import HiddenStates, require_hidden_size
 
 BATCH_SIZE = 64

@@ -19,8 +19,7 @@ from torch import Tensor
 from flashhead_dist.evaluate.fidelity import evaluate_fidelity
 from flashhead_dist.evaluate.truth import dense_truth
 from flashhead_dist.heads.base import Want
-from flashhead_dist.heads.emulated import EmulatedHead
-from flashhead_dist.heads.registry import emulate_head
+from flashhead_dist.heads.registry import DEFAULT_HEAD, EmulatedHead, emulate_head
 from flashhead_dist.index import IndexOptions, ensure_index, load_manifest, load_shard
 from flashhead_dist.models import ModelSource
 from flashhead_dist.states import HiddenStates
@@ -319,7 +318,7 @@ def try_head(
     index = ensure_index(
         model, options, device="cpu", states=lambda: (calibration, test), progress=progress
     )
-    one = emulate_head("flashhead", tp_size=1, model=model, index_dir=index)
+    one = emulate_head(DEFAULT_HEAD, tp_size=1, model=model, index_dir=index)
     truth = dense_truth(model, test.states, progress=progress)
     fidelity = evaluate_fidelity(one, test, truth, progress=progress)
     answers = torch.cat([
@@ -339,7 +338,7 @@ def try_head(
     expected = _serve(one, some)
     work, equal = {}, []
     for tp_size in tp_sizes:
-        ranks = emulate_head("flashhead", tp_size=tp_size, model=model, index_dir=index)
+        ranks = emulate_head(DEFAULT_HEAD, tp_size=tp_size, model=model, index_dir=index)
         read = [rank.read_bytes_per_row for rank in ranks.ranks]
         work[tp_size] = max(read) * len(read) / sum(read)
         if all(map(torch.equal, _serve(ranks, some), expected)):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.closed_form import ClosedForm, closed_form
-from flashhead_dist.heads.emulated import EmulatedHead
+from flashhead_dist.heads.registry import EmulatedHead
 from flashhead_dist.models.contract import PLAIN, OutputContract
 from flashhead_kernels.keys import unpack_keys
 from flashhead_kernels.logits import GumbelNoise

@@ -29,13 +29,12 @@ from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.intervals import Interval, bootstrap_median, wilson
 from flashhead_dist.heads.base import Head, Want
-from flashhead_dist.heads.emulated import EmulatedHead
-from flashhead_dist.heads.registry import build_head
+from flashhead_dist.heads.registry import BASELINE, EmulatedHead, build_head
 from flashhead_dist.models import ModelSource, cache_root
 from flashhead_dist.models.cache import cached_tensors
 from flashhead_dist.parallel import TensorParallel
 
-DENSE = "dense_local_max"
+DENSE = BASELINE
 _BODY_DTYPE = torch.float32
 _VERSION = 1
 _ROWS = 64

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, Want
-from flashhead_dist.heads.dense import DenseLocalMax
-from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated
-from flashhead_dist.heads.index_scan import IndexScan
+from flashhead_dist.heads.dense import DenseLocalMax, IndexScan
+from flashhead_dist.heads.flashhead import FlashHead
+from flashhead_dist.heads.registry import sampling_heads
 from flashhead_dist.index import LoadedShard
 from flashhead_dist.models.contract import PLAIN, OutputContract
 from flashhead_kernels.dispatch import ops_for
@@ -37,8 +37,6 @@ from flashhead_kernels.sampling_dispatch import sampling_ops_for
 from flashhead_kernels.shard import Query
 from flashhead_profiles.ranges import CANDIDATES, annotate
 
-SAMPLING_HEADS = (FlashHead.name, FlashHeadReplicated.name, DenseLocalMax.name)
-"""Heads of the registry that sample; an `IndexScan` does too, as the dense head."""
 ScanningHead = DenseLocalMax | IndexScan
 """Heads that score every token of their rank."""
 _OPEN_LOGITS = 1 << 18
@@ -281,8 +279,8 @@ def _table(head: ScanningHead) -> tuple[Tensor, int, Tensor | None]:
 
 def require_sampling_head(head: Head) -> None:
     """Raise UserError unless the head's distribution has a closed form."""
-    if head.name not in (*SAMPLING_HEADS, IndexScan.name):
+    if not head.samples:
         raise UserError(
-            f"head {head.name} does not sample: choose one of {', '.join(SAMPLING_HEADS)}, or "
+            f"head {head.name} does not sample: choose one of {', '.join(sampling_heads())}, or "
             f"temperature 0 for the best token"
         )

@@ -1,4 +1,5 @@
-"""The dense heads: two as public systems run them, and the strongest that we know.
+"""The dense heads: two as public systems run them, the strongest that we know, and one over an
+index's rows.
 
 Equality across tp_size: `dense_local_max` scores each row in float32 in an order that does not
 depend on how many rows a rank holds, so its ids and logits are equal bit for bit at every tp_size
@@ -9,18 +10,38 @@ logits agree only within that dtype's rounding, and an id differs where the best
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flashhead_dist.heads.base import Head, HeadOutput, VocabShard, Want
-from flashhead_dist.heads.merge import merge_candidates
-from flashhead_dist.parallel import Exchange, Operation, Steps, TensorParallel, payload_bytes
+from flashhead_dist.errors import UserError
+from flashhead_dist.heads.base import (
+    Head,
+    HeadOutput,
+    HeadShape,
+    HeadStyle,
+    VocabShard,
+    Want,
+    keys_sent,
+    launches,
+    merge_candidates,
+    share_of,
+)
+from flashhead_dist.index import LoadedShard
+from flashhead_dist.parallel import Exchange, Operation, Steps, TensorParallel
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import pack_keys, unpack_keys
+from flashhead_kernels.shard import Candidates
 from flashhead_profiles.ranges import CANDIDATES, RESULT, annotate
+from flashhead_topology.cost import HeadWork, Part, Sent
+
+if TYPE_CHECKING:
+    from flashhead_dist.heads.registry import HeadBuilder
+
+_ID_BYTES = 4
 
 
 class _DenseHead(Head):
@@ -29,15 +50,21 @@ class _DenseHead(Head):
     scores_everything: ClassVar[bool] = True
 
     def __init__(self, tp: TensorParallel, weight: Tensor, vocab_size: int, hidden_size: int):
-        super().__init__(tp, vocab_size, hidden_size)
+        size = weight.element_size()
+        super().__init__(
+            tp,
+            HeadShape(
+                vocab_size=vocab_size,
+                hidden_size=hidden_size,
+                row_bits=8 * size,
+                logit_bytes=size,
+            ),
+        )
         self.weight = weight
 
     @property
     def weight_bytes(self) -> int:
         return self.weight.nbytes
-
-    def read_bytes_per_step(self, batch_size: int) -> int:
-        return self.weight.nbytes if batch_size else 0
 
 
 class _RowHead(_DenseHead):
@@ -50,6 +77,10 @@ class _RowHead(_DenseHead):
         super().__init__(tp, rows, vocab_size, rows.shape[1])
         self.shard = VocabShard.of(vocab_size, tp)
 
+    @classmethod
+    def load(cls, builder: HeadBuilder, num_probes: int | None, alpha: float | None) -> Head:
+        return cls(builder.tp, builder.rows, builder.model.vocab_size)
+
     def embedding_steps(self, token_ids: Tensor) -> Steps[Tensor]:
         outside = (token_ids < 0) | (token_ids >= self.vocab_size)
         if bool(outside.any()):
@@ -57,20 +88,6 @@ class _RowHead(_DenseHead):
         owned = (token_ids >= self.shard.start) & (token_ids < self.shard.stop)
         rows = self.weight[torch.where(owned, token_ids - self.shard.start, 0)]
         return (yield Exchange(Operation.SUM, rows.masked_fill(~owned.unsqueeze(-1), 0)))
-
-
-class DenseLocalMax(_RowHead):
-    """Rows sharded by token; each rank reduces its own logits and exchanges packed keys."""
-
-    name: ClassVar[str] = "dense_local_max"
-
-    def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
-        with annotate(CANDIDATES):
-            found = ops_for(hidden_states.device).dense_candidates(
-                hidden_states, self.weight, self.shard.start, k=want.k,
-                need_logsumexp=want.logsumexp,
-            )  # fmt: skip
-        return (yield from merge_candidates(found))
 
 
 class DenseGather(_RowHead):
@@ -81,16 +98,29 @@ class DenseGather(_RowHead):
     """
 
     name: ClassVar[str] = "dense_gather"
+    style: ClassVar[HeadStyle] = HeadStyle("#E69F00", "s")
+    rounds_logits: ClassVar[bool] = True
 
     def __init__(self, tp: TensorParallel, rows: Tensor, vocab_size: int) -> None:
         """See `_RowHead`."""
         super().__init__(tp, rows, vocab_size)
         self._token_ids = _gathered_token_ids(vocab_size, tp).to(rows.device)
 
-    @property
-    def payload_bytes_per_row(self) -> int:
-        operand = self.shard.width * self.weight.element_size()
-        return payload_bytes(Operation.GATHER, operand, self.tp.tp_size)
+    @classmethod
+    def work(cls, shape: HeadShape, tp_size: int, batch: int = 1, tp_rank: int = 0) -> HeadWork:
+        rows = share_of(shape.vocab_size, tp_size, tp_rank)
+        logits = share_of(shape.vocab_size, tp_size) * batch * shape.logit_bytes
+        part = replace(_scored(shape, rows, batch), scratch_bytes=float(logits))
+        # argmax reads all logits, after a copy into order where there are several rows.
+        passes = 1 if batch == 1 else 3
+        result = Part(0.0, 0.0, scratch_bytes=float(passes * logits * tp_size))
+        number = 5 + (batch > 1 and tp_size > 1)
+        return HeadWork(
+            {"head/candidates": part, "head/result": result},
+            (Sent("all_gather", logits, shape.logit_bytes),),
+            launches(number, number),
+            rows * shape.row_bytes,
+        )
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         with annotate(CANDIDATES):
@@ -111,6 +141,8 @@ class DenseAllReduce(_DenseHead):
     """
 
     name: ClassVar[str] = "dense_allreduce"
+    style: ClassVar[HeadStyle] = HeadStyle("#D55E00", "D")
+    rounds_logits: ClassVar[bool] = True
 
     def __init__(self, tp: TensorParallel, columns: Tensor, hidden_size: int) -> None:
         """columns: `[V, D_local]`, the columns of `VocabShard.of(hidden_size, tp)`."""
@@ -118,10 +150,27 @@ class DenseAllReduce(_DenseHead):
         self.columns = VocabShard.of(hidden_size, tp, "hidden size")
         self._token_ids = torch.arange(self.vocab_size, device=columns.device)
 
-    @property
-    def payload_bytes_per_row(self) -> int:
-        operand = self.vocab_size * self.weight.element_size()
-        return payload_bytes(Operation.MAX, operand, self.tp.tp_size)
+    @classmethod
+    def load(cls, builder: HeadBuilder, num_probes: int | None, alpha: float | None) -> Head:
+        return cls(builder.tp, builder.columns, builder.model.hidden_size)
+
+    @classmethod
+    def split_limit(cls, shape: HeadShape) -> tuple[int, str]:
+        return shape.hidden_size, "columns"
+
+    @classmethod
+    def work(cls, shape: HeadShape, tp_size: int, batch: int = 1, tp_rank: int = 0) -> HeadWork:
+        columns = share_of(shape.hidden_size, tp_size, tp_rank)
+        weights = shape.vocab_size * columns * shape.row_bits // 8
+        logits = shape.vocab_size * batch * shape.logit_bytes
+        operations = 2.0 * batch * shape.vocab_size * columns
+        part = Part(weights, operations, scratch_bytes=float(logits))
+        return HeadWork(
+            {"head/candidates": part, "head/result": Part(0.0, 0.0, scratch_bytes=float(logits))},
+            (Sent("all_reduce", logits, shape.logit_bytes),),
+            launches(5, 5),
+            weights,
+        )
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         with annotate(CANDIDATES):
@@ -130,6 +179,96 @@ class DenseAllReduce(_DenseHead):
         logits = yield Exchange(Operation.SUM, partial)
         with annotate(RESULT):
             return _reduce(logits, self._token_ids, want)
+
+
+class DenseLocalMax(_RowHead):
+    """Rows sharded by token; each rank reduces its own logits and exchanges packed keys."""
+
+    name: ClassVar[str] = "dense_local_max"
+    style: ClassVar[HeadStyle] = HeadStyle("#000000", "o")
+    samples: ClassVar[bool] = True
+
+    @classmethod
+    def work(cls, shape: HeadShape, tp_size: int, batch: int = 1, tp_rank: int = 0) -> HeadWork:
+        rows = share_of(shape.vocab_size, tp_size, tp_rank)
+        part = _scored(shape, rows, batch)
+        sent = (keys_sent(batch),)
+        held = rows * shape.row_bytes
+        return HeadWork({"head/candidates": part}, sent, launches(1, 1, unpacks=True), held)
+
+    def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
+        with annotate(CANDIDATES):
+            found = ops_for(hidden_states.device).dense_candidates(
+                hidden_states, self.weight, self.shard.start, k=want.k,
+                need_logsumexp=want.logsumexp,
+            )  # fmt: skip
+        return (yield from merge_candidates(found))
+
+
+class IndexScan(Head):
+    """Every token scored over an index's rows, so that a rank holds no second copy of them.
+
+    For confirming what a retrieval head over the same index chose. Ids and logits are those of
+    `dense_local_max`, bit for bit on a CPU: a row is scored in an order that depends on the hidden
+    size alone, and of equal logits the smaller id wins wherever it lies.
+    """
+
+    name: ClassVar[str] = "index_scan"
+    samples: ClassVar[bool] = True
+    scores_everything: ClassVar[bool] = True
+
+    def __init__(self, tp: TensorParallel, index: LoadedShard) -> None:
+        """index: must hold its rows in one piece, as `load_shard` leaves them.
+
+        Raises:
+            UserError: it does not.
+        """
+        size = index.shard.rows.element_size()
+        super().__init__(tp, HeadShape.of_index(index.manifest, row_bytes=size))
+        if index.shard.table is None:
+            raise UserError(f"the rows of {index.path} do not lie in one piece: load them anew")
+        self.index = index
+        self.rows, self.token_ids = index.shard.table
+
+    @classmethod
+    def load(cls, builder: HeadBuilder, num_probes: int | None, alpha: float | None) -> Head:
+        return cls(builder.tp, builder.index_shard)
+
+    @classmethod
+    def work(cls, shape: HeadShape, tp_size: int, batch: int = 1, tp_rank: int = 0) -> HeadWork:
+        groups = share_of(shape.num_groups, tp_size, tp_rank)
+        slots = shape.num_clusters // shape.num_groups * shape.cluster_size + shape.pinned_per_group
+        part = _scored(shape, groups * slots, batch)
+        held = groups * slots * (shape.row_bytes + _ID_BYTES)
+        part = replace(part, read_bytes=held)
+        sent = (keys_sent(batch),)
+        return HeadWork({"head/candidates": part}, sent, launches(1, 1, unpacks=True), held)
+
+    def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
+        found = self.candidates(hidden_states, want)
+        return (yield from merge_candidates(found))
+
+    def candidates(self, hidden_states: Tensor, want: Want) -> Candidates:
+        """This rank's best of `hidden_states [B, D]` among every token that it holds."""
+        with annotate(CANDIDATES):
+            found: Candidates = ops_for(hidden_states.device).dense_candidates(
+                hidden_states,
+                self.rows,
+                0,
+                k=want.k,
+                need_logsumexp=want.logsumexp,
+                token_ids=self.token_ids,
+            )
+        return found
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.rows.nbytes + self.token_ids.nbytes
+
+
+def _scored(shape: HeadShape, rows: int, batch: int) -> Part:
+    """Reading and scoring `rows` of the embedding."""
+    return Part(rows * shape.row_bytes, 2.0 * batch * rows * shape.hidden_size)
 
 
 def _gathered_token_ids(vocab_size: int, tp: TensorParallel) -> Tensor:

@@ -1,4 +1,4 @@
-"""FlashHead that looks again where it may have missed the best token.
+"""FlashHead with a second round for rows whose best token it may have missed.
 
 The exchange of a greedy step carries a second key beside the best candidate: the greatest probing
 score of a cluster that nobody probed. Both are maxima over fixed groups, so after it every rank
@@ -19,22 +19,37 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isnan
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.heads.base import KEY_BYTES, HeadOutput, Want
+from flashhead_dist.heads.base import (
+    Head,
+    HeadOutput,
+    HeadShape,
+    HeadStyle,
+    Want,
+    keys_sent,
+    merge_candidates,
+    merge_judged,
+    merge_scanned,
+    share_of,
+)
+from flashhead_dist.heads.dense import IndexScan
 from flashhead_dist.heads.flashhead import FlashHead
-from flashhead_dist.heads.index_scan import IndexScan
-from flashhead_dist.heads.merge import merge_candidates, merge_judged, merge_scanned
 from flashhead_dist.index import IndexManifest, LoadedShard
 from flashhead_dist.index.escalation import USUAL_SHARE
-from flashhead_dist.parallel import Operation, Steps, TensorParallel, payload_bytes
+from flashhead_dist.parallel import Steps, TensorParallel
 from flashhead_kernels.shard import Candidates
+from flashhead_topology.cost import HeadWork, Part
+
+if TYPE_CHECKING:
+    from flashhead_dist.heads.registry import HeadBuilder
 
 _GREEDY = Want()
+_ID_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +107,8 @@ class FlashHeadEscalate(FlashHead):
     """
 
     name: ClassVar[str] = "flashhead_escalate"
+    style: ClassVar[HeadStyle] = HeadStyle("#5B2A86", "p")
+    samples: ClassVar[bool] = False
     capturable: ClassVar[bool] = False
     """The host has to know which rows escalate."""
 
@@ -112,6 +129,7 @@ class FlashHeadEscalate(FlashHead):
         """
         super().__init__(tp, index, num_probes=num_probes, alpha=alpha)
         self.escalation = escalation or Escalation()
+        self.shape = replace(self.shape, escalated_probes=self.escalation.num_probes or 0)
         self.num_rows = 0
         self.num_escalated = 0
         second, clusters = self.escalation.num_probes, index.manifest.num_clusters
@@ -129,25 +147,55 @@ class FlashHeadEscalate(FlashHead):
             return self.escalation.expected_share
         return self.num_escalated / self.num_rows
 
-    @property
-    def payload_bytes_per_row(self) -> int:
-        """Of the first exchange; a row that escalates has 8 bytes more, in a second."""
-        return payload_bytes(Operation.MAX, 2 * KEY_BYTES, self.tp.tp_size)
+    @classmethod
+    def load(cls, builder: HeadBuilder, num_probes: int | None, alpha: float | None) -> Head:
+        escalation = builder.escalation or usual_escalation(builder.manifest)
+        probing = builder.probing(num_probes, alpha)
+        return cls(builder.tp, builder.index_shard, **probing, escalation=escalation)
+
+    @classmethod
+    def work(cls, shape: HeadShape, tp_size: int, batch: int = 1, tp_rank: int = 0) -> HeadWork:
+        """Two keys a row, and on average the second round of the rows that escalate.
+
+        Launches are those of the first round; on CUDA the host waits to know which rows escalate,
+        which is not modelled.
+        """
+        work = super().work(shape, tp_size, batch, tp_rank)
+        share = shape.escalated_share
+        any_row = 1 - (1 - share) ** batch
+        centroids, candidates = work.parts["head/centroids"], work.parts["head/candidates"]
+        if shape.escalated_probes:
+            wider = replace(shape, num_probes=shape.escalated_probes)
+            second = super().work(wider, tp_size, 1, tp_rank).parts
+            centroids = _plus(centroids, second["head/centroids"], any_row)
+            groups = share_of(shape.num_groups, tp_size, tp_rank)
+            row = shape.row_bytes + _ID_BYTES
+            pinned = groups * shape.pinned_per_group * row
+            rows = second["head/candidates"]
+            most = groups * (shape.num_clusters // shape.num_groups) * shape.cluster_size * row
+            probed = min(share * batch * (rows.read_bytes - pinned), any_row * most)
+            candidates = _plus(candidates, replace(rows, read_bytes=0.0), share * batch)
+            read = candidates.read_bytes + any_row * pinned + probed
+            candidates = replace(candidates, read_bytes=read)
+        else:
+            scan = IndexScan.work(shape, tp_size, 1, tp_rank).parts["head/candidates"]
+            candidates = _plus(candidates, scan, any_row)
+        exchanges = [keys_sent(batch, keys_per_row=2)]
+        if share:
+            escalated = max(1, round(share * batch / any_row))
+            exchanges.append(keys_sent(escalated, times=any_row))
+        return replace(
+            work,
+            parts={"head/centroids": centroids, "head/candidates": candidates},
+            exchanges=tuple(exchanges),
+            # One tensor of two keys, a margin, and which rows lie below.
+            launches={device: number + 4 for device, number in work.launches.items()},
+        )
 
     def read_bytes_per_step(self, batch_size: int) -> int:
         """Of the first round, and the mean over batches of what the second reads."""
-        first = super().read_bytes_per_step(batch_size)
-        share = self.escalated_share
-        any_row = 1 - (1 - share) ** batch_size
-        if self.escalation.num_probes is None:
-            return first + round(any_row * self._scan.read_bytes_per_step(1))
-        shard, clusters = self.shard, self.shard.cluster_rows.shape[0]
-        fixed = shard.centroids.nbytes + shard.spread.nbytes
-        fixed += shard.pinned_rows.nbytes + shard.pinned_token_ids.nbytes
-        per_group = -(-self.escalation.num_probes // self.num_groups)
-        probed = min(share * batch_size * per_group * len(shard.rows), any_row * clusters)
-        per_cluster = (shard.rows.nbytes + shard.token_ids.nbytes) // clusters
-        return first + round(any_row * fixed + probed * per_cluster)
+        self.shape = replace(self.shape, escalated_share=self.escalated_share)
+        return super().read_bytes_per_step(batch_size)
 
     def steps(self, hidden_states: Tensor, want: Want) -> Steps[HeadOutput]:
         found, mass = self.first_round(hidden_states, want)
@@ -197,4 +245,13 @@ def _replaced(output: HeadOutput, rows: Tensor, second: HeadOutput) -> HeadOutpu
         torch.index_copy(output.logits, 0, rows, second.logits),
         put(output.logsumexp, second.logsumexp),
         put(output.candidate_logsumexp, second.candidate_logsumexp),
+    )
+
+
+def _plus(part: Part, other: Part, times: float) -> Part:
+    """`part`, and `times` that of `other`."""
+    return replace(
+        part,
+        read_bytes=part.read_bytes + times * other.read_bytes,
+        flops=part.flops + times * other.flops,
     )

@@ -31,11 +31,17 @@ from flashhead_dist.heads.closed_form import (
     sampled_final,
     scanning_log_mass,
 )
-from flashhead_dist.heads.emulated import EmulatedHead, run_in_lock_step
-from flashhead_dist.heads.flashhead import FlashHead, FlashHeadReplicated
+from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.heads.nucleus import draw_from_nucleus, within_mass
+from flashhead_dist.heads.registry import EmulatedHead
 from flashhead_dist.models.contract import PLAIN, OutputContract
-from flashhead_dist.parallel import Exchange, Operation, Steps, TensorParallel
+from flashhead_dist.parallel import (
+    Exchange,
+    Operation,
+    Steps,
+    TensorParallel,
+    run_in_lock_step,
+)
 from flashhead_kernels.keys import unpack_keys
 from flashhead_kernels.logits import GumbelNoise
 from flashhead_kernels.sampling_dispatch import sampling_ops_for
@@ -174,12 +180,12 @@ def sampling_steps(
     if parameters.top_p < 1:
         form = form_of(head, hidden_states, final)
         steps = draw_from_nucleus(form, noise, parameters.top_p)
-        return (yield from steps) if _shares(head) else TensorParallel.single().run(steps)
+        return (yield from steps) if head.sharded else TensorParallel.single().run(steps)
     if isinstance(head, ScanningHead):
         keys = draw_scanning(head, hidden_states, replace(final, noise=noise))
     else:
         keys = form_of(head, hidden_states, final).draw(noise)
-    if _shares(head):
+    if head.sharded:
         keys = (yield Exchange(Operation.MAX, keys.unsqueeze(1)))[:, 0]
     return unpack_keys(keys)[1]
 
@@ -220,7 +226,7 @@ def _log_prob_steps(
     else:
         form = form_of(head, hidden_states, final)
         parts = torch.stack([form.token_log_mass(token_ids), form.log_normalizer()], dim=1)
-    if _shares(head):
+    if head.sharded:
         gathered = yield Exchange(Operation.GATHER, parts)
         parts = gathered.logsumexp(0)
     return (parts[:, 0] - parts[:, 1]).float()
@@ -250,11 +256,6 @@ def _check_top_k(head: Head, top_k: int) -> None:
             f"top_k {top_k} is more than the {scored} tokens that head {head.name} scores: give "
             f"fewer, or more --num-probes"
         )
-
-
-def _shares(head: Head) -> bool:
-    """Whether a rank sees only part of the vocabulary."""
-    return not isinstance(head, FlashHeadReplicated)
 
 
 def _run(head: Head | EmulatedHead, steps_of: Callable[[Head], Steps[T]]) -> T:

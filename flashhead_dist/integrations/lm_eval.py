@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import HIDDEN_DTYPES, Head
-from flashhead_dist.heads.index_scan import IndexScan
+from flashhead_dist.heads.dense import IndexScan
 from flashhead_dist.heads.sampling import token_log_probs
 from flashhead_dist.index import ensure_index
 from flashhead_dist.integrations.transformers import replace_head

@@ -14,7 +14,7 @@ from rich.table import Table
 from flashhead_dist.bench.links import Point
 from flashhead_dist.bench.records import cannot_write
 from flashhead_dist.errors import UserError
-from flashhead_topology.fit import Fit
+from flashhead_topology.links import Fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

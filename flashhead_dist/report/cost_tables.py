@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from rich import box
 from rich.table import Table
 
-from flashhead_topology.head_cost import StepCost
+from flashhead_topology.cost import StepCost
 from flashhead_topology.systems import Level, System
 
 _PARTS = {

@@ -15,8 +15,10 @@ from statistics import mean
 import yaml
 
 from flashhead_dist.errors import UserError
+from flashhead_dist.heads.base import HeadShape
+from flashhead_dist.heads.registry import HEADS, head_cost
 from flashhead_dist.report.runs import Run
-from flashhead_topology.head_cost import HEAD_NAMES, HeadShape, StepCost, step_cost
+from flashhead_topology.cost import StepCost
 from flashhead_topology.systems import System
 
 VALIDATION_NAME = "validation.yaml"
@@ -70,10 +72,10 @@ def check_model(run: Run, shape: HeadShape, system: System) -> list[Check]:
     """Every measured cell of the run that the model can tell, on the system that it ran on."""
     checks = []
     for record in run.records:
-        if not record.measured or record.head not in HEAD_NAMES:
+        if not record.measured or record.head not in HEADS:
             continue
         try:
-            cost = step_cost(
+            cost = head_cost(
                 record.head, shape, system, tp_size=record.tp_size, batch_size=record.batch_size
             )
         except ValueError:

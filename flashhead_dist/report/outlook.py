@@ -12,9 +12,11 @@ from typing import Any
 
 from flashhead_dist.bench.records import ENVIRONMENT_NAME
 from flashhead_dist.errors import UserError
+from flashhead_dist.heads.base import HeadShape
+from flashhead_dist.heads.registry import HEADS, head_cost
 from flashhead_dist.report.model_error import ModelError
 from flashhead_dist.report.runs import Run
-from flashhead_topology.head_cost import HEAD_NAMES, HeadShape, StepCost, step_cost
+from flashhead_topology.cost import StepCost
 from flashhead_topology.systems import System, SystemFileError, load_system
 
 SHAPE_KEY = "head_shape"
@@ -94,10 +96,10 @@ def outlooks(
                 f"--tp-sizes holds {size}, and {system.name} joins {system.max_ranks} ranks: give "
                 f"sizes from 1 to {system.max_ranks}"
             )
-    heads = [head for head in run.heads if head in HEAD_NAMES]
+    heads = [head for head in run.heads if head in HEADS]
     if not heads:
         raise UserError(
-            f"{run.folder} holds no head that the cost model knows ({', '.join(HEAD_NAMES)}): "
+            f"{run.folder} holds no head that the cost model knows ({', '.join(HEADS)}): "
             f"measure one of them"
         )
     return [
@@ -119,7 +121,7 @@ def _outlook(
     left_out: str | None = None
     for size in sizes:
         try:
-            costs[size] = step_cost(head, shape, system, tp_size=size, batch_size=batch_size)
+            costs[size] = head_cost(head, shape, system, tp_size=size, batch_size=batch_size)
         except ValueError as reason:
             left_out = str(reason)
     bands = {size: error.band_s(cost) for size, cost in costs.items()}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from flashhead_dist.bench.records import Record
+from flashhead_dist.heads.base import HeadStyle
+from flashhead_dist.heads.registry import HEADS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,19 +18,6 @@ if TYPE_CHECKING:
 
 PROJECTED_GROUND = "#F0F0F0"
 
-# Okabe and Ito's palette, told apart by colour-blind readers; markers differ as well.
-_STYLES = {
-    "dense_gather": ("#E69F00", "s"),
-    "dense_allreduce": ("#D55E00", "D"),
-    "dense_local_max": ("#000000", "o"),
-    "flashhead_replicated": ("#56B4E9", "v"),
-    "flashhead_global": ("#009E73", "^"),
-    "flashhead": ("#0072B2", "*"),
-    "flashhead_auto": ("#8B1A1A", "h"),
-    "flashhead_escalate": ("#5B2A86", "p"),
-    "faiss_ivf": ("#CC79A7", "X"),
-}
-_OTHER_STYLE = ("#777777", "P")
 _MARKER_SIZES = {"*": 9.5, "D": 5.0, "s": 5.5}
 _MAX_COLUMNS = 4
 _PANEL_INCHES = (3.3, 3.6)
@@ -37,22 +27,14 @@ _CHARACTERS_AN_INCH = 16
 
 def style_of(head: str) -> dict[str, Any]:
     """matplotlib's colour, marker and sizes of a head."""
-    color, marker = _STYLES.get(head, _OTHER_STYLE)
-    size = _MARKER_SIZES.get(marker, 6.0)
-    # What the page is about lies over what it is compared with.
-    above = 2.5 if head == "flashhead" else 2.0
-    return {
-        "color": color,
-        "marker": marker,
-        "markersize": size,
-        "linewidth": 1.5,
-        "zorder": above,
-    }
+    style = HEADS[head].style if head in HEADS else HeadStyle()
+    size = _MARKER_SIZES.get(style.marker, 6.0)
+    return {**asdict(style), "markersize": size, "linewidth": 1.5}
 
 
 def is_head(name: str) -> bool:
     """Whether a head of that name has a style of its own."""
-    return name in _STYLES
+    return name in HEADS
 
 
 def key(label: str, **style: Any) -> Line2D:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from flashhead_dist.bench.records import Record, cannot_write
 from flashhead_dist.errors import UserError
+from flashhead_dist.heads.registry import BASELINE
 from flashhead_dist.report.plot_frame import (
     PROJECTED_GROUND,
     by_batch,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 LATENCY_NAME = "latency.png"
 BYTES_NAME = "bytes.png"
-_BASELINE = "dense_local_max"
 _HALF_STEP = 2**0.4
 """Room left and right of the outer sizes, on an axis of base 2."""
 
@@ -80,8 +80,8 @@ def latency_figure(records: Sequence[Record]) -> Figure:
         kinds.append(key("PROJECTED", marker="o", linestyle="--", markerfacecolor="white"))
     if any(record.median_us is None for record in records):
         notes.append("Left out: sizes whose communication is not known.")
-    if any(r.head == _BASELINE and r.tp_size == 1 and r.median_us for r in records):
-        kinds.append(key(f"ideal: {_BASELINE}\nat tp 1, over tp", linestyle=":", color="#777777"))
+    if any(r.head == BASELINE and r.tp_size == 1 and r.median_us for r in records):
+        kinds.append(key(f"ideal: {BASELINE}\nat tp 1, over tp", linestyle=":", color="#777777"))
     finish(figure, panels, records, "Latency of the output head", kinds, notes)
     figure.supylabel("microseconds a step: slowest rank, median", fontsize=10)
     return figure
@@ -166,7 +166,7 @@ def _ideal_line(axes: Axes, batch: Sequence[Record]) -> None:
     """What the dense baseline would take if ranks divided it and exchanged nothing."""
     sizes = sorted({record.tp_size for record in batch})
     for record in batch:
-        if record.head == _BASELINE and record.tp_size == 1 and record.median_us:
+        if record.head == BASELINE and record.tp_size == 1 and record.median_us:
             ideal = [record.median_us / size for size in sizes]
             axes.plot(sizes, ideal, color="#777777", linestyle=":", linewidth=1.2, zorder=1)
 

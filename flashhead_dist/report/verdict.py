@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from flashhead_dist.bench.records import BASELINE, Record
+from flashhead_dist.bench.records import Record
 from flashhead_dist.bench.split import COMPUTE_PARTS
+from flashhead_dist.heads.registry import BASELINE, DEFAULT_HEAD
 from flashhead_dist.report.gain import Gain, gains, turning_point
 from flashhead_dist.report.runs import Run
 
-PRODUCT = "flashhead"
+PRODUCT = DEFAULT_HEAD
 BOUND_BY_MEMORY = 0.75
 """From this share of a plain read's bandwidth on, memory is said to limit a head."""
 _SMALL_BYTES = 1024

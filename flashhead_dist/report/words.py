@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flashhead_dist.bench.records import Record
+from flashhead_dist.heads.dense import DenseGather
+from flashhead_dist.heads.registry import BASELINE, DEFAULT_HEAD
 
-_PRODUCT = "flashhead"
-_BASELINE = "dense_local_max"
+_PRODUCT, _BASELINE = DEFAULT_HEAD, BASELINE
 
 
 def summary_sentences(records: Sequence[Record]) -> list[str]:
@@ -84,7 +85,7 @@ def _bytes(batch: Sequence[Record]) -> list[str]:
     if tp_size == 1:
         return []
     parts = []
-    for name in (_PRODUCT, "dense_gather"):
+    for name in (_PRODUCT, DenseGather.name):
         record = _find(batch, name, tp_size)
         if record is None:
             continue

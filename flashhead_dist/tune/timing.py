@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashhead_dist.bench.timer import compute_step, rank_times, step_clock, summarise
 from flashhead_dist.heads.base import Head
-from flashhead_dist.heads.registry import HeadBuilder
+from flashhead_dist.heads.registry import BASELINE, DEFAULT_HEAD, HeadBuilder
 from flashhead_dist.index import build_index
 from flashhead_dist.index.options import IndexOptions
 from flashhead_dist.models import ModelSource
@@ -29,7 +29,6 @@ from flashhead_dist.tune.scene import Scene
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_kernels.timing import time_steps
 
-BASELINE = "dense_local_max"
 _WARM_UP = 3
 _NUM_STATES = 256
 
@@ -97,7 +96,7 @@ def time_points(
         heads: list[Head] = [builder.build(BASELINE)]
         for record in records:
             probes = record["probes_per_group"] * scene.num_groups
-            heads.append(builder.build("flashhead", num_probes=probes, alpha=record["alpha"]))
+            heads.append(builder.build(DEFAULT_HEAD, num_probes=probes, alpha=record["alpha"]))
     results = []
     with compute_threads(threads):
         for size in batch_sizes:

@@ -24,7 +24,7 @@ from flashhead_dist.bench.crossover import (
 )
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Want
-from flashhead_dist.heads.flashhead_auto import FlashHeadAuto, scans_at
+from flashhead_dist.heads.flashhead import FlashHeadAuto, scans_at
 from flashhead_dist.heads.registry import build_head
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.parallel import TensorParallel, split_tensor_parallel

@@ -32,7 +32,7 @@ from flashhead_dist.bench.timer import (
     stream_clock,
     summarise,
 )
-from flashhead_dist.heads.registry import HEAD_NAMES
+from flashhead_dist.heads.registry import HEADS
 from flashhead_dist.parallel import Exchange, Operation, TensorParallel
 from flashhead_kernels.timing import HostClock, time_steps
 from tests.bench.cuda_journal import (
@@ -271,7 +271,7 @@ def test_the_note_names_both_kinds() -> None:
     )
     assert capture_note(heads[:1]) == "Steps of flashhead are replayed as CUDA graphs."
     assert capture_note([a_head("flashhead", device="cpu")]) is None
-    assert "flashhead" in HEAD_NAMES
+    assert "flashhead" in HEADS
 
 
 class _Played:

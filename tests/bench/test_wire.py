@@ -21,9 +21,9 @@ from flashhead_dist.bench.wire import WireCounter
 from flashhead_dist.parallel import (
     Exchange,
     Operation,
-    ring_sent_bytes,
     split_tensor_parallel,
 )
+from flashhead_topology.links import ring_sent_bytes
 
 LARGE_BYTES = 1 << 20
 RANK_MAIN = Path(__file__).with_name("rank_main.py")

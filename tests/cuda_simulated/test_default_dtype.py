@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashhead_dist.heads.base import Want
-from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
+from flashhead_dist.heads.flashhead import FlashHeadAuto
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens, token_log_probs
 from flashhead_dist.index import IndexOptions, build_index
 from flashhead_dist.index.whole import read_token_ids

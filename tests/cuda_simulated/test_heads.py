@@ -9,8 +9,8 @@ import torch
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, HeadOutput, Want
-from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
-from flashhead_dist.heads.registry import HEAD_NAMES, HeadBuilder, emulate_head
+from flashhead_dist.heads.flashhead import FlashHeadAuto
+from flashhead_dist.heads.registry import HEADS, HeadBuilder, emulate_head
 from flashhead_dist.parallel import TensorParallel
 from flashhead_kernels import launch_choice
 from flashhead_kernels.exchange_choice import ExchangeChoice, ExchangeMethod
@@ -28,7 +28,7 @@ WANTS = {
     "log-sum-exp": Want(logsumexp=True),
     "mass": Want(logsumexp=True, candidate_mass=True),
 }
-ON_GPU = [name for name in HEAD_NAMES if name != "faiss_ivf"]
+ON_GPU = [name for name in HEADS if name != "faiss_ivf"]
 BATCH = 2
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashhead_dist.heads.flashhead import FlashHead
-from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
+from flashhead_dist.heads.flashhead import FlashHead, FlashHeadAuto
 from flashhead_dist.index.whole import read_token_ids
 from flashhead_dist.integrations.transformers_rows import LogitRows
 from flashhead_dist.integrations.vllm.head import Finish, RowsHead

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from flashhead_dist.heads.flashhead import FlashHead
-from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
+from flashhead_dist.heads.flashhead import FlashHead, FlashHeadAuto
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens, token_log_probs
 from flashhead_dist.index.whole import read_token_ids
 from flashhead_dist.integrations.transformers_rows import LogitRows

@@ -15,7 +15,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.fidelity import evaluate_fidelity
 from flashhead_dist.evaluate.truth import DenseTruth, dense_truth
 from flashhead_dist.heads.base import Head, HeadOutput, Want
-from flashhead_dist.heads.registry import HEAD_NAMES
+from flashhead_dist.heads.registry import HEADS
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.parallel import Steps, TensorParallel
 from flashhead_dist.states import HiddenStates, save_hidden_states
@@ -164,7 +164,7 @@ KEYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HEAD_NAMES)
+@pytest.mark.parametrize("name", HEADS)
 def test_the_command_gives_one_json_document_for_any_head(
     launch: ModuleType,
     tied_model: Path,

@@ -15,18 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashhead_dist.bench.head_shape import shape_of_index
 from flashhead_dist.errors import UserError
-from flashhead_dist.heads.base import HeadOutput, Want
+from flashhead_dist.heads.base import HeadOutput, HeadShape, Want
 from flashhead_dist.heads.flashhead_escalate import Escalation, FlashHeadEscalate
-from flashhead_dist.heads.registry import build_head, emulate_head
+from flashhead_dist.heads.registry import HEADS, build_head, emulate_head
 from flashhead_dist.index import load_manifest
 from flashhead_dist.index.escalation import SHARES, USUAL_SHARE, margins
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.parallel import TensorParallel
 from flashhead_kernels import reference
-from flashhead_topology.head_shape import HeadShape
-from flashhead_topology.head_work import head_work
 
 WANTS = (Want(), Want(k=3), Want(logsumexp=True), Want(k=2, logsumexp=True, candidate_mass=True))
 
@@ -217,12 +214,12 @@ def test_the_cost_model_counts_the_second_round(
         index_dir=tied_index,
         escalation=Escalation(num_probes=probes, expected_share=0.1),
     )
-    known = vars(shape_of_index(load_manifest(tied_index)))
+    known = vars(HeadShape.of_index(load_manifest(tied_index)))
     shape = HeadShape(**known | {"escalated_share": 0.1, "escalated_probes": probes or 0})
     for batch in (1, 4, 300):
-        work = head_work("flashhead_escalate", shape, tp_size, batch)
+        work = HEADS["flashhead_escalate"].work(shape, tp_size, batch)
         assert round(work.read_bytes) == head.read_bytes_per_step(batch), batch
-    sent = head_work("flashhead_escalate", shape, tp_size, 4).exchanges
+    sent = HEADS["flashhead_escalate"].work(shape, tp_size, 4).exchanges
     assert [exchange.operand_bytes for exchange in sent] == [64, 8]
     assert sent[1].times == pytest.approx(1 - 0.9**4)
 

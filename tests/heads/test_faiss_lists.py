@@ -10,7 +10,7 @@ import torch
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads import faiss_ivf
-from flashhead_dist.heads.faiss_lists import TrainedLists, default_num_lists
+from flashhead_dist.heads.faiss_ivf import TrainedLists, default_num_lists
 
 
 def test_faiss_lists_are_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Want
-from flashhead_dist.heads.registry import HEAD_NAMES, HeadBuilder, build_head, emulate_head
+from flashhead_dist.heads.registry import HEADS, HeadBuilder, build_head, emulate_head
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.parallel import TensorParallel
 
@@ -27,7 +27,7 @@ def builder(model: ModelSource, tied_index: Path) -> HeadBuilder:
     return HeadBuilder(tp=TensorParallel.single(), model=model, index_dir=tied_index)
 
 
-@pytest.mark.parametrize("name", HEAD_NAMES)
+@pytest.mark.parametrize("name", HEADS)
 def test_nan_and_infinity_are_refused_at_the_door_by_row(builder: HeadBuilder, name: str) -> None:
     head = builder.build(name)
     for value, kind in ((float("nan"), "NaN"), (float("inf"), "inf"), (float("-inf"), "inf")):
@@ -43,7 +43,7 @@ def test_great_finite_states_are_not_taken_for_infinite(builder: HeadBuilder) ->
     head.check(torch.full((1, 64), 3e38), Want())
 
 
-@pytest.mark.parametrize("name", HEAD_NAMES)
+@pytest.mark.parametrize("name", HEADS)
 def test_what_does_not_fit_is_named(builder: HeadBuilder, name: str) -> None:
     head = builder.build(name)
     with pytest.raises(UserError, match=r"\(2, 63\).*\[B, 64\]"):
@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_named(builder: HeadBuilder, name: str) -> None:
             head.forward(torch.ones(2, 64), k=k)
 
 
-@pytest.mark.parametrize("name", HEAD_NAMES)
+@pytest.mark.parametrize("name", HEADS)
 def test_an_empty_batch_gives_empty_tensors(builder: HeadBuilder, name: str) -> None:
     head = builder.build(name)
     output = head.forward(torch.empty(0, 64), k=3, need_logsumexp=head.has_logsumexp)

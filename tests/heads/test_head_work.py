@@ -11,26 +11,24 @@ from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashhead_dist.bench.head_shape import head_shape_of
-from flashhead_dist.heads import base, flashhead, flashhead_global, merge
+from flashhead_dist.heads import base, flashhead
 from flashhead_dist.heads import dense as dense_heads
-from flashhead_dist.heads.base import Head, Want
+from flashhead_dist.heads.base import Head, HeadShape, Want
+from flashhead_dist.heads.flashhead import FlashHeadAuto, FlashHeadGlobal, IndexHead
 from flashhead_dist.heads.flashhead_escalate import Escalation, FlashHeadEscalate
-from flashhead_dist.heads.registry import HEAD_NAMES, HeadBuilder
+from flashhead_dist.heads.registry import HEADS, HeadBuilder
 from flashhead_dist.index import IndexOptions, build_index, load_manifest
 from flashhead_dist.models import open_model
-from flashhead_dist.parallel import Operation, TensorParallel, payload_bytes, ring_sent_bytes
+from flashhead_dist.parallel import Operation, TensorParallel
 from flashhead_kernels import cpu, reference
-from flashhead_topology import head_work as model_of_work
-from flashhead_topology.head_shape import HeadShape
-from flashhead_topology.head_work import head_work, scan_work
+from flashhead_topology.links import payload_bytes, ring_sent_bytes
 
 BATCHES = (1, 4, 9, 1000)
 SIZES = (1, 2, 3, 5, 8)
@@ -58,90 +56,107 @@ def index(
     )
 
 
-def built(tied_model: Path, index: Path, tp_size: int, name: str) -> Head:
-    """Rank 0's head, which holds most."""
-    place = TensorParallel(tp_rank=0, tp_size=tp_size)
+def built(tied_model: Path, index: Path, tp_size: int, name: str, tp_rank: int = 0) -> Head:
+    place = TensorParallel(tp_rank=tp_rank, tp_size=tp_size)
     return HeadBuilder(tp=place, model=open_model(str(tied_model)), index_dir=index).build(name)
 
 
-def test_the_model_knows_every_head() -> None:
-    assert set(model_of_work.HEAD_NAMES) == set(HEAD_NAMES)
+def held_bytes(head: Head) -> int:
+    """Bytes of the weights and tables that the head holds."""
+    if isinstance(head, IndexHead):
+        shard = head.shard
+        tensors = (shard.rows, shard.token_ids, shard.pinned_rows, shard.pinned_token_ids)
+        return sum(t.nbytes for t in tensors) + shard.centroids.nbytes + shard.spread.nbytes
+    return int(cast(Any, head).weight.nbytes)
 
 
-@pytest.mark.parametrize("vocab_size", [262_144, 128_256, 151_936, 1000])
-def test_the_default_shape_is_that_of_the_default_options(vocab_size: int) -> None:
-    shape, options = HeadShape.with_default_index(vocab_size, 640), IndexOptions()
-    assert shape.num_clusters == options.num_clusters(vocab_size)
-    assert shape.num_probes == options.probes(vocab_size)
-    assert (shape.cluster_size, shape.num_groups) == (options.cluster_size, options.num_groups)
-    assert (shape.centroid_bits, shape.group_size) == (options.centroid_bits, options.group_size)
-    assert shape.pinned_per_group == options.learned_pins_per_group
+def read_bytes(head: Head, batch: int) -> int:
+    """Bytes of the head's own tensors that a batch reads, where every probe is another cluster."""
+    if not isinstance(head, IndexHead):
+        return held_bytes(head)
+    shard, groups = head.shard, len(head.shard.rows)
+    clusters = groups * shard.rows.shape[1]
+    probes = -(-head.num_probes // head.num_groups) * groups
+    if isinstance(head, FlashHeadGlobal):
+        probes = -(-head.num_probes * groups // head.num_groups)
+    unprobed = clusters - min(batch * probes, clusters)
+    return held_bytes(head) - unprobed * (shard.rows.nbytes + shard.token_ids.nbytes) // clusters
 
 
 @pytest.mark.parametrize("tp_size", SIZES)
-@pytest.mark.parametrize("name", [n for n in HEAD_NAMES if n != "faiss_ivf"])
-def test_bytes_are_those_of_the_head(
+@pytest.mark.parametrize("name", [n for n in HEADS if n not in ("faiss_ivf", "flashhead_escalate")])
+def test_bytes_are_those_of_the_tensors(
     tied_model: Path, index: Path, name: str, tp_size: int
 ) -> None:
-    head = built(tied_model, index, tp_size, name)
-    shape = head_shape_of(open_model(str(tied_model)), load_manifest(index))
-    for batch in BATCHES:
-        work = head_work(name, shape, tp_size, batch)
-        assert round(work.read_bytes) == head.read_bytes_per_step(batch), batch
-        assert work.weight_bytes == head.weight_bytes
-        # Once a row, whatever a second round sends now and then.
-        payload = sum(
-            payload_bytes(_operation(sent.operation), sent.operand_bytes, tp_size)
-            for sent in work.exchanges
-            if sent.times == 1
-        )
-        assert payload == head.payload_bytes_per_row * batch
+    for rank in {0, tp_size - 1}:
+        head = built(tied_model, index, tp_size, name, rank)
+        for batch in BATCHES:
+            assert head.read_bytes_per_step(batch) == read_bytes(head, batch), batch
+        work = HEADS[name].work(head.shape, tp_size, 4, rank)
+        assert work.weight_bytes == head.weight_bytes == held_bytes(head)
+
+
+def test_a_sharded_head_and_a_shape_of_its_index_do_the_same_work(
+    tied_model: Path, index: Path
+) -> None:
+    shape = HeadShape.of_index(load_manifest(index))
+    for name in HEADS:
+        if name == "faiss_ivf":
+            continue
+        head = built(tied_model, index, 3, name)
+        for batch in BATCHES:
+            read = HEADS[name].work(shape, 3, batch).read_bytes
+            assert round(read) == head.read_bytes_per_step(batch), (name, batch)
 
 
 def test_bytes_of_faiss_are_those_of_the_head(tied_model: Path, index: Path) -> None:
     pytest.importorskip("faiss")
-    shape = head_shape_of(open_model(str(tied_model)), load_manifest(index))
+    shape = HeadShape.of_index(load_manifest(index))
     for tp_size in (1, 3):
         head = built(tied_model, index, tp_size, "faiss_ivf")
         for batch in BATCHES:
-            work = head_work("faiss_ivf", shape, tp_size, batch)
+            work = HEADS["faiss_ivf"].work(shape, tp_size, batch)
             assert work.read_bytes == head.read_bytes_per_step(batch)
             assert work.weight_bytes == head.weight_bytes
 
 
 @pytest.mark.parametrize("tp_size", SIZES)
-def test_bytes_of_a_scan_are_those_of_flashhead_auto(
+def test_a_scan_reads_all_rows_and_ids_and_no_centroids(
     tied_model: Path, index: Path, tp_size: int
 ) -> None:
     head: Any = built(tied_model, index, tp_size, "flashhead_auto")
     head.changes_at = (1,)
-    shape = head_shape_of(open_model(str(tied_model)), load_manifest(index))
-    assert scan_work(shape, tp_size, 7).read_bytes == head.read_bytes_per_step(7)
+    shard = head.shard
+    unread = shard.centroids.nbytes + shard.spread.nbytes
+    assert head.read_bytes_per_step(7) == held_bytes(head) - unread
+    scan = FlashHeadAuto.work(head.shape, tp_size, 7).scan
+    assert scan is not None
+    assert scan.read_bytes == head.read_bytes_per_step(7)
 
 
 def test_what_a_step_really_exchanges_is_what_the_model_says(tied_model: Path, index: Path) -> None:
-    shape = head_shape_of(open_model(str(tied_model)), load_manifest(index))
-    for name in HEAD_NAMES:
+    for name in HEADS:
         if name == "faiss_ivf":
             continue
         head = built(tied_model, index, 3, name)
         if isinstance(head, FlashHeadEscalate):
             head.escalation = Escalation(margin=-inf)
         asked = [(e.operation, e.tensor.nbytes) for e in exchanges(head, 4)]
-        modelled = [sent for sent in head_work(name, shape, 3, 4).exchanges if sent.times == 1]
-        assert len(asked) == len(modelled)
+        modelled = [
+            sent for sent in HEADS[name].work(head.shape, 3, 4).exchanges if sent.times == 1
+        ]
+        assert [operand for _, operand in asked] == [sent.operand_bytes for sent in modelled], name
         for (operation, operand), sent in zip(asked, modelled, strict=True):
-            assert operand == sent.operand_bytes, name
-            gathers = operation is Operation.GATHER
-            assert gathers == (sent.operation == "all_gather")
-            sent_bytes = ring_sent_bytes(operation, operand, 3)
-            assert sent_bytes == ring_sent_bytes(_operation(sent.operation), operand, 3)
+            assert (operation is Operation.GATHER) == (sent.operation == "all_gather")
+            assert ring_sent_bytes(operation, operand, 3) == ring_sent_bytes(
+                sent.operation, operand, 3
+            )
+        payload = sum(payload_bytes(operation, operand, 3) for operation, operand in asked)
+        assert payload == 4 * head.payload_bytes_per_row
 
 
 @pytest.mark.parametrize(("device", "ops"), [("cuda", reference), ("cpu", cpu)])
-@pytest.mark.parametrize(
-    "name", [n for n in HEAD_NAMES if n not in ("faiss_ivf", "flashhead_auto")]
-)
+@pytest.mark.parametrize("name", [n for n in HEADS if n not in ("faiss_ivf", "flashhead_auto")])
 def test_launches_are_the_operators_of_the_head(
     tied_model: Path,
     tied_index: Path,
@@ -157,17 +172,17 @@ def test_launches_are_the_operators_of_the_head(
     head.check_inputs = False
     if isinstance(head, FlashHeadEscalate):
         head.escalation = Escalation(margin=-inf)
-    shape = head_shape_of(open_model(str(tied_model)), load_manifest(tied_index))
+    shape = HeadShape.of_index(load_manifest(tied_index))
     for batch in (1, 4):
         counter = _Counter()
         if ops is reference:
             # Probed candidates are its kernel and torch.
             monkeypatch.setattr(reference, "score_rows", _as_launches(SCORE_ROWS, 1, counter))
         space = _counted(ops, counter)
-        for module in (base, dense_heads, flashhead, flashhead_global, merge):
+        for module in (base, dense_heads, flashhead):
             monkeypatch.setattr(module, "ops_for", lambda _, space=space: space, raising=False)
         exchanges(head, batch, counter)
-        expected = head_work(name, shape, 2, batch).launches[device]
+        expected = HEADS[name].work(shape, 2, batch).launches[device]
         assert abs(counter.count - expected) <= 0.02 * expected, (counter.count, expected)
 
 
@@ -258,7 +273,3 @@ def _as_launches(
             return operation(*args, **kwargs)
 
     return run
-
-
-def _operation(name: str) -> Operation:
-    return Operation.GATHER if name == "all_gather" else Operation.MAX

@@ -11,7 +11,7 @@ import torch
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head, VocabShard, Want
-from flashhead_dist.heads.registry import HEAD_NAMES, HeadBuilder, build_head, emulate_head
+from flashhead_dist.heads.registry import HEADS, HeadBuilder, build_head, emulate_head
 from flashhead_dist.index import load_manifest
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.parallel import TensorParallel
@@ -199,7 +199,7 @@ def test_heads_of_one_rank_share_weights(builder: HeadBuilder) -> None:
 def test_dtype_is_that_of_the_rows_and_hidden_states_may_differ(
     model: ModelSource, tied_index: Path, states: torch.Tensor
 ) -> None:
-    for name in HEAD_NAMES:
+    for name in HEADS:
         single = TensorParallel.single()
         head = build_head(name, tp=single, model=model, index_dir=tied_index, dtype=torch.float32)
         bf16 = build_head(name, tp=single, model=model, index_dir=tied_index)
@@ -235,7 +235,7 @@ def test_padding_of_uneven_shards_adds_nothing(model: ModelSource) -> None:
     assert float(output.logsumexp[0]) == pytest.approx(math.log(1013), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", HEAD_NAMES)
+@pytest.mark.parametrize("name", HEADS)
 def test_every_token_has_its_own_logit_on_every_rank(
     model: ModelSource, tied_index: Path, states: torch.Tensor, name: str
 ) -> None:
@@ -251,7 +251,7 @@ def test_every_token_has_its_own_logit_on_every_rank(
     assert (output.token_ids[found] // 338).unique().tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", [n for n in HEAD_NAMES if n != "faiss_ivf"])
+@pytest.mark.parametrize("name", [n for n in HEADS if n != "faiss_ivf"])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_one_row_on_one_rank_has_a_log_sum_exp(
     builder: HeadBuilder, states: torch.Tensor, name: str, k: int

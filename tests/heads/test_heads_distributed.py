@@ -18,7 +18,7 @@ import torch
 from flashhead_dist.evaluate.fidelity import evaluate_fidelity
 from flashhead_dist.evaluate.truth import dense_truth
 from flashhead_dist.heads.base import HeadOutput
-from flashhead_dist.heads.registry import HEAD_NAMES, HeadBuilder, build_head, emulate_head
+from flashhead_dist.heads.registry import HEADS, HeadBuilder, build_head, emulate_head
 from flashhead_dist.models import open_model
 from flashhead_dist.parallel import TensorParallel, split_tensor_parallel
 from flashhead_dist.states import HiddenStates
@@ -58,7 +58,7 @@ def _rank_heads(
             continue
         for dtype in (torch.bfloat16, torch.float32, torch.float16):
             builder = HeadBuilder(tp=tp, model=model, index_dir=index, dtype=dtype)
-            for name in HEAD_NAMES:
+            for name in HEADS:
                 head = builder.build(name)
                 key = (name, tp_size, dtype)
                 tp.reset()
@@ -114,7 +114,7 @@ def test_logsumexp_is_that_of_one_rank_within_float32_rounding(ranks: Results, n
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", HEAD_NAMES)
+@pytest.mark.parametrize("name", HEADS)
 def test_every_rank_gives_the_same_answer(ranks: Results, name: str, dtype: torch.dtype) -> None:
     for tp_size in TP_SIZES:
         for asked in ("greedy", "top5"):
@@ -126,7 +126,7 @@ def test_every_rank_gives_the_same_answer(ranks: Results, name: str, dtype: torc
                     assert torch.equal(other.logsumexp, first.logsumexp)
 
 
-@pytest.mark.parametrize("name", HEAD_NAMES)
+@pytest.mark.parametrize("name", HEADS)
 def test_the_first_of_five_is_the_greedy_token(ranks: Results, name: str) -> None:
     for tp_size in TP_SIZES:
         greedy = ranks[0][(name, tp_size, torch.float32, "greedy")].token_ids[:, 0]
@@ -198,7 +198,7 @@ PAYLOAD = {
 }
 
 
-@pytest.mark.parametrize("name", HEAD_NAMES)
+@pytest.mark.parametrize("name", HEADS)
 def test_greedy_payload_is_what_the_head_states(
     ranks: Results, states: HiddenStates, name: str
 ) -> None:
@@ -224,14 +224,14 @@ def test_five_tokens_and_logsumexp_take_one_gather_of_five_keys_and_a_float(
         assert (payload, collectives) == (tp_size * (5 * 8 + 4) * len(states), 1)
 
 
-@pytest.mark.parametrize("name", HEAD_NAMES)
+@pytest.mark.parametrize("name", HEADS)
 def test_an_empty_batch_gives_an_empty_answer_on_every_rank(ranks: Results, name: str) -> None:
     for rank in range(5):
         assert ranks[rank][(name, 5, torch.bfloat16, "empty")] == (0, 2)
 
 
 @pytest.mark.parametrize("tp_size", TP_SIZES)
-@pytest.mark.parametrize("name", HEAD_NAMES)
+@pytest.mark.parametrize("name", HEADS)
 def test_emulated_fidelity_is_that_of_real_ranks(
     ranks: Results,
     tied_model: Path,

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from flashhead_dist.heads.base import Head
-from flashhead_dist.heads.emulated import EmulatedHead
-from flashhead_dist.heads.index_scan import IndexScan
-from flashhead_dist.heads.registry import HeadBuilder
+from flashhead_dist.heads.dense import IndexScan
+from flashhead_dist.heads.registry import EmulatedHead, HeadBuilder
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens, token_log_probs
 from flashhead_dist.models import open_model
 from flashhead_dist.parallel import TensorParallel

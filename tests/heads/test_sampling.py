@@ -14,8 +14,8 @@ import torch
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
-from flashhead_dist.heads.closed_form import SAMPLING_HEADS, closed_form
-from flashhead_dist.heads.registry import HEAD_NAMES, HeadBuilder, emulate_head
+from flashhead_dist.heads.closed_form import closed_form
+from flashhead_dist.heads.registry import HEADS, HeadBuilder, emulate_head, sampling_heads
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens, token_log_probs
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.parallel import TensorParallel, split_tensor_parallel
@@ -47,7 +47,7 @@ def states() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def heads(model: ModelSource, tied_index: Path) -> dict[str, Head]:
     builder = HeadBuilder(tp=TensorParallel.single(), model=model, index_dir=tied_index)
-    return {name: builder.build(name) for name in HEAD_NAMES}
+    return {name: builder.build(name) for name in HEADS}
 
 
 def places(count: int = NUM_STATES) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +64,7 @@ def _choose_on_ranks(
         if tp is None:
             continue
         builder = HeadBuilder(tp=tp, model=model, index_dir=index)
-        for name in SAMPLING_HEADS:
+        for name in sampling_heads():
             head = builder.build(name)
             for kind, parameters in KINDS.items():
                 tp.reset()
@@ -84,7 +84,7 @@ def ranks(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SAMPLING_HEADS)
+@pytest.mark.parametrize("name", sampling_heads())
 def test_draws_are_those_of_one_rank(ranks: list[dict[Any, Any]], name: str, kind: str) -> None:
     alone = ranks[0][name, 1, kind]
     assert kind == "greedy" or len(set(alone.tolist())) > 10
@@ -101,14 +101,14 @@ def test_a_draw_is_one_maximum_of_eight_bytes(ranks: list[dict[Any, Any]]) -> No
     assert ranks[0]["flashhead_replicated", 5, "wide top_p", "wire"] == (0, 0)
 
 
-@pytest.mark.parametrize("name", SAMPLING_HEADS)
+@pytest.mark.parametrize("name", sampling_heads())
 def test_log_probs_are_those_of_one_rank(ranks: list[dict[Any, Any]], name: str) -> None:
     for tp_size in TP_SIZES:
         found = ranks[0][name, tp_size, "log_probs"]
         torch.testing.assert_close(found, ranks[0][name, 1, "log_probs"], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", SAMPLING_HEADS)
+@pytest.mark.parametrize("name", sampling_heads())
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_log_probs_sum_to_one(
     heads: dict[str, Head], states: torch.Tensor, name: str, temperature: float
@@ -132,7 +132,7 @@ def test_emulated_ranks_draw_what_real_ranks_draw(
         assert torch.equal(found, ranks[0]["flashhead", 3, kind])
 
 
-@pytest.mark.parametrize("name", [n for n in HEAD_NAMES if n not in SAMPLING_HEADS])
+@pytest.mark.parametrize("name", [n for n in HEADS if n not in sampling_heads()])
 def test_other_heads_name_those_that_sample(
     heads: dict[str, Head], states: torch.Tensor, name: str
 ) -> None:

@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from flashhead_dist.bench.head_shape import shape_of_index
+from flashhead_dist.heads.base import HeadShape
 from flashhead_dist.heads.flashhead_escalate import Escalation
-from flashhead_dist.heads.registry import HeadBuilder, build_head, emulate_head
+from flashhead_dist.heads.registry import HEADS, HeadBuilder, build_head, emulate_head
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
 from flashhead_dist.index import HeadIndexError, IndexOptions, load_manifest, load_shard
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.parallel import TensorParallel
 from flashhead_kernels import dispatch, reference
-from flashhead_topology.head_work import head_work
 
 COLUMNS = {"centroid_columns": 32, "group_size": 16, "learned_pins_per_group": 0}
 
@@ -117,12 +116,12 @@ def test_bytes_are_counted_everywhere_alike(
     clusters = 256 * (32 // 2 + 2 * 2)
     assert manifest.centroid_bytes == clusters + projection
     place = TensorParallel(tp_rank=0, tp_size=tp_size)
-    shape = shape_of_index(manifest)
+    shape = HeadShape.of_index(manifest)
     builder = HeadBuilder(tp=place, model=model, index_dir=index)
     for name in ("flashhead", "flashhead_global"):
         head = builder.build(name)
         for batch in (1, 4):
-            work = head_work(name, shape, tp_size, batch)
+            work = HEADS[name].work(shape, tp_size, batch)
             assert work.read_bytes == head.read_bytes_per_step(batch)
             assert work.weight_bytes == head.weight_bytes
     if tp_size == 1:

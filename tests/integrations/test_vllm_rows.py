@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from flashhead_dist.heads.closed_form import closed_form
-from flashhead_dist.heads.flashhead import FlashHead
-from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
+from flashhead_dist.heads.flashhead import FlashHead, FlashHeadAuto
 from flashhead_dist.index import load_shard
 from flashhead_dist.index.whole import read_token_ids
 from flashhead_dist.integrations.vllm import rows as rows_module

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from flashhead_dist.errors import UserError
-from flashhead_topology.head_cost import HeadShape, step_cost
+from flashhead_dist.heads.base import HeadShape
+from flashhead_dist.heads.registry import head_cost
 from flashhead_topology.systems import load_system
 from tests.launch.ground import LAUNCH
 from tests.launch.scripts import load_script
@@ -55,7 +56,7 @@ def test_two_ranks_become_a_system_file(tmp_path: Path) -> None:
     assert system.max_ranks == 16
     # What is written is what a projection takes.
     shape = HeadShape(vocab_size=32000, hidden_size=64)
-    assert step_cost("dense_gather", shape, system, tp_size=16).exchange_s > 0
+    assert head_cost("dense_gather", shape, system, tp_size=16).exchange_s > 0
 
     with (tmp_path / "lab.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -12,10 +12,10 @@ from types import ModuleType
 
 import pytest
 
-from flashhead_dist.bench.head_shape import head_shape_of
+from flashhead_dist.heads.base import HeadShape
+from flashhead_dist.heads.registry import head_cost
 from flashhead_dist.index import IndexOptions, build_index, load_manifest
 from flashhead_dist.models import open_model
-from flashhead_topology.head_cost import HeadShape, step_cost
 from flashhead_topology.systems import list_systems, load_system
 from tests.launch.ground import LAUNCH
 
@@ -51,7 +51,7 @@ def test_a_step_is_told_by_part_and_called_projected() -> None:
         ("flashhead", 8),
     ]
     shape = HeadShape.with_default_index(262_144, 640)
-    expected = step_cost("flashhead", shape, load_system("h100-infiniband"), tp_size=8)
+    expected = head_cost("flashhead", shape, load_system("h100-infiniband"), tp_size=8)
     assert rows[-1]["total_s"] == expected.total_s
     assert f"{expected.total_s * 1e6:,.1f}" in done.stdout
 
@@ -84,9 +84,9 @@ def test_an_index_takes_the_place_of_a_shape(
     given = ["--system", "h100-infiniband", "--index", str(index), "--tp-sizes", "2", "--json"]
     assert command.main(given) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["costs"]
-    expected = step_cost(
+    expected = head_cost(
         "flashhead",
-        head_shape_of(model, load_manifest(index)),
+        HeadShape.of_index(load_manifest(index)),
         load_system("h100-infiniband"),
         tp_size=2,
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from flashhead_dist.errors import UserError
+from flashhead_dist.heads.base import HeadShape
+from flashhead_dist.heads.registry import head_cost
 from flashhead_dist.report import model_error as model_errors
 from flashhead_dist.report.model_error import ModelError, check_model, model_error
 from flashhead_dist.report.outlook import (
@@ -20,7 +22,6 @@ from flashhead_dist.report.outlook import (
 from flashhead_dist.report.runs import Run
 from flashhead_dist.report.sections.projection import projection_section
 from flashhead_dist.report.tables_html import table_views
-from flashhead_topology.head_cost import HeadShape, step_cost
 from flashhead_topology.systems import Level, System
 from tests.report.made_up import environment_of, golden, run_of
 from tests.report.test_sections import marks
@@ -49,7 +50,7 @@ def test_what_is_projected_is_the_models_cost_with_its_error_around(run: Run) ->
         (head, batch_size) for batch_size in (1, 4) for head in run.heads
     ]
     (mine,) = (o for o in found if (o.head, o.batch_size) == ("flashhead", 4))
-    cost = step_cost("flashhead", SHAPE, NODE, tp_size=4, batch_size=4)
+    cost = head_cost("flashhead", SHAPE, NODE, tp_size=4, batch_size=4)
     assert mine.costs[4] == cost
     off_s = 0.1 * cost.compute_s + 0.5 * cost.exchange_s
     assert mine.bands[4] == pytest.approx((cost.total_s - off_s, cost.total_s + off_s))
@@ -107,7 +108,7 @@ def test_the_model_is_held_against_measured_cells_alone(run: Run) -> None:
     checks = check_model(run, SHAPE, NODE)
     assert {check.tp_size for check in checks} == {1, 2}
     first = next(c for c in checks if (c.head, c.tp_size, c.batch_size) == ("flashhead", 1, 1))
-    cost = step_cost("flashhead", SHAPE, NODE, tp_size=1)
+    cost = head_cost("flashhead", SHAPE, NODE, tp_size=1)
     assert first.compute_error == pytest.approx(cost.compute_s / 4000e-6 - 1)
     error = model_error(checks, "node")
     assert error.compute == pytest.approx(sum(abs(c.compute_error) for c in checks) / len(checks))
@@ -133,7 +134,7 @@ def test_the_shipped_error_is_the_worst_operation(
     error = model_error([], None)
     assert (error.exchange, error.small_exchange) == (0.2, 0.7)
     for head, share in (("flashhead", 0.7), ("dense_gather", 0.2)):
-        cost = step_cost(head, SHAPE, NODE, tp_size=4)
+        cost = head_cost(head, SHAPE, NODE, tp_size=4)
         assert error.band_s(cost)[1] == pytest.approx(cost.total_s + share * cost.exchange_s)
     assert "(all_gather)" in error.words
     (tmp_path / "validation.yaml").write_text("operations: 3\n")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashhead_topology.collective_cost import ALGORITHMS, OPERATIONS, collective_time_s
+from flashhead_topology.links import ALGORITHMS, OPERATIONS, collective_time_s
 from flashhead_topology.systems import Level
 
 ALPHA, BETA = 1.0, 1e-3

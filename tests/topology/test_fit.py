@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from flashhead_topology.collective_cost import collective_time_s
-from flashhead_topology.fit import Sample, fit_level, predict_s
+from flashhead_topology.links import Sample, collective_time_s, fit_level, predict_s
 from flashhead_topology.systems import Level
 
 SIZES = [8, 64, 4096, 1 << 15, 1 << 18, 1 << 21, 1 << 24]

@@ -10,8 +10,10 @@ from dataclasses import replace
 
 import pytest
 
-from flashhead_topology.collective_cost import collective_time_s
-from flashhead_topology.head_cost import HEAD_NAMES, HeadShape, StepCost, step_cost
+from flashhead_dist.heads.base import HeadShape
+from flashhead_dist.heads.registry import HEADS, head_cost
+from flashhead_topology.cost import StepCost
+from flashhead_topology.links import collective_time_s
 from flashhead_topology.systems import Level, System, list_systems, load_system
 
 GEMMA = HeadShape.with_default_index(262_144, 640)
@@ -30,7 +32,7 @@ SYSTEM = System(
 
 
 def cost(name: str, tp_size: int = 1, batch: int = 1, system: System = SYSTEM) -> StepCost:
-    return step_cost(name, GEMMA, system, tp_size=tp_size, batch_size=batch)
+    return head_cost(name, GEMMA, system, tp_size=tp_size, batch_size=batch)
 
 
 def test_the_default_index_is_that_of_the_docs() -> None:
@@ -62,7 +64,7 @@ def test_a_retrieval_step_by_hand() -> None:
     assert found.total_s == pytest.approx(found.compute_s + found.exchange_s)
 
 
-@pytest.mark.parametrize("name", HEAD_NAMES)
+@pytest.mark.parametrize("name", HEADS)
 def test_parts_sum_to_the_total_everywhere(name: str) -> None:
     for tp_size in (1, 2, 8, 64):
         found = cost(name, tp_size, batch=4)
@@ -134,11 +136,11 @@ def test_a_cpu_has_its_own_count_of_launches() -> None:
 
 
 def test_a_pipeline_sends_the_tokens_back_over_the_links_between_its_stages() -> None:
-    one = step_cost("flashhead", GEMMA, SYSTEM, tp_size=8)
-    two = step_cost("flashhead", GEMMA, SYSTEM, tp_size=8, pp_size=2, batch_size=1)
+    one = head_cost("flashhead", GEMMA, SYSTEM, tp_size=8)
+    two = head_cost("flashhead", GEMMA, SYSTEM, tp_size=8, pp_size=2, batch_size=1)
     assert two.parts["pipeline/send"] == pytest.approx(4e-6 + 1e-5 + 8e-10)
     assert two.total_s == pytest.approx(one.total_s + two.parts["pipeline/send"])
-    inside = step_cost("flashhead", GEMMA, SYSTEM, tp_size=4, pp_size=2)
+    inside = head_cost("flashhead", GEMMA, SYSTEM, tp_size=4, pp_size=2)
     assert inside.parts["pipeline/send"] < two.parts["pipeline/send"]
 
 
@@ -157,17 +159,17 @@ def test_more_ranks_help_until_the_exchange_leaves_the_node() -> None:
 @pytest.mark.parametrize("name", list_systems())
 def test_shipped_systems_cost_something_at_every_size(name: str) -> None:
     system = load_system(name)
-    for head in HEAD_NAMES:
+    for head in HEADS:
         for tp_size in (1, 2, 8, 16, 128):
-            assert 1e-6 < step_cost(head, GEMMA, system, tp_size=tp_size).total_s < 1
-    dense = step_cost("dense_local_max", GEMMA, system, tp_size=1024)
+            assert 1e-6 < head_cost(head, GEMMA, system, tp_size=tp_size).total_s < 1
+    dense = head_cost("dense_local_max", GEMMA, system, tp_size=1024)
     assert dense.exchange_s > dense.parts["head/candidates"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ({"head_name": "flashheed"}, "no head named 'flashheed'"),
+        ({"name": "flashheed"}, "no head named 'flashheed'"),
         ({"tp_size": 0}, "tp_size is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"pp_size": 0}, "pp_size is 0"),
@@ -178,7 +180,7 @@ def test_shipped_systems_cost_something_at_every_size(name: str) -> None:
         (
             {
                 "shape": replace(GEMMA, hidden_size=32),
-                "head_name": "dense_allreduce",
+                "name": "dense_allreduce",
                 "tp_size": 33,
             },
             "splits 32 columns",
@@ -187,13 +189,13 @@ def test_shipped_systems_cost_something_at_every_size(name: str) -> None:
 )
 def test_what_cannot_be_is_refused(arguments: dict[str, object], complaint: str) -> None:
     given: dict[str, object] = {
-        "head_name": "flashhead",
+        "name": "flashhead",
         "shape": GEMMA,
         "system": SYSTEM,
         "tp_size": 1,
     } | arguments
     with pytest.raises(ValueError, match=complaint):
-        step_cost(**given)  # type: ignore[arg-type]
+        head_cost(**given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from statistics import median
 
 import pytest
 
-from flashhead_topology.collective_cost import collective_time_s
+from flashhead_topology.links import collective_time_s
 from flashhead_topology.systems import load_system
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30

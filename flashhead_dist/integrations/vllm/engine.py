@@ -108,7 +108,7 @@ class Engine:
 
     def rows_head(self, dtype: torch.dtype | None, softcap: float | None, scale: float) -> RowsHead:
         """The head over this rank's shard; dtype, softcap and scale are those of vLLM's layer."""
-        from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
+        from flashhead_dist.heads.flashhead import FlashHeadAuto
         from flashhead_dist.index.whole import read_token_ids
         from flashhead_dist.integrations.vllm.head import Finish, GroupControl, RowsHead, start
         from flashhead_dist.integrations.vllm.rows import VocabularyMap

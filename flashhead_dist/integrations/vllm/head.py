@@ -19,7 +19,7 @@ from torch import Tensor
 from flashhead_dist.bench.control import Control
 from flashhead_dist.bench.crossover import find_crossover_of, settle_crossover
 from flashhead_dist.heads.base import Want
-from flashhead_dist.heads.flashhead_auto import FlashHeadAuto
+from flashhead_dist.heads.flashhead import FlashHeadAuto
 from flashhead_dist.integrations.vllm.needs import Rest, RowNeed
 from flashhead_dist.integrations.vllm.options import MEASURE, NEVER
 from flashhead_dist.integrations.vllm.rows import VocabularyMap, know, make_rows

@@ -8,6 +8,8 @@ from typing import Any
 from flashhead_dist.bench.crossover import Crossover, crossover_notes
 from flashhead_dist.bench.records import ENVIRONMENT_NAME
 from flashhead_dist.errors import UserError
+from flashhead_dist.heads.dense import DenseLocalMax
+from flashhead_dist.heads.flashhead import FlashHead, FlashHeadAuto
 from flashhead_dist.report.chart import Chart
 from flashhead_dist.report.plot_frame import style_of
 from flashhead_dist.report.plots import plain_numbers, size_axis
@@ -16,7 +18,7 @@ from flashhead_dist.report.section import Plot, Section, frame_of
 
 KEY = "crossover"
 _TITLE = "Batch crossover"
-_WAYS = {"retrieval": "flashhead", "scan": "dense_local_max"}
+_WAYS = {"retrieval": FlashHead.name, "scan": DenseLocalMax.name}
 
 
 def crossover_section(run: Run) -> Section:
@@ -30,7 +32,7 @@ def crossover_section(run: Run) -> Section:
     crossovers = _crossovers(run)
     if not crossovers:
         missing = "flashhead_auto, which looks for it, was not among the heads that were measured"
-        if "flashhead_auto" in run.environment.get("heads", []):
+        if FlashHeadAuto.name in run.environment.get("heads", []):
             missing = "the run ended before it wrote its crossovers"
         return Section(key=KEY, title=_TITLE, missing=missing)
     rows = [
@@ -54,7 +56,7 @@ def crossover_section(run: Run) -> Section:
         ),
         frame=frame_of(rows),
         plots=tuple(_plot(run, tp_size, crossover) for tp_size, crossover in crossovers.items()),
-        marks=(("flashhead", "retrieval"), ("dense_local_max", "scan of the shard's rows")),
+        marks=((FlashHead.name, "retrieval"), (DenseLocalMax.name, "scan of the shard's rows")),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import sqrt
 
 from flashhead_dist.bench.records import Record
+from flashhead_dist.heads.registry import HEADS
 from flashhead_dist.report.chart import Chart
 from flashhead_dist.report.plot_frame import style_of
 from flashhead_dist.report.runs import Run
@@ -31,10 +32,11 @@ def fidelity_section(run: Run) -> Section:
         "(Wilson). The worst of many sources is chosen after the fact, so it looks worse than a "
         "source is expected to be; one miss of 20 states is 5 %."
     ]
-    if any(name in ("dense_gather", "dense_allreduce") for name in run.heads):
+    rounding = [name for name in run.heads if name in HEADS and HEADS[name].rounds_logits]
+    if rounding:
         notes.append(
-            f"dense_gather and dense_allreduce compare logits rounded to {run.first.dtype}, "
-            f"where many tie: their misses are ties."
+            f"{' and '.join(rounding)}: logits rounded to {run.first.dtype} are compared, where "
+            f"many tie, so the misses are ties."
         )
     return Section(
         key=KEY,

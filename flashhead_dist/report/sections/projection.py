@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flashhead_dist.bench.records import BASELINE
+from flashhead_dist.heads.registry import BASELINE
 from flashhead_dist.report.chart import Chart
 from flashhead_dist.report.model_error import ModelError
 from flashhead_dist.report.outlook import Outlook

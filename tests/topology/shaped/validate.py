@@ -29,7 +29,8 @@ import pandas as pd
 import yaml
 
 from flashhead_dist.bench.records import Record, read_records
-from flashhead_topology.head_cost import HeadShape, step_cost
+from flashhead_dist.heads.base import HeadShape
+from flashhead_dist.heads.registry import head_cost
 from flashhead_topology.systems import System, load_system
 from tests.topology.shaped.agents import Agents, succeeded
 from tests.topology.shaped.comparison import GATHER, Cell, by_kind, calibrated_on, mean_error
@@ -86,7 +87,7 @@ def cells_of(
     """Each record's exchange beside what the cost model says of it, by `system`'s constants."""
     found: list[Cell] = []
     for record in records:
-        cost = step_cost(
+        cost = head_cost(
             record.head, shape, system, tp_size=num_hosts, batch_size=record.batch_size
         )
         found.append(
