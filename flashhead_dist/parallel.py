@@ -23,8 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashhead_dist.errors import UserError
-from flashhead_kernels.dispatch import ops_for
-from flashhead_kernels.exchange_choice import (
+from flashhead_dist.exchange import (
     AUTO,
     ExchangeChoice,
     ExchangeFailedError,
@@ -32,6 +31,7 @@ from flashhead_kernels.exchange_choice import (
     ExchangeUnavailableError,
     choose_exchange,
 )
+from flashhead_kernels.dispatch import ops_for
 from flashhead_profiles.ranges import EXCHANGE, annotate
 from flashhead_topology.links import payload_bytes, ring_sent_bytes
 
@@ -166,7 +166,7 @@ class TensorParallel:
     ) -> TensorParallel:
         """This process's place in an open process group; every rank of it calls this.
 
-        exchange: how packed keys are exchanged, one of `flashhead_kernels.exchange_choice.METHODS`.
+        exchange: how packed keys are exchanged, one of `flashhead_dist.exchange.METHODS`.
         calls: what carries out the collectives; torch.distributed where None.
 
         Raises:

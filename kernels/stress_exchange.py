@@ -40,15 +40,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from flashhead_kernels.exchange_choice import (
+from flashhead_dist.exchange import (
     ExchangeFailedError,
     ExchangeMethod,
     ExchangeUnavailableError,
     choose_exchange,
 )
-from flashhead_kernels.exchange_layout import DEFAULT_CAPACITY, merged_keys, num_words
-from flashhead_kernels.keys import EMPTY_KEY
-from flashhead_kernels.symmetric import SHARED_DEVICE_VARIABLE, SymmetricExchange
+from flashhead_dist.symmetric import SHARED_DEVICE_VARIABLE, SymmetricExchange
+from flashhead_kernels.keys import DEFAULT_CAPACITY, EMPTY_KEY, merged_keys, num_words
 
 INTERRUPTED = 130
 _UNAVAILABLE = 3

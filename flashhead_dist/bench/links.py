@@ -35,7 +35,7 @@ from flashhead_dist.parallel import (
     TensorParallel,
     round_trip,
 )
-from flashhead_kernels.exchange_layout import DEFAULT_CAPACITY
+from flashhead_kernels.keys import DEFAULT_CAPACITY
 from flashhead_topology.links import CollectiveOperation, Fit, Sample, ring_sent_bytes
 from flashhead_topology.systems import Level, Source, System
 

@@ -14,6 +14,13 @@ EMPTY_KEY = -(2**63)
 
 _ID_MASK = 0xFFFFFFFF
 
+DEFAULT_CAPACITY = 256
+"""Keys that a slot holds: the largest batch whose greedy keys go this way."""
+NUM_BUFFERS = 2
+"""Rounds whose keys have slots of their own; one would let a fast rank overwrite unread keys."""
+SIGNAL_STRIDE = 16
+"""Words from one signal to the next: 128 bytes, a line of the cache each."""
+
 
 def pack_keys(logits: Tensor, token_ids: Tensor) -> Tensor:
     """Pack `logits [...]` (any float, taken as float32) and `token_ids [...]` into int64 keys.
@@ -52,3 +59,26 @@ def unpack_keys_into(keys: Tensor, token_ids: Tensor, logits: Tensor) -> None:
     values, ids = unpack_keys(keys)
     token_ids.copy_(ids)
     logits.copy_(values)
+
+
+def num_words(tp_size: int, capacity: int) -> int:
+    """Int64 words that each rank shares with its peers: signals, then slots.
+
+    Raises:
+        ValueError: fewer than two ranks, or a capacity that is not a power of two.
+    """
+    if tp_size < 2:
+        raise ValueError(f"an exchange takes two ranks or more, not {tp_size}")
+    if capacity < 1 or capacity & (capacity - 1):
+        raise ValueError(f"capacity {capacity} is not a power of two")
+    return tp_size * SIGNAL_STRIDE + NUM_BUFFERS * tp_size * capacity
+
+
+def padded(size: int) -> int:
+    """The least power of two that is not below `size`."""
+    return 1 << (size - 1).bit_length()
+
+
+def merged_keys(rank_keys: Tensor) -> Tensor:
+    """What an exchange leaves every rank with: the maximum over P of `rank_keys [P, *shape]`."""
+    return rank_keys.amax(dim=0)

@@ -24,7 +24,7 @@ Why this is enough:
 - Nothing is ever reset: signals only grow, and 63 bits of rounds do not run out.
 
 Signals are set and polled by atomics, as Triton has no acquiring load: GPUs must have native
-atomics between them (`device_links`).
+atomics between them (see `flashhead_dist.symmetric`).
 
 Rounds of one exchange must follow each other in one stream (or graph), and every rank must give the
 same number of keys. A peer that never comes leaves the others waiting, as it does in NCCL.
@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashhead_kernels.exchange_layout import NUM_BUFFERS, SIGNAL_STRIDE, padded
+from flashhead_kernels.keys import NUM_BUFFERS, SIGNAL_STRIDE, padded
 from flashhead_kernels.triton_pieces import key_id, key_logit
 
 NUM_WARPS = 4

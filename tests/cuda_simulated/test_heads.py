@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from flashhead_dist.errors import UserError
+from flashhead_dist.exchange import ExchangeChoice, ExchangeMethod
 from flashhead_dist.heads.base import Head, HeadOutput, Want
 from flashhead_dist.heads.flashhead import FlashHeadAuto
 from flashhead_dist.heads.registry import HEADS, HeadBuilder, emulate_head
 from flashhead_dist.parallel import TensorParallel
+from flashhead_dist.symmetric import SymmetricExchange
 from flashhead_kernels import launch_choice
-from flashhead_kernels.exchange_choice import ExchangeChoice, ExchangeMethod
-from flashhead_kernels.exchange_layout import SIGNAL_STRIDE, num_words
-from flashhead_kernels.keys import pack_keys
-from flashhead_kernels.symmetric import SymmetricExchange
+from flashhead_kernels.keys import SIGNAL_STRIDE, num_words, pack_keys
 from tests.cuda_simulated.conftest import Small
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flashhead_kernels.exchange_layout import padded
+from flashhead_kernels.keys import padded
 from flashhead_kernels.triton_exchange import NUM_WARPS, exchange_kernel
 
 

@@ -23,8 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashhead_kernels import triton_exchange
-from flashhead_kernels.exchange_layout import merged_keys, num_words
-from flashhead_kernels.keys import EMPTY_KEY
+from flashhead_kernels.keys import EMPTY_KEY, merged_keys, num_words
 
 CAPACITY = 8
 TIME_LIMIT_S = 60.0

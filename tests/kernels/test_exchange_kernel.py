@@ -17,15 +17,17 @@ from typing import Any
 import pytest
 import torch
 
-from flashhead_kernels.exchange_layout import (
+from flashhead_kernels.keys import (
     DEFAULT_CAPACITY,
+    EMPTY_KEY,
     NUM_BUFFERS,
     SIGNAL_STRIDE,
     merged_keys,
     num_words,
+    pack_keys,
     padded,
+    unpack_keys,
 )
-from flashhead_kernels.keys import EMPTY_KEY, pack_keys, unpack_keys
 
 pytest.importorskip("triton")
 

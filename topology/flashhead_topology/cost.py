@@ -29,7 +29,7 @@ from flashhead_topology.systems import Level, System
 
 _TOKEN_BYTES = 8
 _MOST_KEYS_IN_ONE_SHOT = 256
-"""Keys that the symmetric-memory exchange takes: `flashhead_kernels.exchange_layout`."""
+"""Keys that the symmetric-memory exchange takes: `flashhead_kernels.keys`."""
 
 
 @dataclass(frozen=True)

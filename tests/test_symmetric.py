@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flashhead_kernels import device_links, symmetric
-from flashhead_kernels.exchange_layout import num_words
-from flashhead_kernels.symmetric import (
+from flashhead_dist import symmetric
+from flashhead_dist.symmetric import (
     SHARED_DEVICE_VARIABLE,
     MappedWords,
     SymmetricExchange,
     local_place,
     map_words,
 )
+from flashhead_kernels.keys import num_words
 
 GROUP = cast(dist.ProcessGroup, SimpleNamespace(group_name="7"))
 RANK, TP_SIZE, CAPACITY = 1, 2, 4
@@ -92,24 +92,24 @@ class _Driver:
 
 
 def test_peers_need_native_atomics_and_to_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_links.ctypes, "CDLL", lambda _: _Driver())
-    monkeypatch.setattr(device_links, "visible_ordinals", lambda: {"a": 0, "b": 1, "c": 2})
+    monkeypatch.setattr(symmetric.ctypes, "CDLL", lambda _: _Driver())
+    monkeypatch.setattr(symmetric, "visible_ordinals", lambda: {"a": 0, "b": 1, "c": 2})
     device = torch.device("cuda", 0)
-    assert device_links.link_obstacle(device, ["a", "b", "a"]) is None
+    assert symmetric.link_obstacle(device, ["a", "b", "a"]) is None
     assert "GPU 0 and GPU 2 have no native atomics" in str(
-        device_links.link_obstacle(device, ["a", "b", "c"])
+        symmetric.link_obstacle(device, ["a", "b", "c"])
     )
-    assert "hidden" in str(device_links.link_obstacle(device, ["a", "d"]))
+    assert "hidden" in str(symmetric.link_obstacle(device, ["a", "d"]))
 
 
 def test_ranks_on_one_gpu_need_no_driver_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: str) -> None:
         raise OSError
 
-    monkeypatch.setattr(device_links.ctypes, "CDLL", missing)
-    monkeypatch.setattr(device_links, "visible_ordinals", lambda: {"a": 0, "b": 1})
-    assert device_links.link_obstacle(torch.device("cuda", 0), ["a", "a"]) is None
-    assert device_links.link_obstacle(torch.device("cuda", 0), ["a", "b"]) is not None
+    monkeypatch.setattr(symmetric.ctypes, "CDLL", missing)
+    monkeypatch.setattr(symmetric, "visible_ordinals", lambda: {"a": 0, "b": 1})
+    assert symmetric.link_obstacle(torch.device("cuda", 0), ["a", "a"]) is None
+    assert symmetric.link_obstacle(torch.device("cuda", 0), ["a", "b"]) is not None
 
 
 def test_a_wrong_first_round_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,22 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashhead_dist import exchange as exchange_choice
 from flashhead_dist.errors import UserError
+from flashhead_dist.exchange import (
+    ExchangeFailedError,
+    ExchangeUnavailableError,
+    choose_exchange,
+)
 from flashhead_dist.parallel import (
     Exchange,
     Operation,
     TensorParallel,
     split_tensor_parallel,
 )
-from flashhead_kernels import exchange_choice
-from flashhead_kernels.exchange_choice import (
-    ExchangeFailedError,
-    ExchangeUnavailableError,
-    choose_exchange,
-)
-from flashhead_kernels.exchange_layout import merged_keys, num_words
-from flashhead_kernels.keys import EMPTY_KEY
-from flashhead_kernels.symmetric import (
+from flashhead_dist.symmetric import (
     SHARED_DEVICE_VARIABLE,
     MappedWords,
     Place,
@@ -39,6 +37,7 @@ from flashhead_kernels.symmetric import (
     group_obstacle,
     local_obstacle,
 )
+from flashhead_kernels.keys import EMPTY_KEY, merged_keys, num_words
 
 WORLD_SIZE = 3
 CAPACITY = 8
@@ -247,7 +246,7 @@ def _rank_user_error(_: int, __: int) -> str:
 
 
 def test_a_request_that_cannot_be_met_is_the_users_to_mend(run_ranks: Run) -> None:
-    assert all("exchange 'nccl' is not to" in text for text in run_ranks(_rank_user_error, 2))
+    assert all("exchange 'nccl' is unavailable" in text for text in run_ranks(_rank_user_error, 2))
 
 
 def test_one_rank_and_emulated_ranks_send_nothing() -> None:

@@ -10,17 +10,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from flashhead_kernels.device_links import link_obstacle
-from flashhead_kernels.exchange_layout import DEFAULT_CAPACITY
-from flashhead_kernels.symmetric import (
+from flashhead_dist.symmetric import (
     Place,
     SymmetricExchange,
     allocate_words,
     group_obstacle,
+    link_obstacle,
     local_obstacle,
     local_place,
     map_words,
 )
+from flashhead_kernels.keys import DEFAULT_CAPACITY
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ def choose_exchange(
     On CUDA the ranks talk to agree; on a CPU nothing is sent.
 
     Raises:
-        ExchangeUnavailableError: the requested method is unknown, or not to be had on some rank, or
+        ExchangeUnavailableError: the requested method is unknown, or unavailable on some rank, or
             the ranks asked for different ones. Every rank raises.
         ExchangeFailedError: the exchange kernel does not compile or a first round comes out wrong.
             Every rank raises.
@@ -134,11 +134,11 @@ def _with_library(
 ) -> ExchangeChoice:
     if requested == ExchangeMethod.SYMMETRIC:
         raise ExchangeUnavailableError(
-            f"exchange {requested!r} is not to be had, as {because}: choose {AUTO!r} or {library!r}"
+            f"exchange {requested!r} is unavailable, as {because}: choose {AUTO!r} or {library!r}"
         )
     if requested not in (AUTO, library):
         raise ExchangeUnavailableError(
-            f"exchange {requested!r} is not to be had, as this group uses {library} on "
+            f"exchange {requested!r} is unavailable, as this group uses {library} on "
             f"{device.type}: choose {AUTO!r} or open the group with {requested}"
         )
     if library not in (ExchangeMethod.NCCL, ExchangeMethod.GLOO):

@@ -1,16 +1,18 @@
 """Key exchange through torch symmetric memory: the words, the addresses, and the launch.
 
-Written against torch 2.11 to 2.13, whose symmetric memory is declared alpha. What needs
-CUDA here (`allocate_words`, `map_words`) has not been run; `SymmetricExchange` runs interpreted on
-a CPU.
+Written against torch 2.11 to 2.13, whose symmetric memory is declared alpha. What needs CUDA
+here (`allocate_words`, `map_words`, `link_obstacle`) has not been run; `SymmetricExchange` runs
+interpreted on a CPU.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import socket
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashhead_kernels.exchange_layout import merged_keys, num_words
+from flashhead_kernels.keys import merged_keys, num_words
 
 SHARED_DEVICE_VARIABLE = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 _MIN_CAPABILITY = (7, 0)
 _TRIAL_LIMIT_S = 60.0
 _FAILED = -1
+_NATIVE_ATOMIC_SUPPORTED = 3
+"""CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED of cuda.h."""
 
 
 @dataclass
@@ -180,6 +184,50 @@ def group_obstacle(places: list[Place]) -> str | None:
         # in 2.11 to 2.13 whichever the group: pytorch issue 196082.
         return "the ranks have mapped memory in different numbers of groups: open larger ones first"
     return None
+
+
+def link_obstacle(device: torch.device, peer_uuids: Iterable[str]) -> str | None:
+    """Why atomics between a CUDA device and its peers' are not sure to hold; None if they are.
+
+    The exchange kernel signals by atomic operations on a peer's memory while the peer polls it by
+    its own; without native atomics, which PCIe mostly lacks, a signal could be lost. torch has no
+    call for it, so the driver is asked.
+
+    peer_uuids: of the peers' devices; the device's own may be among them, and needs no link.
+    """
+    ordinals = visible_ordinals()
+    own = torch.cuda.current_device() if device.index is None else device.index
+    for uuid in dict.fromkeys(peer_uuids):
+        peer = ordinals.get(uuid)
+        if peer is None:
+            return "a peer's GPU is hidden from it, so that atomics between the two are not known"
+        if peer != own and not has_native_atomics(own, peer):
+            return f"its GPU {own} and GPU {peer} have no native atomics between them"
+    return None
+
+
+def visible_ordinals() -> Mapping[str, int]:
+    """Number of each visible CUDA device by its uuid."""
+    return {
+        str(torch.cuda.get_device_properties(ordinal).uuid): ordinal
+        for ordinal in range(torch.cuda.device_count())
+    }
+
+
+def has_native_atomics(own: int, peer: int) -> bool:
+    """Whether the driver says so, of two visible devices; False where it cannot be asked."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    value, handles = ctypes.c_int(0), []
+    for ordinal in (own, peer):
+        handle = ctypes.c_int(0)
+        if driver.cuDeviceGet(ctypes.byref(handle), ordinal) != 0:
+            return False
+        handles.append(handle)
+    status = driver.cuDeviceGetP2PAttribute(ctypes.byref(value), _NATIVE_ATOMIC_SUPPORTED, *handles)
+    return status == 0 and value.value == 1
 
 
 @dataclass(frozen=True)
