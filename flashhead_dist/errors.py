@@ -14,3 +14,10 @@ class UserError(Exception):
 
 class ModelSourceError(UserError):
     """The named model cannot serve as a source of output-embedding rows."""
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT."""
+
+LOST = 1
+"""Exit code of a rank that ends because another one failed."""

@@ -38,8 +38,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from flashhead_dist.bench.watch import INTERRUPTED
-from flashhead_dist.errors import UserError
+from flashhead_dist.errors import INTERRUPTED, UserError
 from flashhead_dist.evaluate.workload import Request, prepare_workload
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.dense import DenseLocalMax

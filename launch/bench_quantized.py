@@ -24,7 +24,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flashhead_dist.bench.watch import INTERRUPTED
 from flashhead_dist.decode.compare import (
     Measured,
     Request,
@@ -36,7 +35,7 @@ from flashhead_dist.decode.compare import (
 )
 from flashhead_dist.decode.engine import DENSE, Engine, Layout, Variant
 from flashhead_dist.decode.prompts import read_prompts
-from flashhead_dist.errors import UserError
+from flashhead_dist.errors import INTERRUPTED, UserError
 from flashhead_dist.heads.sampling import SamplingParameters
 from flashhead_dist.index import ensure_index
 from flashhead_dist.integrations.quantized_make import GROUP_SIZE, default_w4a16_folder

@@ -28,8 +28,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from flashhead_dist.bench.watch import INTERRUPTED
-from flashhead_dist.errors import UserError
+from flashhead_dist.errors import INTERRUPTED, UserError
 from flashhead_dist.index import ensure_index
 from flashhead_dist.integrations.transformers import replace_head
 from flashhead_dist.models import open_model

@@ -31,8 +31,7 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from flashhead_dist.bench.watch import INTERRUPTED
-from flashhead_dist.errors import UserError
+from flashhead_dist.errors import INTERRUPTED, UserError
 from flashhead_dist.index import (
     IndexManifest,
     IndexOptions,

@@ -27,7 +27,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flashhead_dist.bench.watch import INTERRUPTED
 from flashhead_dist.decode.drafts import (
     Drafted,
     DraftHeads,
@@ -36,7 +35,7 @@ from flashhead_dist.decode.drafts import (
     training_texts,
 )
 from flashhead_dist.decode.prompts import Prompt, held_out_prompts
-from flashhead_dist.errors import UserError
+from flashhead_dist.errors import INTERRUPTED, UserError
 from flashhead_dist.index import ensure_index
 from flashhead_dist.models import open_model
 from flashhead_dist.progress import progress

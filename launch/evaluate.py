@@ -39,8 +39,7 @@ import evaluate_robustness
 import evaluate_sampling
 import evaluate_tasks
 import evaluate_texts
-from flashhead_dist.bench.watch import INTERRUPTED
-from flashhead_dist.errors import UserError
+from flashhead_dist.errors import INTERRUPTED, UserError
 
 _MODULES: tuple[ModuleType, ...] = (
     evaluate_fidelity,

@@ -44,8 +44,7 @@ from rich.text import Text
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from flashhead_dist.bench.watch import INTERRUPTED
-from flashhead_dist.errors import UserError
+from flashhead_dist.errors import INTERRUPTED, UserError
 from flashhead_dist.heads.flashhead_escalate import Escalation, FlashHeadEscalate
 from flashhead_dist.heads.registry import check_head_names, needs_index
 from flashhead_dist.index import ensure_index

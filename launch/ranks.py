@@ -12,8 +12,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -23,11 +22,8 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from flashhead_dist.bench.control import Control, PeerError
-from flashhead_dist.bench.environment import boot_id
-from flashhead_dist.bench.host_watch import HostWatch, Place, lost_after_s
-from flashhead_dist.bench.watch import INTERRUPTED, PeerWatch
-from flashhead_dist.errors import UserError
+from flashhead_dist.bench.control import Control, PeerError, Watch, lost_after_s
+from flashhead_dist.errors import INTERRUPTED, UserError
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -40,6 +36,7 @@ class World:
     size: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
     local_rank: int = field(default_factory=lambda: int(os.environ.get("LOCAL_RANK", "0")))
     local_size: int = field(default_factory=lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    num_hosts: int = field(default_factory=lambda: int(os.environ.get("GROUP_WORLD_SIZE", "1")))
 
 
 @dataclass(frozen=True)
@@ -77,53 +74,36 @@ def run_ranks(world: World, work: Callable[[Ranks], None], parting_words: Callab
     control = Control(store, world.rank, range(world.size))
     code = 0
     try:
-        with _watch_all(control, store, parting_words):
-            try:
+        with control.phase():
+            patience_s = lost_after_s()
+        host = f"{socket.gethostname()}" if world.num_hosts > 1 else "this host"
+        watch = Watch(
+            PrefixStore("watch", store.clone()) if world.size > 1 else None,  # type: ignore[attr-defined]
+            world.rank,
+            control.gather(host),
+            parting_words=parting_words,
+            patience_s=patience_s,
+        )
+        try:
+            with watch:
                 work(Ranks(world, control, store))
-            finally:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
+                # No rank leaves while another still works.
+                control.barrier()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
     except PeerError as error:
         _refuse(error, world)
         code = error.exit_code
+        control.barrier()
     except KeyboardInterrupt:
         code = INTERRUPTED
-    if code != INTERRUPTED:
-        # No rank ends while another still watches: it would be taken for lost.
-        control.barrier()
     if code and world.size > 1:
         # Taking Python down lasts longer on some ranks, and torchrun kills those left behind.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
-
-
-@contextmanager
-def _watch_all(control: Control, store: Store, parting_words: Callable[[], str]) -> Iterator[None]:
-    """Watch the other ranks of this host by their processes, and the other hosts by the store.
-
-    Raises:
-        PeerError: what the environment says of watching cannot be.
-    """
-    with control.phase():
-        patience_s = lost_after_s()
-    facts = control.gather([_process_space(), socket.gethostname(), os.getpid()])
-    places = [Place(space, host) for space, host, _ in facts]
-    pids = {rank: pid for rank, (space, _, pid) in enumerate(facts) if space == _process_space()}
-    spread = len({place.space for place in places}) > 1
-    hosts = HostWatch(
-        PrefixStore("host-watch", store.clone()) if spread else None,  # type: ignore[attr-defined]
-        control.rank,
-        places,
-        store_place=os.environ.get("MASTER_ADDR", "this host"),
-        parting_words=parting_words,
-        silence=lambda: peers.silence(),
-        lost_after_s=patience_s,
-    )
-    peers = PeerWatch(control.rank, pids, parting_words, tell=hosts.announce)
-    with hosts, peers:
-        yield
 
 
 def refuse_together(world: World, mistake: UserError) -> int:
@@ -149,12 +129,6 @@ def _refuse(error: PeerError, world: World) -> None:
         said = sentence if speaks else f"ended for what rank {error.first_rank} says"
         extra = {"py_callstack": said, "timestamp": str(second)}
         Path(path).write_text(json.dumps({"message": {"message": said, "extraInfo": extra}}))
-
-
-def _process_space() -> str:
-    """What two ranks have in common only where one can watch the other's process."""
-    namespace = Path("/proc/self/ns/pid")
-    return f"{boot_id()} {namespace.readlink() if namespace.exists() else ''}"
 
 
 def _open_store(world: World) -> Store:

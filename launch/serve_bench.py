@@ -30,9 +30,8 @@ from typing import Any
 
 from flashhead_dist.bench.environment import software_versions, source_commit
 from flashhead_dist.bench.records import make_run_folder
-from flashhead_dist.bench.watch import INTERRUPTED
 from flashhead_dist.decode.prompts import read_prompts
-from flashhead_dist.errors import UserError
+from flashhead_dist.errors import INTERRUPTED, UserError
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.models import open_model
 from flashhead_dist.models.cache import cache_root

@@ -39,8 +39,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flashhead_dist.bench.watch import INTERRUPTED
-from flashhead_dist.errors import UserError
+from flashhead_dist.errors import INTERRUPTED, UserError
 from flashhead_dist.index.progress import progress_bars
 from flashhead_dist.progress import progress
 from flashhead_dist.states import save_hidden_states

@@ -1,4 +1,4 @@
-"""A rank that dies, or a signal, ends every rank at once, even one stuck in native code."""
+"""How a run of real ranks under torchrun ends: a failure, a lost or stopped rank, an interrupt."""
 
 from __future__ import annotations
 
@@ -12,123 +12,133 @@ from pathlib import Path
 
 import pytest
 
-# A stuck rank waits for a key that never comes: native code that runs no Python signal handler.
-RANK = """
-import json, os, sys, time
-from datetime import timedelta
-from pathlib import Path
-from torch.distributed import FileStore
-from flashhead_dist.bench.watch import PeerWatch
+from flashhead_dist.bench.control import LOST_AFTER_VARIABLE, lost_after_s
+from flashhead_dist.errors import UserError
 
-folder, rank, world_size, how = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-store = FileStore(str(folder / "store"), world_size)
-store.set(f"pid{rank}", str(os.getpid()))
-pids = {r: int(store.get(f"pid{r}")) for r in range(world_size)}
-try:
-    with PeerWatch(rank, pids, lambda: " Look in runs/x."):
-        (folder / f"ready{rank}").touch()
-        if how == "stuck":
-            store.wait(["never"], timedelta(hours=1))
-        elif how == "broken link":
-            time.sleep(1.5)
-            raise RuntimeError("connection closed by peer")
-        elif how == "python":
-            while True:
-                time.sleep(0.05)
-except KeyboardInterrupt:
-    sys.exit(130)
-# Leave in turn: a rank that has stopped watching must not be missed.
-time.sleep(0.3 * rank)
-"""
+SCRIPT = Path(__file__).with_name("watched_ranks.py")
+LAUNCH = SCRIPT.parents[2] / "launch"
+Start = Callable[..., "Job"]
 
-Start = Callable[..., list[subprocess.Popen[str]]]
+
+class Job:
+    """Ranks that are at work."""
+
+    def __init__(self, folder: Path, num_ranks: int, how: str) -> None:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+        paths = [str(LAUNCH), os.environ.get("PYTHONPATH", "")]
+        self.error_file = folder / "stderr"
+        with self.error_file.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, *launcher[: 4 * (num_ranks > 1)], str(SCRIPT), str(folder), how],
+                stderr=stderr,
+                env=os.environ
+                | {"PYTHONPATH": os.pathsep.join(paths), LOST_AFTER_VARIABLE: "3"}
+                | {"OMP_NUM_THREADS": "1"},
+            )
+        files = [folder / f"pid{rank}" for rank in range(num_ranks)]
+        deadline_s = time.monotonic() + 120
+        while not all(file.exists() and file.read_text() for file in files):
+            assert time.monotonic() < deadline_s, self.stderr
+            time.sleep(0.05)
+        self.pids = [int(file.read_text()) for file in files]
+
+    @property
+    def stderr(self) -> str:
+        return self.error_file.read_text()
+
+    @property
+    def own_traceback(self) -> bool:
+        """Whether a traceback names a file of ours; torchrun's own cannot be helped."""
+        return f'File "{SCRIPT}"' in self.stderr
+
+    def errors(self) -> list[str]:
+        return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    running: list[subprocess.Popen[str]] = []
+    jobs: list[Job] = []
 
-    def launch(world_size: int, how: str) -> list[subprocess.Popen[str]]:
-        for rank in range(world_size):
-            command = [sys.executable, "-c", RANK, str(tmp_path), str(rank), str(world_size), how]
-            running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-        deadline = time.monotonic() + 60
-        while not all((tmp_path / f"ready{rank}").exists() for rank in range(world_size)):
-            assert time.monotonic() < deadline, "the ranks do not start"
-            time.sleep(0.02)
-        return running
+    def begin(num_ranks: int, how: str) -> Job:
+        jobs.append(Job(tmp_path, num_ranks, how))
+        return jobs[-1]
 
-    yield launch
-    for process in running:
-        process.kill()
-        process.communicate()
+    yield begin
+    for job in jobs:
+        for pid in job.pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        job.process.kill()
+        job.process.wait()
 
 
-def ends(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str, float]:
-    """Exit codes, all that was said, and how long it took."""
+def test_the_failure_of_a_rank_is_shown_and_ends_all(start: Start) -> None:
+    job = start(3, "raise")
+    assert job.process.wait(60) == 1
+    assert job.stderr.count("ValueError: a defect of rank 1") == 1
+    assert "RuntimeError" not in job.stderr, "what the failure of rank 1 caused on the others"
+
+
+@pytest.mark.parametrize(("how", "victim"), [("work", 1), ("work", 0), ("wait", 1)])
+def test_a_killed_rank_is_named_and_ends_all(start: Start, how: str, victim: int) -> None:
+    """In the midst of collectives, or while the others wait in the store."""
+    job = start(3, how)
+    os.kill(job.pids[victim], signal.SIGKILL)
     start_s = time.monotonic()
-    said = "".join(process.communicate(timeout=30)[1] for process in processes)
-    return [process.returncode for process in processes], said, time.monotonic() - start_s
+    assert job.process.wait(60) == 1
+    assert time.monotonic() - start_s < 30
+    assert f"(SIGKILL) received by PID {job.pids[victim]}" in job.stderr
+    assert len(job.errors()) == 1
+    assert "Look in runs/x." in job.errors()[0]
+    assert not job.own_traceback
 
 
-def test_a_killed_rank_is_named_once_and_ends_the_stuck_ones(start: Start) -> None:
-    ranks = start(3, "stuck")
-    os.kill(ranks[1].pid, signal.SIGKILL)
-    codes, said, took_s = ends(ranks)
-    assert codes == [1, -signal.SIGKILL, 1]
-    assert said.count(f"rank 1 (pid {ranks[1].pid}) ended before the run did") == 1
-    assert "Look in runs/x." in said
-    assert took_s < 10
+@pytest.mark.parametrize("how", ["work", "wait"])
+def test_a_stopped_rank_is_named(start: Start, how: str) -> None:
+    job = start(2, how)
+    os.kill(job.pids[1], signal.SIGSTOP)
+    start_s = time.monotonic()
+    while not job.errors():
+        assert time.monotonic() - start_s < 30
+        time.sleep(0.1)
+    os.kill(job.pids[1], signal.SIGCONT)
+    assert job.process.wait(60) == 1
+    (error,) = job.errors()
+    assert "rank 1" in error
+    assert "no heartbeat" in error
+    assert "Look in runs/x." in error
+    assert not job.own_traceback
 
 
-def test_the_death_of_the_first_rank_is_told_by_the_second(start: Start) -> None:
-    ranks = start(2, "stuck")
-    os.kill(ranks[0].pid, signal.SIGKILL)
-    codes, said, _ = ends(ranks)
-    assert codes == [-signal.SIGKILL, 1]
-    assert "rank 0" in said
+@pytest.mark.parametrize(("num_ranks", "how"), [(1, "work"), (2, "work"), (2, "wait")])
+def test_an_interrupt_is_one_message_and_130(start: Start, num_ranks: int, how: str) -> None:
+    job = start(num_ranks, how)
+    job.process.send_signal(signal.SIGINT)
+    code = job.process.wait(60)
+    assert job.errors() == ["error: interrupted. Look in runs/x."]
+    assert not job.own_traceback
+    if num_ranks == 1:
+        assert code == 130
 
 
-def test_an_exception_that_a_death_caused_is_not_shown(start: Start) -> None:
-    """gloo raises in the survivors at once; here they raise when the death is long past."""
-    ranks = start(2, "broken link")
-    os.kill(ranks[0].pid, signal.SIGKILL)
-    codes, said, _ = ends(ranks)
-    assert codes == [-signal.SIGKILL, 1]
-    assert "rank 0" in said
-    assert "Traceback" not in said
+def test_terminate_ends_one_rank(start: Start) -> None:
+    job = start(1, "work")
+    job.process.terminate()
+    assert job.process.wait(60) == 128 + signal.SIGTERM
+    assert job.errors() == ["error: ended by SIGTERM. Look in runs/x."]
 
 
-def test_an_exception_of_our_own_is_shown(start: Start) -> None:
-    codes, said, _ = ends(start(1, "broken link"))
-    assert codes == [1]
-    assert "RuntimeError: connection closed by peer" in said
+def test_a_run_that_finishes_says_nothing(start: Start) -> None:
+    job = start(3, "finish")
+    assert job.process.wait(60) == 0
+    assert job.stderr == ""
 
 
-@pytest.mark.parametrize("how", ["stuck", "python"])
-def test_interrupt_ends_every_rank_with_130_and_one_sentence(start: Start, how: str) -> None:
-    ranks = start(2, how)
-    for process in ranks:
-        process.send_signal(signal.SIGINT)
-    codes, said, took_s = ends(ranks)
-    assert codes == [130, 130]
-    assert said.count("interrupted.") == 1
-    assert "ended before" not in said
-    assert "Traceback" not in said
-    assert took_s < 10
-
-
-def test_terminate_ends_a_stuck_rank(start: Start) -> None:
-    ranks = start(1, "stuck")
-    ranks[0].terminate()
-    codes, said, took_s = ends(ranks)
-    assert codes == [128 + signal.SIGTERM]
-    assert "ended by SIGTERM" in said
-    assert took_s < 10
-
-
-def test_an_orderly_end_is_no_death(start: Start) -> None:
-    """All stop watching at about the same time, then leave one after the other."""
-    codes, said, _ = ends(start(2, "finish"))
-    assert codes == [0, 0]
-    assert said == ""
+@pytest.mark.parametrize("text", ["soon", "2", "inf"])
+def test_a_wrong_patience_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=LOST_AFTER_VARIABLE):
+        lost_after_s({LOST_AFTER_VARIABLE: text})
+    assert lost_after_s({LOST_AFTER_VARIABLE: "3"}) == 3
+    assert lost_after_s({}) <= 25

@@ -115,12 +115,6 @@ def test_a_stage_works_on_one_micro_batch_while_the_next_stage_works_on_another(
 
 def dying(rank: int, world_size: int, folder: Path) -> None:
     """Three stages, of which the one in the middle dies at its ninth turn."""
-    import torch.distributed as dist
-
-    from flashhead_dist.bench.watch import PeerWatch
-
-    pids: list[Any] = [None] * world_size
-    dist.all_gather_object(pids, os.getpid())
     pipeline = PipelineDecoder(tiny, pp_size=3)
     if rank == 1:
         on_forward(pipeline, lambda number: os._exit(9) if number == 9 else None)
@@ -130,8 +124,7 @@ def dying(rank: int, world_size: int, folder: Path) -> None:
     def keep(number: int) -> None:
         kept.writelines(f"{number} {token}\n" for token in batches[number].released(0))
 
-    with PeerWatch(rank, dict(enumerate(pids))):
-        pipeline.decode(batches, dense_choice(), on_step=keep)
+    pipeline.decode(batches, dense_choice(), on_step=keep)
 
 
 def test_the_death_of_a_stage_ends_the_others_and_their_text_is_kept(tmp_path: Path) -> None:
@@ -151,13 +144,12 @@ def test_the_death_of_a_stage_ends_the_others_and_their_text_is_kept(tmp_path: P
         )
     try:
         # Far below the collectives' own timeout.
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        for process in processes:
+            process.communicate(timeout=120)
     finally:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [1, 9, 1]
-    assert "rank 1 (pid " in errors[0]
-    assert "ended before the run did, so the run stops." in errors[0]
     # Eight turns passed the middle stage; tokens of at least three steps have come back by then.
     assert len((tmp_path / "text_0").read_text().splitlines()) >= 6
 
