@@ -41,7 +41,7 @@ def test_a_tiny_run_end_to_end(tmp_path: Path) -> None:
     cells = {(r["tp_size"], r["batch_size"]) for r in document["results"]}
     assert cells == {(1, 1), (1, 2), (128, 1), (128, 2)}
     assert {verdict["met"] for verdict in document["verdicts"]} == {None}
-    names = {"kernels.csv", "kernels.md", "environment.json", "kernels.png"}
+    names = {"kernels.csv", "kernels.md", "environment.json"}
     assert {path.name for path in tmp_path.iterdir()} == names
     frame = pd.read_csv(tmp_path / "kernels.csv")
     assert frame["median_us"].tolist() == [r["median_us"] for r in document["results"]]
