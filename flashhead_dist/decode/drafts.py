@@ -14,12 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashhead_dist.decode.body import share_embedding
 from flashhead_dist.decode.compare import identical_share, middle
-from flashhead_dist.decode.cpu_attention import fuse_attention
-from flashhead_dist.decode.cpu_linear import stream_linears
-from flashhead_dist.decode.cpu_mlp import fuse_mlps
-from flashhead_dist.decode.cpu_norm import fuse_norms
-from flashhead_dist.decode.embedding import share_embedding
+from flashhead_dist.decode.cpu_body import speed_up_body
 from flashhead_dist.decode.loop import Choose
 from flashhead_dist.decode.prompts import Prompt
 from flashhead_dist.heads.base import Head
@@ -148,10 +145,7 @@ class DraftHeads:
         share_embedding(model, dense, tp)
         drop_head(model)
         if threads > 1:
-            stream_linears(model, model.get_decoder())
-            fuse_norms(model)
-            fuse_attention(model)
-            fuse_mlps(model)
+            speed_up_body(model)
 
     def decode(
         self, token_ids: Sequence[int], label: str, num_drafts: int, count: int

@@ -15,12 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashhead_dist.decode.body import TransformersBody
-from flashhead_dist.decode.cpu_attention import fuse_attention
-from flashhead_dist.decode.cpu_linear import stream_linears
-from flashhead_dist.decode.cpu_mlp import fuse_mlps
-from flashhead_dist.decode.cpu_norm import fuse_norms
-from flashhead_dist.decode.embedding import share_embedding
+from flashhead_dist.decode.body import TransformersBody, share_embedding
+from flashhead_dist.decode.cpu_body import speed_up_body
 from flashhead_dist.decode.loop import Choose, DecodeTimes, decode
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError
@@ -173,10 +169,7 @@ class Engine:
         if group is not None:
             body = shard_body(body, group, self.dtype)
         self._body = body.to(self.device)
-        stream_linears(self._body, self._body.get_decoder())
-        fuse_norms(self._body)
-        fuse_attention(self._body)
-        fuse_mlps(self._body)
+        speed_up_body(self._body)
 
     def _build_heads(self, tp: TensorParallel) -> None:
         builders = {

@@ -33,8 +33,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache
 
+from flashhead_dist.decode.body import new_cache, record_past
 from flashhead_dist.decode.loop import Choose
-from flashhead_dist.decode.recording import new_cache, record_past
 from flashhead_dist.errors import UserError
 from flashhead_dist.states.body import run_body
 from flashhead_dist.states.split import Passage

@@ -32,8 +32,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from flashhead_dist.decode.body import new_cache, record_past, token_positions
 from flashhead_dist.decode.loop import Choose, DecodeTimes, confirm_unsettled
-from flashhead_dist.decode.recording import new_cache, record_past, token_positions
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError
 from flashhead_dist.integrations.deepspeed import drop_head, shard_body

@@ -20,8 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from flashhead_dist.decode.body import TransformersBody
-from flashhead_dist.decode.embedding import share_embedding
+from flashhead_dist.decode.body import TransformersBody, share_embedding
 from flashhead_dist.decode.loop import Choose, decode
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError

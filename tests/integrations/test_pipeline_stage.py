@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from flashhead_dist.decode.recording import record_past
+from flashhead_dist.decode.body import record_past
 from flashhead_dist.errors import UserError
 from flashhead_dist.integrations.pipeline_stage import (
     MODEL_TYPES,
