@@ -59,7 +59,8 @@ def speed_up_body(model: Any) -> bool:
     _stream_linears(decoder)
     layers: list[Any] = list(decoder.modules())
     for layer in layers:
-        if type(layer) is norm_class and layer.weight.dtype is torch.float32:
+        kind = type(layer)
+        if kind is norm_class and layer.weight.dtype is torch.float32:
             layer.forward = FusedNorm(layer, plus_one=norm_class is gemma3.Gemma3RMSNorm)
     for layer in layers:
         kind = type(layer)
