@@ -16,101 +16,111 @@ head ms      the draft's head, a proposal; medians over prompts, as ms a token i
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from flashhead_dist.decode.drafts import (
-    Drafted,
-    DraftHeads,
-    ensure_draft,
-    summarise,
-    training_texts,
-)
-from flashhead_dist.decode.prompts import Prompt, held_out_prompts
-from flashhead_dist.errors import INTERRUPTED, UserError
-from flashhead_dist.index import ensure_index
-from flashhead_dist.models import open_model
+from flashhead_dist.decode.drafts import DraftHeads, ensure_draft, summarise, training_texts
+from flashhead_dist.decode.prompts import held_out_prompts
 from flashhead_dist.progress import progress
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
-from rank_parser import integers
+from options import (
+    Checked,
+    Count,
+    Folder,
+    IndexedModel,
+    Integers,
+    JsonOutput,
+    Positive,
+    Range,
+    parse,
+    run_command,
+)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", help="HF folder, .gguf file or hub id (default: built in)")
-    parser.add_argument("--index", type=Path, metavar="DIR", help="default: the model's, cached")
-    parser.add_argument("--draft", type=Path, metavar="DIR", help="default: trained in the cache")
-    parser.add_argument("--epochs", type=int, default=4, metavar="N", help="of training")
-    parser.add_argument("--num-drafts", type=int, default=3, metavar="N", help="proposals a round")
-    parser.add_argument("--num-prompts", type=int, default=24, metavar="N")
-    parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N")
-    parser.add_argument(
-        "--vocabularies", type=integers, default=[32768], metavar="N,N", help="reduced; 0: none"
-    )
-    parser.add_argument("--threads", type=int, default=1, metavar="N")
-    parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
-    return parser
+@dataclass(kw_only=True)
+class Drafting(Checked):
+    """The draft and the texts."""
+
+    draft: Folder[Path | None] = None
+    """draft model (default: trained in the cache)"""
+    epochs: Positive[int] = 4
+    """of training"""
+    num_drafts: Positive[int] = 3
+    """proposals a round"""
+    num_prompts: Positive[int] = 24
+    """prompts"""
+    max_new_tokens: Annotated[Count[int], Range(2)] = 48
+    """of each text"""
+    vocabularies: Integers[list[int]] = field(default_factory=lambda: [32768])
+    """sizes of reduced vocabularies; 0: none"""
+    threads: Positive[int] = 1
+    """threads"""
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Refuse what is wrong whatever the model; raises UserError."""
-    arguments.vocabularies = [size for size in arguments.vocabularies if size]
-    least = {"epochs": 1, "num_drafts": 1, "num_prompts": 1, "max_new_tokens": 2, "threads": 1}
-    for flag, minimum in least.items():
-        value = getattr(arguments, flag)
-        if value < minimum:
-            raise UserError(f"--{flag.replace('_', '-')} is {value}: give {minimum} or more")
+@dataclass(kw_only=True)
+class DraftOptions:
+    """All options."""
+
+    model: IndexedModel
+    drafting: Drafting
+    output: JsonOutput
 
 
-def run(arguments: argparse.Namespace, num_cores: int) -> tuple[list[Drafted], list[Prompt], str]:
-    """Train where needed, decode with every head in turn; what they did, the prompts, the model."""
-    errors = Console(stderr=True)
-    prompts = held_out_prompts(arguments.num_prompts)
-    with compute_threads(num_cores):
-        source = open_model(arguments.model)
-        index = arguments.index or ensure_index(source)
+def run(options: DraftOptions) -> dict[str, Any] | None:
+    """Train where needed, decode with every head in turn, and print the table."""
+    drafting, machine = options.drafting, probe_machine()
+    vocabularies = [size for size in drafting.vocabularies if size]
+    prompts = held_out_prompts(drafting.num_prompts)
+    with compute_threads(machine.num_cores):
+        source = options.model.open()
+        index = options.model.index_folder(source)
+        assert index is not None
         model, tokenizer = source.load_body(torch.float32)
-        losses: list[float] = []
-        folder = arguments.draft
-        if folder is None:
-            with errors.status("Reading texts to train a draft on, once (minutes)") as status:
-
-                def told(loss: float) -> None:
-                    losses.append(loss)
-                    status.update(f"Training a draft: batch {len(losses)}, loss {loss:.3f}")
-
-                folder = ensure_draft(
-                    source, model, tokenizer, num_epochs=arguments.epochs, on_batch=told
-                )
-        texts = training_texts(tokenizer) if arguments.vocabularies else []
-    with compute_threads(arguments.threads):
+        folder = drafting.draft or _trained_draft(source, model, tokenizer, drafting.epochs)
+        texts = training_texts(tokenizer) if vocabularies else []
+    with compute_threads(drafting.threads):
         heads = DraftHeads(
             source, model, folder, index, texts,
-            vocabularies=arguments.vocabularies, threads=arguments.threads,
+            vocabularies=vocabularies, threads=drafting.threads,
         )  # fmt: skip
         first = tokenizer(prompts[0].text).input_ids
         for entry in heads.measured:
-            heads.decode(first, entry.label, arguments.num_drafts, 4)
-        with progress("starting", total=len(prompts), visible=True) as advance:
-            advance.stage("prompt 1")
-            turns = heads.compare(
-                tokenizer, prompts, arguments.num_drafts, arguments.max_new_tokens
-            )
-            for number, _ in enumerate(turns, start=2):
-                if number <= len(prompts):
-                    advance.stage(f"prompt {number} of {len(prompts)}")
-    return heads.measured, prompts, source.name
+            heads.decode(first, entry.label, drafting.num_drafts, 4)
+        with progress("decoding", total=len(prompts), unit="prompts") as advance:
+            turns = heads.compare(tokenizer, prompts, drafting.num_drafts, drafting.max_new_tokens)
+            for _ in turns:
+                advance()
+    rows = summarise(heads.measured, prompts)
+    console = Console()
+    console.print(
+        f"{source.name} in fp32, {drafting.threads} threads of {machine.cpu_model}: {len(prompts)} "
+        f"prompts of {drafting.max_new_tokens} new tokens, {drafting.num_drafts} proposals a "
+        "round, verified by dense_local_max",
+        soft_wrap=True,
+    )
+    show(rows, console)
+    settings = {"model": source.name, "threads": drafting.threads}
+    settings |= {"num_drafts": drafting.num_drafts, "num_prompts": len(prompts)}
+    return settings | {"heads": rows} if options.output.json else None
+
+
+def _trained_draft(source: Any, model: Any, tokenizer: Any, num_epochs: int) -> Path:
+    losses: list[float] = []
+    with Console(stderr=True).status("Reading texts to train a draft on, once (minutes)") as status:
+
+        def on_batch(loss: float) -> None:
+            losses.append(loss)
+            status.update(f"Training a draft: batch {len(losses)}, loss {loss:.3f}")
+
+        return ensure_draft(source, model, tokenizer, num_epochs=num_epochs, on_batch=on_batch)
 
 
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
@@ -135,31 +145,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison and return an exit code."""
-    arguments = _parser().parse_args(argv)
-    machine = probe_machine()
-    try:
-        check(arguments)
-        measured, prompts, name = run(arguments, machine.num_cores)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\nerror: interrupted.", file=sys.stderr)
-        return INTERRUPTED
-    rows = summarise(measured, prompts)
-    console = Console()
-    console.print(
-        f"{name} in fp32, {arguments.threads} threads of {machine.cpu_model}: {len(prompts)} "
-        f"prompts of {arguments.max_new_tokens} new tokens, {arguments.num_drafts} proposals a "
-        "round, verified by dense_local_max",
-        soft_wrap=True,
-    )
-    show(rows, console)
-    if arguments.json:
-        settings = {"model": name, "threads": arguments.threads}
-        settings |= {"num_drafts": arguments.num_drafts, "num_prompts": len(prompts)}
-        print(json.dumps(settings | {"heads": rows}))
-    return 0
+    return run_command(lambda: run(parse(DraftOptions, argv, "launch/drafts.py", __doc__)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What launch/bench_pipeline.py decodes: a real model with prompts, or stages that only sleep."""
+"""Inputs of launch/bench_pipeline.py: prompts for a model, or stages that only sleep."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def sleeping_model(num_layers: int, sleep_ms: float) -> Any:
     return model.eval()
 
 
-def made_up_prompts(count: int, length: int) -> list[list[int]]:
+def synthetic_prompts(count: int, length: int) -> list[list[int]]:
     """Prompts for `sleeping_model`."""
-    return [[(number + place) % _VOCAB for place in range(length)] for number in range(count)]
+    return [[(number + i) % _VOCAB for i in range(length)] for number in range(count)]
 
 
 def corpus_prompts(tokenizer: Any, count: int, length: int) -> list[list[int]]:

@@ -71,6 +71,19 @@ class Measured:
     counts: CheckCounts = field(default_factory=CheckCounts)
     stages: list[list[StageTimes]] = field(default_factory=list)
 
+    def add(self, state: DecodeState, times: DecodeTimes) -> None:
+        """Add the texts, times and counts of a decoded state."""
+        for row in range(state.batch_size):
+            self.tokens.append(state.tokens(row))
+            self.reasons.append(str(state.finish_reason(row)))
+        self.ttft_s.append(times.first_token_s)
+        if state.num_steps > 1:
+            self.tpot_s.append(times.per_output_token_s(state.num_steps))
+        self.head_s += times.head_s
+        self.check_s += times.check_s
+        for name, count in vars(state.counts).items():
+            setattr(self.counts, name, getattr(self.counts, name) + count)
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all prompts so far."""
@@ -83,12 +96,12 @@ class Measured:
 
 
 def middle(values: Sequence[float]) -> float:
-    """The median; NaN of nothing."""
+    """The median; NaN of an empty sequence."""
     return median(values) if values else float("nan")
 
 
 def p90(values: Sequence[float]) -> float:
-    """The 90th percentile, between values; the only value of one, NaN of nothing."""
+    """The 90th percentile, interpolated; NaN of an empty sequence."""
     if len(values) < 2:
         return middle(values)
     return quantiles(values, n=10, method="inclusive")[-1]
@@ -129,53 +142,31 @@ def compare(
     """
     span = request.batch_size * request.in_flight
     for turn, start in enumerate(range(0, len(request.prompts), span)):
+        stop = min(start + span, len(request.prompts))
         for place in range(len(measured)):
             entry = measured[(place + turn) % len(measured)]
-            states = _states(request, start, start + span, entry.variant.check_every)
-            step = on_states(entry.variant, states, start)
+            states = [
+                DecodeState(
+                    request.prompts[first : min(first + request.batch_size, stop)],
+                    max_new_tokens=request.max_new_tokens,
+                    stop_token_ids=request.stop_token_ids,
+                    pad_token_id=request.pad_token_id,
+                    first_sequence=first,
+                    check_every=entry.variant.check_every,
+                )
+                for first in range(start, stop, request.batch_size)
+            ]
+            on_step = on_states(entry.variant, states, start)
             with annotate(CAPTURE, engine.layout.tp_size):
-                times, stages = engine.decode(entry.variant, states, step)
-            _record(entry, times, stages, states)
+                times, stages = engine.decode(entry.variant, states, on_step)
+            for state, of_state in zip(states, times, strict=True):
+                entry.add(state, of_state)
+            totals = [of_state.total_s for of_state in times]
+            # Stages have all micro-batches in flight at once; their totals have a common start.
+            entry.run_s += max(totals) if stages else sum(totals)
+            if stages:
+                entry.stages.append(stages)
             yield
-
-
-def _states(request: Request, start: int, stop: int, check_every: int) -> list[DecodeState]:
-    stop = min(stop, len(request.prompts))
-    return [
-        DecodeState(
-            request.prompts[first : min(first + request.batch_size, stop)],
-            max_new_tokens=request.max_new_tokens,
-            stop_token_ids=request.stop_token_ids,
-            pad_token_id=request.pad_token_id,
-            first_sequence=first,
-            check_every=check_every,
-        )
-        for first in range(start, stop, request.batch_size)
-    ]
-
-
-def _record(
-    entry: Measured,
-    all_times: Sequence[DecodeTimes],
-    stages: list[StageTimes],
-    states: Sequence[DecodeState],
-) -> None:
-    for state, times in zip(states, all_times, strict=True):
-        for row in range(state.batch_size):
-            entry.tokens.append(state.tokens(row))
-            entry.reasons.append(str(state.finish_reason(row)))
-        entry.ttft_s.append(times.first_token_s)
-        if state.num_steps > 1:
-            entry.tpot_s.append(times.per_output_token_s(state.num_steps))
-        entry.head_s += times.head_s
-        entry.check_s += times.check_s
-        for name, count in vars(state.counts).items():
-            setattr(entry.counts, name, getattr(entry.counts, name) + count)
-    totals = [times.total_s for times in all_times]
-    # Stages have all micro-batches in flight at once, and each total is from the common start.
-    entry.run_s += max(totals) if stages else sum(totals)
-    if stages:
-        entry.stages.append(stages)
 
 
 def against_dense(measured: Sequence[Measured]) -> Measured | None:

@@ -6,7 +6,7 @@ Also the bytes that its collectives carry for each token (`count_traffic`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,42 +95,32 @@ class Layout:
         return range((self.pp_size - 1) * self.tp_size, self.pp_size * self.tp_size)
 
 
+@dataclass(kw_only=True, eq=False)
 class Engine:
-    """The model's body and the heads over it, as this rank holds them.
+    """The model's body and the heads over it, as this rank holds them. Call `load` first.
 
-    `tokenizer`, `context_length` (tokens, prompt and text together; None where the model names
-    none), `stop_token_ids` and `pad_token_id` are the model's.
+    escalation: of flashhead_escalate; each index's own calibration where None. context_length:
+    tokens, prompt and text together; None where the model names none.
     """
 
-    def __init__(
-        self,
-        *,
-        model: ModelSource,
-        index_dir: Path | None,
-        variants: Sequence[Variant],
-        layout: Layout,
-        dtype: torch.dtype,
-        device: torch.device,
-        parameters: SamplingParameters,
-        num_probes: int | None = None,
-        escalation: Escalation | None = None,
-        layers_per_stage: Sequence[int] | None = None,
-    ) -> None:
-        """Loads nothing yet: see `load`.
+    model: ModelSource
+    index_dir: Path | None
+    variants: Sequence[Variant]
+    layout: Layout
+    dtype: torch.dtype
+    device: torch.device
+    parameters: SamplingParameters
+    num_probes: int | None = None
+    escalation: Escalation | None = None
+    layers_per_stage: Sequence[int] | None = None
 
-        escalation: of flashhead_escalate; what each index was calibrated to where None.
-        """
-        self._layers_per_stage = layers_per_stage
-        self.model, self.layout, self.device, self.dtype = model, layout, device, dtype
-        self.parameters = parameters
-        self.tokenizer: Any = None
-        self.context_length: int | None = None
-        self.stop_token_ids: frozenset[int] = frozenset()
-        self.pad_token_id = 0
-        self._index_dir, self._num_probes = index_dir, num_probes
-        self._escalation = escalation
-        self._named = list(dict.fromkeys(variant.named for variant in variants))
-        self._checks = any(variant.check_every for variant in variants)
+    tokenizer: Any = field(init=False, default=None)
+    context_length: int | None = field(init=False, default=None)
+    stop_token_ids: frozenset[int] = field(init=False, default=frozenset())
+    pad_token_id: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self._named = list(dict.fromkeys(variant.named for variant in self.variants))
         self._heads: dict[str, Head] = {}
         self._body: Any = None
         self._pipeline: PipelineDecoder | None = None
@@ -146,7 +136,7 @@ class Engine:
                 self._load_body,
                 pp_size=self.layout.pp_size,
                 tp_size=self.layout.tp_size,
-                layers_per_stage=self._layers_per_stage,
+                layers_per_stage=self.layers_per_stage,
                 device=self.device,
             )
             if self._pipeline.is_last:
@@ -175,16 +165,16 @@ class Engine:
         builders = {
             folder: HeadBuilder(
                 tp=tp, model=self.model, index_dir=folder, dtype=self.dtype, device=self.device,
-                escalation=self._escalation,
+                escalation=self.escalation,
             )
-            for folder in {self._index_dir, *(head.index for head in self._named)}
+            for folder in {self.index_dir, *(head.index for head in self._named)}
         }  # fmt: skip
         for head in self._named:
-            probes = None if head.name == DENSE else head.num_probes or self._num_probes
-            builder = builders[head.index or self._index_dir]
+            probes = None if head.name == DENSE else head.num_probes or self.num_probes
+            builder = builders[head.index or self.index_dir]
             self._heads[head.label] = builder.build(head.name, num_probes=probes)
-        if self._checks:
-            self._heads[_CONFIRMING] = builders[self._index_dir].build_confirming()
+        if any(variant.check_every for variant in self.variants):
+            self._heads[_CONFIRMING] = builders[self.index_dir].build_confirming()
         zero = torch.zeros(1, dtype=torch.int64)
         hidden = torch.zeros(1, self.model.hidden_size, dtype=self.dtype, device=self.device)
         for label in self._heads:

@@ -15,15 +15,13 @@ from flashhead_dist.states.split import split_by_document
 from flashhead_dist.states.texts import Document, shipped_texts
 
 LANGUAGES = ("fr", "hi", "ja", "ru", "sw")
-_EACH = 5
-_A_LANGUAGE = 2
 _OPENING = 80
-"""Characters of a passage that are given, the model to go on from there."""
+"""Characters of a passage in a prompt, at most."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to go on from. source: what kind it is, such as `mt_bench` or a language code."""
+    """A text to continue. source: its kind, such as `mt_bench` or a language code."""
 
     source: str
     text: str
@@ -32,8 +30,8 @@ class Prompt:
 def held_out_prompts(count: int) -> list[Prompt]:
     """The first `count` prompts of the corpus's test documents, on which no index is calibrated.
 
-    Questions of MT-Bench, problems of GSM8K and openings of passages in some 26 languages take
-    turns, so that any part from the start is a mixture.
+    Questions of MT-Bench, problems of GSM8K and openings of passages in some 26 languages
+    alternate, so that the first prompts are a mixture too.
 
     Raises:
         UserError: more prompts than there are documents.
@@ -41,8 +39,8 @@ def held_out_prompts(count: int) -> list[Prompt]:
     documents = shipped_texts()
     parts = split_by_document(documents)
     tested = [d for d, part in zip(documents, parts, strict=True) if part == "test"]
-    chat = [Prompt("mt_bench", _question(d)) for d in _named(tested, "mt_bench-")]
-    mathematics = [Prompt("gsm8k", _problem(d)) for d in _named(tested, "gsm8k-")]
+    chat = [Prompt("mt_bench", text) for text in _questions(tested)]
+    mathematics = [Prompt("gsm8k", text) for text in _problems(tested)]
     passages = [
         Prompt(d.source, _opening(d.text)) for d in tested if d.name.startswith(f"{d.source}-")
     ]
@@ -99,30 +97,22 @@ def _prompt_of(line: str, number: int, named: str) -> str:
 def builtin_prompts() -> list[str]:
     """Five prompts of MT-Bench, five of GSM8K, and two openings of passages in five languages."""
     documents = shipped_texts()
-    chat = _named(documents, "mt_bench-")[:_EACH]
-    mathematics = _named(documents, "gsm8k-")[:_EACH]
     openings = [
-        _opening(document.text)
-        for language in LANGUAGES
-        for document in _named(documents, f"{language}-")[:_A_LANGUAGE]
+        _opening(text) for language in LANGUAGES for text in _texts(documents, f"{language}-")[:2]
     ]
-    return [
-        *map(_question, chat),
-        *map(_problem, mathematics),
-        *openings,
-    ]
+    return [*_questions(documents)[:5], *_problems(documents)[:5], *openings]
 
 
-def _named(documents: Iterable[Document], start: str) -> list[Document]:
-    return [document for document in documents if document.name.startswith(start)]
+def _texts(documents: Iterable[Document], start: str) -> list[str]:
+    return [document.text for document in documents if document.name.startswith(start)]
 
 
-def _question(document: Document) -> str:
-    return document.text.split("\n")[0] + "\n"
+def _questions(documents: Iterable[Document]) -> list[str]:
+    return [text.split("\n")[0] + "\n" for text in _texts(documents, "mt_bench-")]
 
 
-def _problem(document: Document) -> str:
-    return document.text.split("\nAnswer")[0] + "\nAnswer:"
+def _problems(documents: Iterable[Document]) -> list[str]:
+    return [text.split("\nAnswer")[0] + "\nAnswer:" for text in _texts(documents, "gsm8k-")]
 
 
 def _opening(text: str) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from flashhead_dist.decode.body import TransformersBody
@@ -17,6 +16,7 @@ from flashhead_dist.heads.base import VocabShard
 from flashhead_dist.heads.dense import DenseLocalMax
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
 from flashhead_dist.parallel import TensorParallel
+from tests.integrations.small_models import greedy_text, small_model
 
 VOCAB = 97
 NEW_TOKENS = 14
@@ -35,40 +35,16 @@ FOUR_RANKS: list[Layout] = [("gemma3", 4, 1, (1, 2, 1, 1)), ("llama", 2, 2, None
 
 
 def tiny(kind: str) -> Any:
-    torch.manual_seed(6)
-    shape: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.4,
-        # A tied head would say every token again, whatever the layers do.
-        "tie_word_embeddings": False,
-    }
     if kind == "llama":
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
-    else:
-        # One stage of pp 2, and two of pp 4, have sliding layers alone.
-        layers = ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"]
-        config = transformers.Gemma3TextConfig(**shape, sliding_window=6, layer_types=layers)
-        model = transformers.Gemma3ForCausalLM(config)
-    return model.eval()
-
-
-def reference(model: Any, prompt: list[int]) -> list[int]:
-    output = model.generate(
-        torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
-    )
-    return output[0, len(prompt) :].tolist()
+        return small_model(initializer_range=0.4)
+    # One stage of pp 2, and two of pp 4, have sliding layers only.
+    layers = ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"]
+    return small_model("gemma3_text", initializer_range=0.4, sliding_window=6, layer_types=layers)
 
 
 def references(kind: str) -> list[list[list[int]]]:
     model = tiny(kind)
-    return [[reference(model, prompt) for prompt in prompts] for prompts in PROMPTS]
+    return [[greedy_text(model, prompt, NEW_TOKENS) for prompt in prompts] for prompts in PROMPTS]
 
 
 def choice(model: Any, tp: TensorParallel, temperature: float) -> Choose:

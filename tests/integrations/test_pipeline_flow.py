@@ -1,4 +1,4 @@
-"""What happens between the stages: overlap, bytes, and the death of one."""
+"""Messages between pipeline stages: overlap, bytes, recorded ranges, and the failure of a stage."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from flashhead_dist.decode.loop import Choose
@@ -20,24 +20,16 @@ from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError
 from flashhead_dist.integrations.pipeline import PipelineDecoder
 from flashhead_dist.integrations.pipeline_stage import HIDDEN_LOG_NAME, TOKENS_LOG_NAME
+from flashhead_profiles.ranges import recording
+from tests.integrations.small_models import greedy_text, small_model
 
-HIDDEN = 32
+HIDDEN, TOKENS = 32, 5
 PATIENCE_S = 30
 PROMPTS = [[5, 6, 7, 8], [12, 13, 14, 15]]
 
 
 def tiny() -> Any:
-    torch.manual_seed(6)
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return small_model(num_hidden_layers=3)
 
 
 def states(max_new_tokens: int) -> list[DecodeState]:
@@ -103,10 +95,7 @@ def test_a_stage_works_on_one_micro_batch_while_the_next_stage_works_on_another(
     model = tiny()
     for texts, _ in results:
         for prompt, text in zip(PROMPTS, texts, strict=True):
-            output = model.generate(
-                torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None
-            )
-            assert text == output[0, len(prompt) :].tolist()
+            assert text == greedy_text(model, prompt, 6)
     # One row of hidden states forward for each token fed, eight bytes back for each token chosen.
     row = HIDDEN * 4
     assert results[0][1] == {(HIDDEN_LOG_NAME, 4 * row): 2, (HIDDEN_LOG_NAME, row): 10}
@@ -132,7 +121,7 @@ def test_the_death_of_a_stage_ends_the_others_and_their_text_is_kept(tmp_path: P
     processes = []
     for rank in range(3):
         environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}
-        environment |= {"RANK_TIMEOUT_S": "600"}
+        environment |= {"RANK_TIMEOUT_S": "600", "PYTHONPATH": os.pathsep.join(sys.path)}
         script = Path(__file__).parents[1] / "rank_main.py"
         processes.append(
             subprocess.Popen(
@@ -152,6 +141,36 @@ def test_the_death_of_a_stage_ends_the_others_and_their_text_is_kept(tmp_path: P
     assert [process.returncode for process in processes] == [1, 9, 1]
     # Eight turns passed the middle stage; tokens of at least three steps have come back by then.
     assert len((tmp_path / "text_0").read_text().splitlines()) >= 6
+
+
+def recorded(rank: int, world_size: int) -> dict[tuple[str, int | None], int]:
+    """How often each range with each payload."""
+    pipeline = PipelineDecoder(tiny, pp_size=world_size)
+    with recording() as recorder:
+        pipeline.decode(states(TOKENS), dense_choice())
+        spans = recorder.take()
+    depths = {span.name: span.depth for span in spans}
+    assert depths["step"] == 0
+    assert depths["body"] == 1
+    return dict(Counter((span.name, span.payload) for span in spans))
+
+
+def test_each_stage_steps_runs_its_layers_and_names_its_messages(
+    run_ranks: Callable[..., list[Any]],
+) -> None:
+    """Bytes of a prompt's four rows of hidden states, then of one row; a token id is eight."""
+    first, last = run_ranks(recorded, 2)
+    row_bytes, turns = HIDDEN * 4, TOKENS * len(PROMPTS)
+    prompts, later = len(PROMPTS), turns - len(PROMPTS)
+    assert first["pipeline/send", 4 * row_bytes] == prompts
+    assert first["pipeline/send", row_bytes] == later
+    assert first["pipeline/recv", 8] == turns
+    assert last["pipeline/recv", 4 * row_bytes] == prompts
+    assert last["pipeline/recv", row_bytes] == later
+    assert last["pipeline/send", 8] == turns
+    for stage in (first, last):
+        assert (stage["body", 4], stage["body", 1]) == (prompts, later)
+        assert sum(count for (name, _), count in stage.items() if name == "step") == turns
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.index import ensure_index
 from flashhead_dist.models import open_model
 from flashhead_dist.parallel import TensorParallel
+from tests.integrations.small_models import greedy_text
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
@@ -94,11 +95,7 @@ def test_texts_of_every_layout_are_those_of_one_rank(run_ranks: Callable[..., li
     for prompts in PROMPTS:
         expected.append([])
         for prompt in prompts:
-            ids = torch.tensor([tokenizer(prompt).input_ids])
-            output = model.generate(
-                ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
-            )
-            expected[-1].append(output[0, ids.shape[1] :].tolist())
+            expected[-1].append(greedy_text(model, tokenizer(prompt).input_ids, NEW_TOKENS))
     states = new_states(tokenizer)
     flashhead = heads(TensorParallel.single(), index)["flashhead"]
     for state in states:

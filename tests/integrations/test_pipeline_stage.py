@@ -16,6 +16,7 @@ from flashhead_dist.integrations.pipeline_stage import (
     StageInput,
     layer_bounds,
 )
+from tests.integrations.small_models import small_model
 
 WINDOW = 5
 IDS = torch.randint(1, 97, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -23,24 +24,13 @@ MASK = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] + [1] * 8])
 
 
 def tiny(kind: str) -> Any:
-    torch.manual_seed(3)
-    shape: dict[str, Any] = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "tie_word_embeddings": kind in ("gemma3_text", "qwen2"),
-    }
+    shape: dict[str, Any] = {"tie_word_embeddings": kind in ("gemma3_text", "qwen2")}
     if kind == "gemma3_text":
         layers = ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"]
         shape |= {"sliding_window": WINDOW, "layer_types": layers}
     if kind in ("gemma2", "mistral"):
         shape["sliding_window"] = WINDOW
-    config = transformers.AutoConfig.for_model(kind, **shape)
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    return small_model(kind, seed=3, **shape)
 
 
 def num_parameters(module: Any) -> int:

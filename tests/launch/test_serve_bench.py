@@ -26,13 +26,13 @@ from flashhead_dist.serving.server import Server, ServerOptions, bind_threads
 from tests.launch.ground import LAUNCH, Ground
 from tests.launch.scripts import load_script
 
-STAND_IN = Path(__file__).with_name("vllm_stand_in.py")
+FAKE_VLLM = Path(__file__).with_name("fake_vllm.py")
 
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
     path = tmp_path / "python"
-    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{STAND_IN}" "$@"\n')
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE_VLLM}" "$@"\n')
     path.chmod(0o755)
     return path
 
@@ -103,7 +103,7 @@ def start(
     given += ["--runs-dir", tmp_path / "runs", "--requests", "3", "--tp-sizes", "1"]
     return subprocess.Popen(
         [sys.executable, str(LAUNCH / "serve_bench.py"), *map(str, given), *more],
-        env=os.environ | {"STAND_IN_FAILS": fails},
+        env=os.environ | {"FAKE_VLLM_FAILS": fails},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -167,7 +167,7 @@ def test_ctrl_c_keeps_what_was_measured(python: Path, files: Ground, tmp_path: P
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 130
-    assert "The records so far are in" in err
+    assert "records so far are in" in err
     assert left_of(tmp_path) == []
     (folder,) = tmp_path.glob("runs/*")
     assert read_serving(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flashhead_dist.integrations.vllm import metrics
-from tests.vllm.serving import NEEDS_VLLM
+from tests.vllm.servers import NEEDS_VLLM
 
 pytestmark = NEEDS_VLLM
 

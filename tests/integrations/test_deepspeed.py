@@ -10,15 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from flashhead_dist.decode.body import TransformersBody, share_embedding
 from flashhead_dist.decode.loop import Choose, decode
@@ -35,6 +27,7 @@ from flashhead_dist.integrations.deepspeed import (
 )
 from flashhead_dist.models import open_model
 from flashhead_dist.parallel import TensorParallel
+from tests.integrations.small_models import greedy_text, small_model
 
 VOCAB, HIDDEN, STEPS = 509, 64, 12
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13]]
@@ -43,16 +36,13 @@ SHAPE: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 16,
-    "max_position_embeddings": 128,
     "initializer_range": 0.3,
 }
-KINDS = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": False}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True}),
-    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {"num_key_value_heads": 1}),
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"tie_word_embeddings": True},
+    "gemma3_text": {"num_key_value_heads": 1, "tie_word_embeddings": True},
 }
 
 
@@ -60,9 +50,8 @@ KINDS = {
 def models(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Small models with an index each, in `<kind>` and `<kind>-index`."""
     folder = tmp_path_factory.mktemp("models")
-    for kind, (model_class, config_class, options) in KINDS.items():
-        torch.manual_seed(1)
-        model = model_class(config_class(**(SHAPE | options)))
+    for kind, options in KINDS.items():
+        model = small_model(kind, seed=1, **(SHAPE | options))
         # Weights as initialized are so small that every token ties: norms of 1 and logits apart.
         model.save_pretrained(folder / kind)
         build_index(
@@ -79,12 +68,7 @@ def models(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 def unsharded(folder: Path) -> list[list[int]]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    texts = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        out = model.generate(ids, max_new_tokens=STEPS, do_sample=False, eos_token_id=None)
-        texts.append(out[0, len(prompt) :].tolist())
-    return texts
+    return [greedy_text(model, prompt, STEPS) for prompt in PROMPTS]
 
 
 def greedy(head: Head) -> Choose:
