@@ -49,7 +49,7 @@ from flashhead_dist.report.calibration import (
     draw_points,
     write_points,
 )
-from flashhead_dist.report.present import report_console
+from flashhead_dist.report.tables import report_console
 from flashhead_topology.links import fit_level
 from flashhead_topology.machine import oversubscription
 from flashhead_topology.probe import probe_machine

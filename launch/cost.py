@@ -26,8 +26,8 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import HeadShape
 from flashhead_dist.heads.registry import HEADS, check_head_names, head_cost
 from flashhead_dist.index import load_manifest
-from flashhead_dist.report.cost_tables import cost_table, sources_table, systems_table
-from flashhead_dist.report.present import report_console
+from flashhead_dist.report.projection import cost_table, sources_table, systems_table
+from flashhead_dist.report.tables import report_console
 from flashhead_topology.cost import StepCost
 from flashhead_topology.systems import System, SystemFileError, list_systems, load_system
 from rank_parser import integers

@@ -26,7 +26,7 @@ from flashhead_dist.heads.sampling import SamplingParameters
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.progress import progress
-from flashhead_dist.report.present import report_console
+from flashhead_dist.report.tables import report_console
 from flashhead_dist.report.tasks import task_notes, task_tables
 from flashhead_topology.probe import probe_machine
 from rank_parser import DTYPES

@@ -32,8 +32,8 @@ from flashhead_dist.report.generation import (
     generation_notes,
     generation_table,
 )
-from flashhead_dist.report.present import report_console
 from flashhead_dist.report.streaming import stream_text
+from flashhead_dist.report.tables import report_console
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 from generate_arguments import parse_arguments

@@ -23,19 +23,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from flashhead_dist.errors import UserError
-from flashhead_dist.report.comparison import compare_runs
-from flashhead_dist.report.conditions import check_conditions, parse_condition
-from flashhead_dist.report.model_error import Check, check_model, model_error
-from flashhead_dist.report.outlook import head_shape, open_system, outlooks
-from flashhead_dist.report.page import make_report
+from flashhead_dist.report.comparison import (
+    check_conditions,
+    compare_runs,
+    comparison_section,
+    parse_condition,
+)
+from flashhead_dist.report.figures import Section
+from flashhead_dist.report.overview import sentences
+from flashhead_dist.report.page import REPORT_FOLDER, check_output, make_report, write_output
+from flashhead_dist.report.projection import (
+    compute_errors,
+    head_shape,
+    model_error,
+    open_system,
+    projection_section,
+)
 from flashhead_dist.report.runs import Run, load_runs
-from flashhead_dist.report.section import Section
-from flashhead_dist.report.sections.compared import comparison_section
-from flashhead_dist.report.sections.projection import projection_section
-from flashhead_dist.report.serving_page import is_serving_run, serving_report
-from flashhead_dist.report.verdict import verdict
-from flashhead_dist.report.write import REPORT_FOLDER, check_output, write_output
+from flashhead_dist.report.serving import is_serving_run, serving_report
 from flashhead_topology.systems import list_systems
 from rank_parser import integers
 
@@ -92,14 +100,15 @@ def _report(arguments: argparse.Namespace) -> int:
     output = arguments.output or runs[-1].folder / REPORT_FOLDER
     check_output(output)
     projection = _projection(arguments, runs[-1])
-    changes = [change for run in runs[1:] for change in compare_runs(runs[0], run)]
-    extra = [comparison_section(runs, changes)] if len(runs) > 1 else []
+    compared = [compare_runs(runs[0], run) for run in runs[1:]]
+    changes = pd.concat(compared, ignore_index=True) if compared else pd.DataFrame()
+    extra = [comparison_section(runs, changes)] if compared else []
     report = make_report(runs, [*extra, *projection])
     failures = check_conditions(conditions, runs, changes)
     paths = write_output(report, output)
     for run in runs:
-        for paragraph in verdict(run)[:1]:
-            print(f"{run.letter}: {paragraph}" if len(runs) > 1 else paragraph)
+        for sentence in sentences(run.frame, run.batch_sizes[0]):
+            print(f"{run.letter}: {sentence}" if compared else sentence)
     for path in paths:
         print(f"wrote {path}")
     for failure in failures:
@@ -108,7 +117,7 @@ def _report(arguments: argparse.Namespace) -> int:
         document = {
             "page": str(paths[0]),
             "files": [str(path) for path in paths[1:]],
-            "failures": [str(failure) for failure in failures],
+            "failures": failures,
         }
         print(json.dumps(document))
     return _CONDITION_HOLDS if failures else 0
@@ -149,16 +158,11 @@ def _projection(arguments: argparse.Namespace, run: Run) -> list[Section]:
         return []
     systems = [open_system(name) for name in dict.fromkeys(arguments.project)]
     shape = head_shape(run)
-    checks: list[Check] = []
+    errors = pd.Series(dtype=float)
     if arguments.measured_on:
-        checks = check_model(run, shape, open_system(arguments.measured_on))
-    error = model_error(checks, arguments.measured_on)
-    found = [
-        outlook
-        for system in systems
-        for outlook in outlooks(run, shape, system, arguments.tp_sizes, error)
-    ]
-    return [projection_section(found, error)]
+        errors = compute_errors(run, shape, open_system(arguments.measured_on))
+    error = model_error(errors, arguments.measured_on)
+    return [projection_section(run, shape, systems, arguments.tp_sizes, error)]
 
 
 if __name__ == "__main__":

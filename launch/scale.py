@@ -60,8 +60,9 @@ from flashhead_dist.measured_choices import describe_launches, keep_launches
 from flashhead_dist.models import ModelSource
 from flashhead_dist.parallel import TensorParallel, split_tensor_parallel
 from flashhead_dist.progress import progress
-from flashhead_dist.report.present import print_report, report_console, write_report
-from flashhead_dist.report.write import write_page
+from flashhead_dist.report.pictures import write_report
+from flashhead_dist.report.serving import write_page
+from flashhead_dist.report.tables import print_report, report_console
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.drawing import short_drawing
 from flashhead_topology.hardware import Topology

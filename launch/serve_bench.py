@@ -35,9 +35,8 @@ from flashhead_dist.index import load_manifest
 from flashhead_dist.models.cache import cache_root
 from flashhead_dist.models.default_model import default_model_folder
 from flashhead_dist.progress import progress
-from flashhead_dist.report.present import report_console
-from flashhead_dist.report.serving import serving_document, serving_notes, serving_table
-from flashhead_dist.report.write import write_page
+from flashhead_dist.report.serving import serving_document, serving_notes, serving_table, write_page
+from flashhead_dist.report.tables import report_console
 from flashhead_dist.serving.bench import FLASHHEAD, HEADS, Plan, Served, Turn, run_bench
 from flashhead_dist.serving.records import (
     SCHEMA_VERSION,

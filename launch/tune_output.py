@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.report.front import FRONT_NAME, Mark, write_front
+from flashhead_dist.report.pictures import FRONT_NAME, Mark, write_front
 from flashhead_dist.tune.front import Record, curve
 from flashhead_dist.tune.timing import point_of
 

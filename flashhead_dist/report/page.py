@@ -1,38 +1,51 @@
-"""The page: all parts of the report in one HTML document, without network or scripts."""
+"""The report of runs: one HTML file without network or scripts, and its figures as CSV files.
+
+The page opens with a short table and one chart, then sections; tables are folded below charts.
+A report is written as a whole or not at all, and only over an earlier report.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
-from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.report.legend import LegendKey, legend_keys
-from flashhead_dist.report.runs import Run
-from flashhead_dist.report.section import Plot, Section
-from flashhead_dist.report.sections.crossover import crossover_section
-from flashhead_dist.report.sections.device_counts import device_counts_section
-from flashhead_dist.report.sections.fidelity import fidelity_section
-from flashhead_dist.report.sections.latency import latency_section
-from flashhead_dist.report.sections.memory import memory_section
-from flashhead_dist.report.sections.pipeline import pipeline_section
-from flashhead_dist.report.sections.profile import kernels_section, ranges_section
-from flashhead_dist.report.sections.ranks import ranks_section
-from flashhead_dist.report.sections.roofline import roofline_section
-from flashhead_dist.report.sections.scaling import scaling_section
-from flashhead_dist.report.sections.setting import KEY as SETTING_KEY
-from flashhead_dist.report.sections.setting import setting_frame, standing_of, warnings_of
-from flashhead_dist.report.sections.split import split_section
-from flashhead_dist.report.sections.wire import wire_section
-from flashhead_dist.report.tables_html import TableView, table_views
-from flashhead_dist.report.verdict import verdict
+from flashhead_dist.heads.registry import BASELINE, DEFAULT_HEAD
+from flashhead_dist.report.columns import column_of
+from flashhead_dist.report.figures import Section, legend_svg, require_matplotlib
+from flashhead_dist.report.overview import sentences, short_table
+from flashhead_dist.report.resource_sections import (
+    device_counts_section,
+    fidelity_section,
+    kernels_section,
+    memory_section,
+    ranges_section,
+    roofline_section,
+    wire_section,
+)
+from flashhead_dist.report.runs import Run, setting_frame, warnings_of
+from flashhead_dist.report.step_sections import (
+    crossover_section,
+    latency_chart,
+    latency_section,
+    pipeline_section,
+    ranks_section,
+    scaling_section,
+    split_section,
+)
+from flashhead_dist.report.tables import by_kind
 
 GENERATOR = "flashhead-dist launch/report.py"
+PAGE_NAME = "report.html"
+REPORT_FOLDER = "report"
 _SECTIONS: tuple[Callable[[Run], Section], ...] = (
     latency_section,
     split_section,
@@ -48,15 +61,14 @@ _SECTIONS: tuple[Callable[[Run], Section], ...] = (
     ranges_section,
     kernels_section,
 )
-
 FRAME_NAMES = frozenset(
     {
         "setting", "comparison", "latency", "split", "scaling", "ranks", "wire", "roofline",
-        "fidelity", "crossover", "memory", "pipeline", "projection",
-        "device_counts", "ranges", "kernels", "serving",
+        "fidelity", "crossover", "memory", "pipeline", "projection", "device_counts", "ranges",
+        "kernels", "serving",
     }
 )  # fmt: skip
-"""Stems of all files of figures that a report may hold."""
+"""Stems of all CSV files that a report may hold."""
 
 
 @dataclass(frozen=True)
@@ -67,56 +79,6 @@ class Report:
     frames: dict[str, pd.DataFrame]
 
 
-@dataclass(frozen=True)
-class _Block:
-    """A section of one run; the heading names the run where there are several."""
-
-    section: Section
-    heading: str = ""
-    keys: tuple[LegendKey, ...] = ()
-    tables: tuple[TableView, ...] = ()
-    projected: bool = False
-
-    @property
-    def rows(self) -> list[list[Plot]]:
-        """Plots that stand side by side."""
-        return [list(plots) for _, plots in groupby(self.section.plots, key=lambda plot: plot.row)]
-
-
-@dataclass(frozen=True)
-class _Fact:
-    name: str
-    values: tuple[str, ...]
-    differs: bool
-
-
-@dataclass(frozen=True)
-class _Paragraph:
-    """Its text, and what it is about, where it says so before a colon."""
-
-    lead: str
-    text: str
-
-    @classmethod
-    def of(cls, front: str, text: str) -> _Paragraph:
-        """Of a sentence `lead: text`; front: put before the lead."""
-        lead, colon, rest = text.partition(": ")
-        return cls(f"{front}{lead}", rest) if colon else cls("", f"{front}{text}")
-
-
-@dataclass(frozen=True)
-class _Part:
-    """An entry of the page's contents."""
-
-    key: str
-    title: str
-    paragraphs: tuple[_Paragraph, ...] = ()
-    more: tuple[_Paragraph, ...] = ()
-    facts: tuple[_Fact, ...] | None = None
-    standing: tuple[str, ...] = ()
-    blocks: tuple[_Block, ...] = field(default=())
-
-
 def make_report(runs: Sequence[Run], extra: Sequence[Section] = ()) -> Report:
     """Make the report of one run or more; nothing is written.
 
@@ -125,159 +87,176 @@ def make_report(runs: Sequence[Run], extra: Sequence[Section] = ()) -> Report:
     Raises:
         UserError: a run holds what a section cannot read, or matplotlib or jinja2 is missing.
     """
-    _require_libraries()
-    parts = [_words_part(runs)]
-    frames: dict[str, pd.DataFrame] = {SETTING_KEY: setting_frame(runs)}
-    for section in extra:
-        frames |= {section.key: section.frame} if not section.frame.empty else {}
-    parts += [_extra_part(section) for section in extra if section.key != "projection"]
-    parts.append(_setting_part(runs))
+    require_matplotlib()
+    several = len(runs) > 1
+    groups = [[(section, "")] for section in extra]
+    frames = {"setting": setting_frame(runs)}
+    frames |= {section.key: section.frame for section in extra if len(section.frame)}
+    missing: list[str] = []
     for make in _SECTIONS:
-        sections = [make(run) for run in runs]
-        parts.append(_part(sections, runs))
-        found = [
-            section.frame.assign(run=run.letter)
-            for section, run in zip(sections, runs, strict=True)
-            if not section.frame.empty
+        made = [(make(run), run) for run in runs]
+        found = [(section, run) for section, run in made if not section.missing]
+        groups.append([(section, run.label if several else "") for section, run in found])
+        missing += [
+            f"{f'{run.letter}, ' if several else ''}{section.title}: {section.missing}."
+            for section, run in made
+            if section.missing
         ]
-        if found:
-            frame = pd.concat(found, ignore_index=True)
-            frames[sections[0].key] = frame[["run", *(n for n in frame if n != "run")]]
-    parts += [_extra_part(section) for section in extra if section.key == "projection"]
-    warnings = [
-        f"{run.letter}: {warning}" if len(runs) > 1 else warning
-        for run in runs
-        for warning in warnings_of(run)
-    ]
-    html = _render(
-        title=_title(runs),
-        runs=runs,
-        parts=parts,
-        warnings=warnings,
-        files=[f"{name}.csv" for name in frames],
-        generator=GENERATOR,
-        css=_read("page.css"),
-    )
-    return Report(html=html, frames=frames)
-
-
-def make_page(
-    *,
-    title: str,
-    label: str,
-    words: Sequence[str],
-    facts: Mapping[str, str],
-    sections: Sequence[Section],
-    warnings: Sequence[str],
-) -> Report:
-    """The page of one run of another kind than launch/scale.py's; nothing is written.
-
-    words: sentences to begin with. facts: what was measured on what.
-
-    Raises:
-        UserError: matplotlib or jinja2 is missing.
-    """
-    _require_libraries()
-    known = tuple(_Fact(name, (value,), differs=False) for name, value in facts.items())
-    parts = [
-        _Part("words", "In words", paragraphs=tuple(_Paragraph.of("", text) for text in words)),
-        *map(_extra_part, sections),
-        _Part(SETTING_KEY, "What was measured on what", facts=known),
-    ]
-    frames = {section.key: section.frame for section in sections}
-    html = _render(
-        title=title,
-        runs=[{"label": label}],
-        parts=parts,
-        warnings=warnings,
-        files=[f"{name}.csv" for name in frames],
-        generator=GENERATOR,
-        css=_read("page.css"),
-    )
-    return Report(html=html, frames=frames)
-
-
-def _title(runs: Sequence[Run]) -> str:
+        if with_figures := [(s, run) for s, run in found if len(s.frame)]:
+            frame = pd.concat(s.frame.assign(run=run.letter) for s, run in with_figures)
+            frame = frame[["run", *frame.columns.drop("run")]]
+            frames[with_figures[0][0].key] = frame.reset_index(drop=True)
     models = " and ".join(dict.fromkeys(run.first.model for run in runs))
     systems = " and ".join(dict.fromkeys(run.first.system for run in runs))
-    return f"What the output head costs: {models} on {systems}"
-
-
-def _words_part(runs: Sequence[Run]) -> _Part:
-    first: list[_Paragraph] = []
-    more: list[_Paragraph] = []
-    for run in runs:
-        found = verdict(run) or ["Neither flashhead nor dense_local_max was measured on one rank."]
-        front = f"{run.letter}, " if len(runs) > 1 else ""
-        paragraphs = [_Paragraph.of(front, text) for text in found]
-        first.append(paragraphs[0])
-        more += paragraphs[1:]
-    return _Part("words", "In words", paragraphs=tuple(first), more=tuple(more))
-
-
-def _setting_part(runs: Sequence[Run]) -> _Part:
-    facts = [
-        _Fact(str(row["fact"]), tuple(str(row[run.letter]) for run in runs), bool(row["differs"]))
-        for row in setting_frame(runs).to_dict("records")
-    ]
-    standing = [
-        f"{run.letter}, {line}" if len(runs) > 1 else line
-        for run in runs
-        for line in standing_of(run)
-    ]
-    return _Part(
-        SETTING_KEY, "What was measured on what", facts=tuple(facts), standing=tuple(standing)
+    html = render_page(
+        title=f"Output heads of {models} on {systems}",
+        labels=[run.label for run in runs],
+        overviews=[_overview(run, run.label if several else "") for run in runs],
+        warnings=[
+            f"{f'{run.letter}: ' if several else ''}{warning}"
+            for run in runs
+            for warning in warnings_of(run)
+        ],
+        groups=[group for group in groups if group],
+        missing=missing,
+        setting=frames["setting"],
+        hardware=[line for run in runs for line in _hardware(run)],
+        files=[f"{name}.csv" for name in frames],
     )
+    return Report(html=html, frames=frames)
 
 
-def _part(sections: Sequence[Section], runs: Sequence[Run]) -> _Part:
-    blocks = [
-        _Block(
-            section=section,
-            heading=run.label if len(runs) > 1 else "",
-            keys=tuple(legend_keys(section, run.letter)),
-            tables=tuple(table_views(section.frame)),
-        )
-        for section, run in zip(sections, runs, strict=True)
-    ]
-    return _Part(sections[0].key, sections[0].title, blocks=tuple(blocks))
+def _overview(run: Run, heading: str) -> dict[str, Any]:
+    """The page's first part: table, chart and sentences of the smallest batch size."""
+    first, *others = run.batch_sizes
+    product = DEFAULT_HEAD if DEFAULT_HEAD in run.heads else run.heads[0]
+    folded = [(product, size) for size in others]
+    folded += [(BASELINE, first)] if BASELINE in run.heads and product != BASELINE else []
+    return {
+        "heading": heading,
+        "batch_size": first,
+        "table": short_table(run.frame, first),
+        "chart": latency_chart(run, first, f"overview-{run.letter}"),
+        "heads": run.heads,
+        "letter": run.letter,
+        "sentences": sentences(run.frame, first, product),
+        "folded": [
+            (f"{head} at batch {size}", sentences(run.frame, size, head)) for head, size in folded
+        ],
+        "others": [(size, short_table(run.frame, size)) for size in others],
+    }
 
 
-def _extra_part(section: Section) -> _Part:
-    block = _Block(
-        section=section,
-        keys=tuple(legend_keys(section, "runs")),
-        tables=tuple(table_views(section.frame)),
-        projected=section.key == "projection",
-    )
-    return _Part(section.key, section.title, blocks=(block,))
+def _hardware(run: Run) -> list[str]:
+    """Hardware topology and what was chosen for it; empty where the run does not hold it."""
+    topology = run.environment.get("topology")
+    if not isinstance(topology, Mapping):
+        return []
+    choices = topology.get("choices", [])
+    lines = [topology.get("drawing", "")]
+    lines += [f"{choice['name'].replace('_', ' ')}: {choice['reason']}" for choice in choices]
+    return [str(line) for line in lines if line]
 
 
-def _require_libraries() -> None:
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"the report needs {error.name}, which is not installed: run "
-            f"pip install 'flashhead-dist[report]'"
-        ) from error
+def render_page(
+    *,
+    title: str,
+    labels: Sequence[str],
+    groups: Sequence[Sequence[tuple[Section, str]]],
+    setting: pd.DataFrame,
+    warnings: Sequence[str],
+    files: Sequence[str],
+    **more: Any,
+) -> str:
+    """The page's HTML.
 
-
-def _render(**values: Any) -> str:
+    groups: of sections of the same key, each with the label of its run where there are several.
+    more: `overviews`, `missing`, `hardware`, `sentences`; see page.html.j2.
+    """
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["tight"] = _tight
-    return environment.from_string(_read("page.html.j2")).render(**values)
-
-
-def _tight(text: str) -> str:
-    """Keeps a number and its unit on one line."""
-    return re.sub(r"(?<=\d) (?=(?:µs|%|MB|GB/s|KiB)\b|%)", "\N{NO-BREAK SPACE}", text)
+    # Keeps a number and its unit on one line.
+    environment.filters["tight"] = lambda text: re.sub(
+        r"(?<=\d) (?=(?:µs|%|MB|GB/s|KiB)\b|%)", "\N{NO-BREAK SPACE}", text
+    )
+    environment.globals |= {"column_of": column_of, "by_kind": by_kind, "legend_svg": legend_svg}
+    values = {"overviews": [], "sentences": [], "missing": [], "hardware": []} | more
+    return environment.from_string(_read("page.html.j2")).render(
+        title=title, labels=labels, groups=groups, setting=setting, warnings=warnings, files=files,
+        generator=GENERATOR, css=_read("page.css"), **values,
+    )  # fmt: skip
 
 
 def _read(name: str) -> str:
     return files("flashhead_dist.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a folder that cannot be one of a report, before anything is computed.
+
+    Raises:
+        UserError: it is a file, or holds files that no report wrote.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"--output {folder} is a file: give a folder, new or of an earlier report")
+    others = sorted(path.name for path in folder.iterdir() if not _is_of_report(path))
+    if others:
+        raise UserError(
+            f"--output {folder} holds {others[0]}, which no report wrote: nothing is overwritten "
+            f"there, so give a new folder"
+        )
+
+
+def write_output(report: Report, folder: Path) -> list[Path]:
+    """Write page and CSV files beside the folder, then move them to it; returns their paths.
+
+    An earlier report there is replaced as a whole, so that no file of it is left among the new.
+
+    Raises:
+        UserError: see `check_output`, or the disk refuses; an earlier report is left as it was.
+    """
+    check_output(folder)
+    fresh: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        (fresh / PAGE_NAME).write_text(report.html, encoding="utf-8")
+        for stem, frame in report.frames.items():
+            frame.to_csv(fresh / f"{stem}.csv", index=False)
+        fresh.chmod(0o755)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            folder.replace(old)
+            fresh.replace(folder)
+            shutil.rmtree(old)
+        else:
+            fresh.replace(folder)
+    except OSError as error:
+        if fresh is not None:
+            shutil.rmtree(fresh, ignore_errors=True)
+        raise UserError(
+            f"cannot write the report to {folder} ({error.strerror or error}): free space or give "
+            f"another folder with --output"
+        ) from error
+    return [folder / name for name in (PAGE_NAME, *_csv_names(report.frames))]
+
+
+def _csv_names(stems: Iterable[str]) -> list[str]:
+    return [f"{stem}.csv" for stem in stems]
+
+
+def _is_of_report(path: Path) -> bool:
+    if path.suffix == ".csv" and path.stem in FRAME_NAMES:
+        return (path.parent / PAGE_NAME).is_file()
+    if path.name != PAGE_NAME:
+        return False
+    try:
+        with path.open(encoding="utf-8") as file:
+            return f'name="generator" content="{GENERATOR}"' in file.read(2000)
+    except (OSError, UnicodeDecodeError):
+        return False

@@ -1,4 +1,4 @@
-"""Runs as the report reads them: records, environment, and what tells one run from another.
+"""Run folders as the report reads them: records, their frame, environment, and warnings.
 
 Everything that can be wrong with a run folder is found here, before anything is written.
 """
@@ -8,18 +8,27 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from flashhead_dist.bench.records import (
     ENVIRONMENT_NAME,
     PIPELINE_NAME,
     RECORDS_NAME,
     Record,
+    cannot_write,
     read_records,
 )
+from flashhead_dist.bench.split import COMPUTE_PARTS
 from flashhead_dist.errors import UserError
+from flashhead_dist.report.columns import COLUMNS, KINDS, table_keys
+
+SUMMARY_NAME = "summary.csv"
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # What all records of one run share.
@@ -68,13 +77,122 @@ class Run:
         """In the order of measurement."""
         return list(dict.fromkeys(record.head for record in self.records))
 
-    def find(self, head: str, tp_size: int, batch_size: int) -> Record | None:
-        """The record of a cell, or None."""
-        key = (head, tp_size, batch_size)
-        for record in self.records:
-            if (record.head, record.tp_size, record.batch_size) == key:
-                return record
-        return None
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """`records_frame` of the run."""
+        return records_frame(self.records)
+
+
+def records_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a record, by batch size, `tp_size` and the order of heads: fields and columns.
+
+    Besides the fields of `Record` it has every column of `COLUMNS` that is computed from them, and
+    `measured_KEY` and `projected_KEY` of those that are either.
+    """
+    frame = pd.DataFrame([{f.name: getattr(r, f.name) for f in fields(Record)} for r in records])
+    longest = [int(np.argmax(record.compute_us_by_rank)) for record in records]
+    for key, by_rank in (
+        ("compute_of_rank_us", "compute_us_by_rank"),
+        ("read_bytes", "read_bytes_by_rank"),
+        ("memory_bandwidth_bytes_per_s", "memory_bandwidth_bytes_per_s_by_rank"),
+    ):
+        values = frame[by_rank]
+        frame[key] = [of_ranks[rank] for of_ranks, rank in zip(values, longest, strict=True)]
+    for part in ("step", *COMPUTE_PARTS, "exchange", "waiting"):
+        found = [record.split.step_us[part] for record in records]
+        frame[f"{part}_us"] = [part_us and part_us.median for part_us in found]
+        if part == "exchange":
+            for end in ("p10", "p90"):
+                frame[f"exchange_{end}_us"] = [us and getattr(us, end) for us in found]
+    numbers = [key for key, column in COLUMNS.items() if column.format and key in frame]
+    frame[numbers] = frame[numbers].apply(pd.to_numeric)
+    for key, column in COLUMNS.items():
+        if column.value is not None:
+            frame[key] = column.value(frame)
+        if column.by_kind:
+            for kind in KINDS:
+                known = frame["measured"] == (kind == "measured")
+                frame[f"{kind}_{key}"] = frame[key].where(known)
+    heads = list(dict.fromkeys(frame["head"]))
+    order = frame["head"].map(heads.index)
+    return (
+        frame.assign(order=order)
+        .sort_values(["batch_size", "tp_size", "order"], kind="stable")
+        .drop(columns="order")
+        .reset_index(drop=True)
+    )
+
+
+def table_frame(frame: pd.DataFrame, table: str) -> pd.DataFrame:
+    """The columns of a table of records; without those that hold nothing."""
+    return frame[table_keys(table)].dropna(axis="columns", how="all").reset_index(drop=True)
+
+
+def write_summary(records: Sequence[Record], folder: Path) -> Path:
+    """Write `summary.csv` into the run folder; raises UserError where that fails."""
+    path = folder / SUMMARY_NAME
+    try:
+        records_frame(records)[table_keys("summary")].to_csv(path, index=False)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return path
+
+
+def setting_frame(runs: Sequence[Run]) -> pd.DataFrame:
+    """What was measured on what: a row a fact, a column a run; `differs` where runs differ."""
+    frame = pd.DataFrame({run.letter: _facts(run) for run in runs}).fillna("")
+    frame["differs"] = frame.nunique(axis="columns") > 1
+    return frame.rename_axis("fact").reset_index()
+
+
+def warnings_of(run: Run) -> list[str]:
+    """What a reader must know first: synthetic models, ranks that share cores, missing cells."""
+    return [*run.flaws, *record_warnings(run.records)]
+
+
+def record_warnings(records: Sequence[Record]) -> list[str]:
+    """Of any records of one run: see `warnings_of`."""
+    first, warnings = records[0], []
+    if first.synthetic:
+        warnings.append(f"The model is SYNTHETIC ({first.model}): no claim about fidelity.")
+    over = {r.tp_size: r.oversubscription for r in records if r.oversubscribed}
+    if over:
+        warnings.append(
+            f"OVERSUBSCRIBED at tp {', '.join(map(str, sorted(over)))} ({over[max(over)]}): "
+            f"latencies there are PROJECTED from the isolated compute of each rank and a model of "
+            f"communication."
+        )
+    if first.commit.endswith("-dirty"):
+        warnings.append(f"Commit {first.commit}: the code had uncommitted changes.")
+    return warnings
+
+
+def _facts(run: Run) -> dict[str, str]:
+    first, last = run.first, run.records[-1]
+    iterations = sorted({record.num_iterations for record in run.records})
+    return {
+        "run": run.folder.resolve().name,
+        "measured": f"{first.time_utc[:16].replace('T', ' ')} to {last.time_utc[11:16]} UTC",
+        "system": f"{first.system}: {first.device}",
+        "OS": first.os,
+        "ranks": f"up to {max(run.tp_sizes)} of {first.world_size} started, "
+        f"{first.threads_per_rank} thread{'' if first.threads_per_rank == 1 else 's'} each",
+        "backend": first.backend,
+        "model": f"{first.model}{' (SYNTHETIC)' if first.synthetic else ''}, {first.dtype}",
+        "weights": first.model_hash[:12],
+        "index": first.index_hash[:12] if first.index_hash else "none",
+        "probes": "the index's own" if first.num_probes is None else str(first.num_probes),
+        "escalation": "the index's own"
+        if first.escalate_below is None
+        else f"margins below {first.escalate_below:g} logits",
+        "commit": first.commit,
+        "batch sizes": ", ".join(map(str, run.batch_sizes)),
+        "tp sizes": ", ".join(map(str, run.tp_sizes)),
+        "iterations": str(iterations[0])
+        if len(iterations) == 1
+        else f"{iterations[0]} to {iterations[-1]} a head and cell",
+        "software": ", ".join(f"{name} {number}" for name, number in first.versions.items()),
+    }
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:

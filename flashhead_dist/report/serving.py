@@ -1,78 +1,91 @@
-"""A run of launch/serve_bench.py as a table, as sentences, and as one JSON document."""
+"""A run of launch/serve_bench.py as a table, as sentences, as JSON, and as a page."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.table import Table
 
+from flashhead_dist.bench.records import ENVIRONMENT_NAME
+from flashhead_dist.errors import UserError
+from flashhead_dist.report.figures import Chart, Section, require_matplotlib, size_axis
+from flashhead_dist.report.page import REPORT_FOLDER, Report, make_report, render_page, write_output
+from flashhead_dist.report.runs import load_run
+from flashhead_dist.report.tables import rich_table
 from flashhead_dist.serving.bench import DENSE, FLASHHEAD
+from flashhead_dist.serving.records import SERVING_NAME, ServingRecord, read_serving, summarise
 
-_UNKNOWN = "-"
+_COLORS = {"dense": "#D55E00", "flashhead": "#0072B2"}
+_FIGURES = {
+    "tokens_per_s": "tokens a second",
+    "tpot_p50_ms": "TPOT, ms (median)",
+    "ttft_p50_ms": "TTFT, ms (median)",
+}
+_NOT_IN_TABLE = ["dense_repeats", "flashhead_steps", "rounds", "requests"]
+
+
+def write_page(run_folder: Path) -> Path:
+    """Write the report of one run of either kind to `report` within it; returns the page's path.
+
+    Raises:
+        UserError: see `load_run`, `serving_report` and `write_output`.
+    """
+    serving = is_serving_run(run_folder)
+    report = serving_report(run_folder) if serving else make_report([load_run(run_folder)])
+    return write_output(report, run_folder / REPORT_FOLDER)[0]
+
+
+def is_serving_run(folder: Path) -> bool:
+    """Whether launch/serve_bench.py wrote the folder."""
+    return (folder / SERVING_NAME).is_file()
 
 
 def serving_table(summary: pd.DataFrame) -> Table:
     """A line a `tp_size`, concurrency and head; see `flashhead_dist.serving.records`."""
-    table = Table(title="vLLM's server by head: measured", title_justify="left")
-    for name in ("tp", "concurrency", "head"):
-        table.add_column(name, justify="left" if name == "head" else "right")
-    for name in (
-        "tokens/s", "p10", "p90", "x dense", "TTFT ms p50", "p99", "TPOT ms p50", "p99",
-        "same texts %", "same start %",
-    ):  # fmt: skip
-        table.add_column(name, justify="right")
-    for row in _rows(summary):
-        table.add_row(
-            str(row["tp_size"]),
-            str(row["concurrency"]),
-            row["head"],
-            *(f"{row[f'tokens_per_s{end}']:.1f}" for end in ("", "_p10", "_p90")),
-            _UNKNOWN if row["over_dense"] is None else f"{row['over_dense']:.2f}",
-            *(f"{row[f'ttft_{p}_ms']:,.0f}" for p in ("p50", "p99")),
-            *(f"{row[f'tpot_{p}_ms']:,.1f}" for p in ("p50", "p99")),
-            _percent(row["identical_texts"]),
-            _percent(row["same_start"]),
-            end_section=row["head"] == FLASHHEAD,
-        )
-    return table
+    return rich_table(
+        "vLLM's server by head: measured", summary.drop(columns=_NOT_IN_TABLE, errors="ignore")
+    )
 
 
 def serving_notes(summary: pd.DataFrame) -> list[str]:
-    """Sentences under the table: what the columns are, and what greedy texts are worth."""
+    """Sentences under the table: how it was measured, and how far greedy texts repeat."""
     notes = [
-        "tokens/s: median over rounds, with p10 and p90; TTFT and TPOT: vLLM's benchmark client's, "
-        "p50 and p99 over requests, median over rounds. Heads took turns, the other server frozen.",
-        "same texts: share of requests whose text is the dense server's of the same round; same "
-        "start: mean share of that text before the first difference.",
+        "tokens/s: median over rounds, with p10 and p90. TTFT and TPOT: of vLLM's benchmark "
+        "client, percentiles over requests, median over rounds. The heads take turns; meanwhile "
+        "the other server is frozen.",
+        "Same texts: requests whose text is the dense server's of the same round. Same start: mean "
+        "share of that text before the first difference.",
     ]
-    for row in _rows(summary):
+    for row in serving_document(summary):
         where = f"tp {row['tp_size']}, concurrency {row['concurrency']}"
         if row["head"] == DENSE and row["dense_repeats"] is not None:
             notes.append(
-                f"{where}: {100 * row['dense_repeats']:.0f} % of the dense server's own texts were "
+                f"{where}: {100 * row['dense_repeats']:.0f} % of the dense server's texts equal "
                 f"those of its first call at the lowest concurrency."
             )
         if row["head"] == FLASHHEAD and row["flashhead_steps"] not in (None, 1.0):
-            share = f"{100 * row['flashhead_steps']:.1f}"
-            notes.append(f"{where}: FlashHead took {share} % of the steps, the dense path others.")
+            share = 100 * row["flashhead_steps"]
+            notes.append(f"{where}: FlashHead computed {share:.1f} % of the steps.")
     return notes
 
 
-def serving_words(summary: pd.DataFrame) -> list[str]:
+def serving_sentences(summary: pd.DataFrame) -> list[str]:
     """One sentence a cell, the lowest `tp_size` and concurrency first."""
-    words = []
-    for row in _rows(summary):
-        if row["head"] != FLASHHEAD or row["over_dense"] is None:
-            continue
-        dense = row["tokens_per_s"] / row["over_dense"]
-        words.append(
-            f"tp {row['tp_size']}, concurrency {row['concurrency']}: {row['tokens_per_s']:.1f} "
-            f"tokens a second where the dense head gives {dense:.1f}, {row['over_dense']:.2f} "
-            f"times as many; {_percent(row['identical_texts'])} % of the greedy texts are the same."
-        )
-    return words
+    texts = []
+    for row in serving_document(summary):
+        if row["head"] == FLASHHEAD and row["over_dense"] is not None:
+            same = row["identical_texts"]
+            texts.append(
+                f"tp {row['tp_size']}, concurrency {row['concurrency']}: flashhead gives "
+                f"{row['tokens_per_s']:.1f} tokens a second, {row['over_dense']:.2f} times the "
+                f"dense head's; "
+                f"{'no' if same is None else f'{100 * same:.0f} % of the'} texts are the same."
+            )
+    return texts
 
 
 def serving_document(summary: pd.DataFrame) -> list[dict[str, Any]]:
@@ -81,9 +94,96 @@ def serving_document(summary: pd.DataFrame) -> list[dict[str, Any]]:
     return found
 
 
-def _rows(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    return serving_document(summary)
+def serving_report(folder: Path) -> Report:
+    """Page and figures of one run, finished or not.
+
+    Raises:
+        UserError: records are damaged or there are none, or matplotlib or jinja2 is missing.
+    """
+    records = read_serving(folder)
+    if not records:
+        raise UserError(
+            f"{folder / SERVING_NAME} holds no record, as its run ended before the first was "
+            f"measured: run launch/serve_bench.py again"
+        )
+    require_matplotlib()
+    summary, first = summarise(records), records[0]
+    section = Section(
+        key="serving",
+        title="Dense and FlashHead under the same load",
+        notes=tuple(serving_notes(summary)),
+        frame=summary,
+        charts=tuple(
+            _chart(of_size, int(str(tp_size)), key, place)
+            for tp_size, of_size in summary.groupby("tp_size")
+            for place, key in enumerate(_FIGURES, start=1)
+        ),
+        columns=len(_FIGURES),
+        legend=tuple((color, head) for head, color in _COLORS.items()),
+    )
+    facts = pd.Series(_facts(folder, records), name="A").rename_axis("fact").reset_index()
+    html = render_page(
+        title=f"vLLM with and without FlashHead: {first.model} on {first.system}",
+        labels=[f"{first.time_utc[:16].replace('T', ' ')}, {first.system}, {first.commit}"],
+        groups=[[(section, "")]],
+        setting=facts.assign(differs=False),
+        warnings=_warnings(records),
+        files=["serving.csv"],
+        sentences=serving_sentences(summary) or ["Only one head was measured so far."],
+    )
+    return Report(html=html, frames={"serving": summary})
 
 
-def _percent(share: float | None) -> str:
-    return _UNKNOWN if share is None else f"{100 * share:.0f}"
+def _warnings(records: Sequence[ServingRecord]) -> list[str]:
+    warnings = []
+    if over := sorted({record.tp_size for record in records if record.oversubscribed}):
+        warnings.append(
+            f"OVERSUBSCRIBED at tp {', '.join(map(str, over))}: ranks shared cores there, so its "
+            f"times do not apply to machines with enough of them."
+        )
+    if records[0].commit.endswith("-dirty"):
+        warnings.append(f"Commit {records[0].commit}: the code had uncommitted changes.")
+    return warnings
+
+
+def _facts(folder: Path, records: Sequence[ServingRecord]) -> dict[str, str]:
+    first = records[0]
+    facts = {
+        "run": folder.resolve().name,
+        "system": f"{first.system}: {first.device}",
+        "model": f"{first.model}, {first.dtype}",
+        "weights": first.model_hash[:12],
+        "index": first.index_hash[:12],
+        "tokens a request": str(first.new_tokens),
+        "commit": first.commit,
+        "software": ", ".join(f"{name} {number}" for name, number in first.versions.items()),
+    }
+    path = folder / ENVIRONMENT_NAME
+    if path.is_file():
+        try:
+            arguments: Any = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+            facts["arguments"] = ", ".join(f"{name} {value}" for name, value in arguments.items())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"cannot read {path} ({error!r}): restore or remove it") from error
+    return facts
+
+
+def _chart(summary: pd.DataFrame, tp_size: int, key: str, place: int) -> str:
+    name = _FIGURES[key]
+    chart = Chart(
+        f"serving-{key.replace('_', '-')}-tp{tp_size}",
+        f"{name}, tp {tp_size}",
+        place=place,
+        columns=len(_FIGURES),
+    )
+    for head, own in summary.groupby("head", sort=False):
+        color = _COLORS[str(head)]
+        chart.axes.plot(own["concurrency"], own[key], color=color, linewidth=1.2)
+        for size, value in zip(own["concurrency"], own[key], strict=True):
+            text = f"{head}, concurrency {size}: {value:,.1f} {name}"
+            marker = "s" if head == DENSE else "o"
+            chart.point(size, value, text, marker=marker, color=color, markersize=6)
+    chart.axes.set_ylim(bottom=0)
+    size_axis(chart.axes, sorted(summary["concurrency"].unique()))
+    chart.axes.set_xlabel("requests at once")
+    return chart.html()

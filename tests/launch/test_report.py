@@ -16,7 +16,7 @@ import pytest
 from flashhead_dist.bench.records import Record
 from tests.launch.ground import LAUNCH
 from tests.launch.scripts import load_script
-from tests.report.made_up import changed, golden, write_run
+from tests.report.run_folders import changed, golden, write_run
 
 pytest.importorskip("matplotlib")
 

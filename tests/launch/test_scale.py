@@ -180,7 +180,7 @@ def test_oversubscribed_sizes_are_projected_and_said_to_be(
 
 def test_one_rank_prints_and_progress_stays_off_stdout(finished: Job) -> None:
     printed = finished.out.read_text()
-    assert printed.count("Memory and agreement") == 1
+    assert printed.count("Memory of a rank") == 1
     assert "[1/" not in printed
     assert "tp 3: batch 2" in finished.stderr
 

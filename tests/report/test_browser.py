@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from flashhead_dist.report.comparison import compare_runs
+from flashhead_dist.report.comparison import compare_runs, comparison_section
 from flashhead_dist.report.page import make_report
 from flashhead_dist.report.runs import load_runs
-from flashhead_dist.report.sections.compared import comparison_section
 from tests.report.browser import WIDTHS, look, open_browser, why_not
-from tests.report.made_up import faster, pipeline_document, write_run
+from tests.report.run_folders import faster, pipeline_document, write_run
 
 pytest.importorskip("matplotlib")
 pytestmark = [

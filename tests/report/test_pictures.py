@@ -1,4 +1,4 @@
-"""Plots and the summary file from golden records."""
+"""Pictures of a run's folder from golden records."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 
 from flashhead_dist.bench.records import Record, read_records
 from flashhead_dist.errors import UserError
-from flashhead_dist.report.plots import bytes_figure, latency_figure, write_plots
-from flashhead_dist.report.present import write_report
-from flashhead_dist.report.summary import summary_frame, write_summary
+from flashhead_dist.report.pictures import (
+    bytes_figure,
+    latency_figure,
+    write_plots,
+    write_report,
+)
 
 DATA = Path(__file__).parent / "data" / "records.jsonl"
 pytest.importorskip("matplotlib")
@@ -202,32 +204,5 @@ def test_missing_matplotlib_is_a_sentence(
         write_plots(records, tmp_path)
 
 
-def test_summary_keeps_measured_and_projected_apart(records: list[Record]) -> None:
-    frame = summary_frame(records)
-    assert len(frame) == 18
-    eight = frame[frame.tp_size == 8]
-    assert eight.measured_median_us.isna().all()
-    assert eight.projected_median_us.notna().all()
-    others = frame[frame.tp_size != 8]
-    assert others.measured_median_us.notna().all()
-    assert others.projected_median_us.isna().all()
-    assert "median_us" not in frame.columns
-    one = frame[(frame["head"] == "flashhead") & (frame.tp_size == 2) & (frame.batch_size == 1)]
-    assert one.measured_median_us.item() == pytest.approx(2150)
-    assert one.measured_scaling_efficiency.item() == pytest.approx(0.930, abs=1e-3)
-
-
-def test_summary_file_is_sorted_and_readable(records: list[Record], tmp_path: Path) -> None:
-    shuffled = records[::-1]
-    written = pd.read_csv(write_summary(shuffled, tmp_path))
-    assert written.batch_size.tolist() == sorted(written.batch_size)
-    assert written.tp_size.tolist()[:9] == [1] * 3 + [2] * 3 + [8] * 3
-
-
 def test_report_without_plots_is_the_summary(records: list[Record], tmp_path: Path) -> None:
     assert [path.name for path in write_report(records, tmp_path, plots=False)] == ["summary.csv"]
-
-
-def test_a_folder_that_is_gone_is_a_sentence(records: list[Record], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--runs-dir"):
-        write_report(records, tmp_path / "gone", plots=False)
