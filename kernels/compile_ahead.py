@@ -35,7 +35,7 @@ from triton.runtime.jit import JITFunction
 from bench_shapes import ALPHA, Shape, Shard, empty_shard
 from flashhead_kernels import cuda_sampling, triton_exchange
 from flashhead_kernels.dispatch import ops_for
-from flashhead_kernels.logits import FinalLogits, GumbelNoise
+from flashhead_kernels.noise import FinalLogits, GumbelNoise
 from flashhead_kernels.sampling import Weighed
 from flashhead_kernels.shard import Query
 from head_calls import Call, table_calls

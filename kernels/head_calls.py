@@ -15,10 +15,9 @@ from torch import Tensor
 from bench_shapes import Shard
 from bench_ways import Checked, FinalLogit, WrongResultError, same_tokens
 from flashhead_kernels import reference
-from flashhead_kernels.logits import PLAIN, FinalLogits, GumbelNoise, gumbel
+from flashhead_kernels.noise import PLAIN, FinalLogits, GumbelNoise, gumbel
 from flashhead_kernels.shard import Candidates
-from flashhead_kernels.triton_device import num_processors
-from flashhead_kernels.triton_shapes import CentroidShape, HeadShape, plan_head
+from flashhead_kernels.triton_shapes import CentroidShape, HeadShape, num_processors, plan_head
 
 _TEMPERATURE = 0.7
 _SEED = 5

@@ -46,8 +46,7 @@ from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
 from flashhead_dist.parallel import TensorParallel
-from flashhead_kernels.cpu_memory import empty_on_large_pages
-from flashhead_kernels.cpu_threads import compute_threads
+from flashhead_kernels.cpu_threads import compute_threads, empty_on_large_pages
 from flashhead_kernels.shard import IndexShard
 from flashhead_topology.probe import probe_machine
 

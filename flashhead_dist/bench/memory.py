@@ -27,7 +27,7 @@ from torch import Tensor
 from flashhead_dist.bench.control import Control
 from flashhead_dist.bench.timer import step_clock
 from flashhead_dist.parallel import TensorParallel
-from flashhead_kernels.cpu_memory import empty_on_large_pages
+from flashhead_kernels.cpu_threads import empty_on_large_pages
 from flashhead_kernels.timing import Clock
 
 _STATUS = Path("/proc/self/status")

@@ -7,7 +7,7 @@ another `forward`; modules and their weights stay where they are.
 
 For one row torch hands a float32 linear layer to MKL, which uses one thread for it whatever
 `torch.get_num_threads()` says, and 16-bit layers to oneDNN, at a fraction of the memory's rate.
-Here the weights are streamed as the heads' rows are, by `flashhead_kernels.crew`. In float32 a
+Here the weights are streamed as the heads' rows are, by `flashhead_kernels.cpu_body`. In float32 a
 norm, a head norm with its rotation, and layers that read the same state are one call each as well.
 """
 
@@ -24,10 +24,8 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from flashhead_kernels.cpu_memory import empty_on_large_pages
-from flashhead_kernels.cpu_norm import rms_norm
-from flashhead_kernels.cpu_rotary import turn_heads
-from flashhead_kernels.crew import Crew
+from flashhead_kernels.cpu_body import MatVecPool, rms_norm, turn_heads
+from flashhead_kernels.cpu_threads import empty_on_large_pages
 
 _FAMILIES: dict[type, tuple[type, type, type]] = {
     llama.LlamaModel: (llama.LlamaRMSNorm, llama.LlamaAttention, llama.LlamaMLP),
@@ -78,7 +76,7 @@ class StreamedLinear:
     read into the cache once this product is done: the next layer's.
     """
 
-    def __init__(self, linear: nn.Linear, pool: Crew) -> None:
+    def __init__(self, linear: nn.Linear, pool: MatVecPool) -> None:
         self.weight, self.bias = linear.weight, linear.bias
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.pool = pool
@@ -235,7 +233,7 @@ def _stream_linears(decoder: nn.Module) -> None:
     threads = torch.get_num_threads()
     if threads == 1 or not found:
         return
-    pool = Crew(threads)
+    pool = MatVecPool(threads)
     for block in _blocks(found):
         _move(block)
     streamed = [StreamedLinear(linear, pool) for linear in found]
@@ -252,7 +250,7 @@ def _stream_linears(decoder: nn.Module) -> None:
 class _OneTokenStep:
     """Wakes the pool for a decoder's step of one token, and lets it sleep after."""
 
-    def __init__(self, pool: Crew) -> None:
+    def __init__(self, pool: MatVecPool) -> None:
         self._pool = pool
         self._threads = 0
 

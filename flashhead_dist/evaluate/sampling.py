@@ -22,7 +22,7 @@ from flashhead_dist.heads.closed_form import ClosedForm, closed_form
 from flashhead_dist.heads.registry import EmulatedHead
 from flashhead_dist.models.contract import PLAIN, OutputContract
 from flashhead_kernels.keys import unpack_keys
-from flashhead_kernels.logits import GumbelNoise
+from flashhead_kernels.noise import GumbelNoise
 
 _TOP = 50
 _PAIRED_DRAWS = 100

@@ -30,10 +30,9 @@ from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.heads.registry import sampling_heads
 from flashhead_dist.index import LoadedShard
 from flashhead_dist.models.contract import PLAIN, OutputContract
-from flashhead_kernels.dispatch import ops_for
-from flashhead_kernels.logits import FinalLogits, GumbelNoise
+from flashhead_kernels.dispatch import ops_for, sampling_ops_for
+from flashhead_kernels.noise import FinalLogits, GumbelNoise
 from flashhead_kernels.sampling import Weighed
-from flashhead_kernels.sampling_dispatch import sampling_ops_for
 from flashhead_kernels.shard import Query
 from flashhead_profiles.ranges import CANDIDATES, annotate
 

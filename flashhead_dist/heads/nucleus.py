@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from flashhead_dist.heads.closed_form import ClosedForm
 from flashhead_dist.parallel import Exchange, Operation, Steps
+from flashhead_kernels.dispatch import sampling_ops_for
 from flashhead_kernels.keys import EMPTY_KEY, pack_keys, unpack_keys
-from flashhead_kernels.logits import GumbelNoise
-from flashhead_kernels.sampling_dispatch import sampling_ops_for
+from flashhead_kernels.noise import GumbelNoise
 
 _FIRST_GATHER = 64
 _WIDER = 8

@@ -37,7 +37,7 @@ from flashhead_dist.index.row_block import with_row_dtype
 from flashhead_dist.measured_choices import keep_launches
 from flashhead_dist.models import ModelSource
 from flashhead_dist.parallel import TensorParallel, run_in_lock_step
-from flashhead_kernels.cpu_memory import empty_on_large_pages
+from flashhead_kernels.cpu_threads import empty_on_large_pages
 from flashhead_kernels.dispatch import ops_for
 from flashhead_topology.cost import StepCost, step_cost
 from flashhead_topology.systems import System

@@ -42,10 +42,9 @@ from flashhead_dist.parallel import (
     TensorParallel,
     run_in_lock_step,
 )
+from flashhead_kernels.dispatch import sampling_ops_for
 from flashhead_kernels.keys import unpack_keys
-from flashhead_kernels.logits import GumbelNoise
-from flashhead_kernels.sampling_dispatch import sampling_ops_for
-from flashhead_kernels.transfer import to_device
+from flashhead_kernels.noise import GumbelNoise, to_device
 from flashhead_profiles.ranges import HEAD, annotate
 
 T = TypeVar("T")

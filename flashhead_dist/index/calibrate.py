@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from flashhead_dist.states import HiddenStates
-from flashhead_kernels.cpu import dense_candidates, unpack_keys
-from flashhead_kernels.matmul_shortlist import matmul_is_faster
+from flashhead_kernels.cpu import dense_candidates, matmul_is_faster, unpack_keys
 from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.reference import centroid_dots
 from flashhead_kernels.shard import IndexShard

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from flashhead_dist.index.shard import LoadedShard
-from flashhead_kernels.cpu_memory import empty_on_large_pages
+from flashhead_kernels.cpu_threads import empty_on_large_pages
 
 
 def with_row_dtype(loaded: LoadedShard, dtype: torch.dtype) -> LoadedShard:

@@ -21,7 +21,7 @@ from flashhead_dist.index.store import SHARED, hash_group, header_bytes
 from flashhead_dist.index.token_map import TokenMap
 from flashhead_dist.index.whole import damaged, read_projection, read_token_map
 from flashhead_dist.models import ModelSource
-from flashhead_kernels.cpu_memory import empty_on_large_pages
+from flashhead_kernels.cpu_threads import empty_on_large_pages
 from flashhead_kernels.quantize import Projection, QuantizedCentroids, tile_centroids
 from flashhead_kernels.shard import IndexShard
 

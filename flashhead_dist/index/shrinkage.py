@@ -17,8 +17,8 @@ from torch import Tensor
 
 from flashhead_dist.index.calibrate import Advance
 from flashhead_dist.states import HiddenStates
-from flashhead_kernels.logits import PLAIN
-from flashhead_kernels.sampling_dispatch import sampling_ops_for
+from flashhead_kernels.dispatch import sampling_ops_for
+from flashhead_kernels.noise import PLAIN
 from flashhead_kernels.shard import IndexShard, Query
 
 SHRINKAGES = (0.0, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8)

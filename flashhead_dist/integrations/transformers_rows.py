@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from flashhead_dist.heads.flashhead import FlashHead
-from flashhead_kernels.dispatch import ops_for
-from flashhead_kernels.logits import PLAIN, FinalLogits
-from flashhead_kernels.sampling_dispatch import sampling_ops_for
+from flashhead_kernels.dispatch import ops_for, sampling_ops_for
+from flashhead_kernels.noise import PLAIN, FinalLogits
 from flashhead_kernels.shard import Query
 
 

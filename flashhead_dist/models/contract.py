@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from flashhead_dist.errors import ModelSourceError
 from flashhead_dist.models.cache import call_in_process, file_fingerprint, make_once
-from flashhead_kernels.logits import FinalLogits, GumbelNoise
+from flashhead_kernels.noise import FinalLogits, GumbelNoise
 
 _SCHEMA_VERSION = 1
 _TOKENS = 3

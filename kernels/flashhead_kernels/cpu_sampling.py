@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from flashhead_kernels import cpu_sampling_loops as loops
-from flashhead_kernels.cpu import score_rows
-from flashhead_kernels.cpu_states import flat, float_states, make_query
+from flashhead_kernels.cpu import flat, float_states, make_query, score_rows
 from flashhead_kernels.cpu_threads import share
 from flashhead_kernels.keys import pack_keys, unpack_keys
-from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise
+from flashhead_kernels.noise import Domain, FinalLogits, GumbelNoise
 from flashhead_kernels.sampling import (
     LocalScores,
     Weighed,

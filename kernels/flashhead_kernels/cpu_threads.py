@@ -1,16 +1,21 @@
-"""How many threads this process computes with: torch, and the kernels, which follow torch."""
+"""Threads of this process, torch's and the kernels', and memory that a CPU scans fast."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import itertools
+import math
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -64,3 +69,27 @@ def _cores_for_others(threads: int) -> list[set[int]]:
 
 def _bind(cores: Iterator[set[int]]) -> None:
     os.sched_setaffinity(0, next(cores))
+
+
+LARGE_PAGE_BYTES = 2 << 20
+
+
+def empty_on_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialized CPU tensor, on large pages where it fills some and the kernel has any.
+
+    Weights are read once a step with a cold cache, and on small pages the addresses miss the
+    translation cache as well. Gemma-3-270M's dense head takes 11.5 ms instead of 12.9, FlashHead
+    1.90 instead of 2.03 (one thread).
+    """
+    num_bytes = dtype.itemsize * math.prod(shape)
+    if num_bytes < 2 * LARGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    # Python's default is shared memory, which gets large pages on few systems.
+    memory = mmap.mmap(
+        -1, num_bytes + LARGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )
+    with suppress(OSError):  # a kernel built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    buffer = np.frombuffer(memory, np.uint8)
+    start = -buffer.ctypes.data % LARGE_PAGE_BYTES
+    return torch.from_numpy(buffer[start : start + num_bytes]).view(dtype).view(shape)

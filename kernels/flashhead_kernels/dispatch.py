@@ -33,3 +33,17 @@ def load_module(name: str) -> ModuleType:
         raise ImportError(
             'CUDA needs Triton: pip install "flashhead-dist[gpu]", or use --device cpu'
         ) from error
+
+
+_SAMPLING_MODULES = {"cpu": "cpu_sampling", "cuda": "cuda_sampling"}
+
+
+def sampling_ops_for(device: torch.device | str) -> ModuleType:
+    """`cpu_sampling` or `cuda_sampling` for such a device, `sampling` (plain torch) for any other.
+
+    All have the same functions with the same signatures.
+
+    Raises:
+        ImportError: Triton is missing where CUDA needs it.
+    """
+    return load_module(_SAMPLING_MODULES.get(torch.device(device).type, "sampling"))

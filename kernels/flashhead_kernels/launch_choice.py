@@ -7,7 +7,7 @@ is served by the rule that was there before the table, one launch, and is measur
 again.
 
 The choice is a rank's own: with integer centroids both ways give the same bits (see
-`triton_scores.integer_dots`). With 16-bit centroids they add in an order of their own, so that
+`triton_head.integer_dots`). With 16-bit centroids they add in an order of their own, so that
 a probe whose score ties within rounding may differ between ranks that chose differently.
 """
 

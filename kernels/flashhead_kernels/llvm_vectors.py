@@ -1,4 +1,4 @@
-"""Small pieces of LLVM code that the dot products share."""
+"""LLVM code that the CPU loops share."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from flashhead_kernels.keys import EMPTY_KEY, pack_keys
 from flashhead_kernels.keys import unpack_keys as unpack_keys
 from flashhead_kernels.keys import unpack_keys_into as unpack_keys_into
-from flashhead_kernels.logits import PLAIN, FinalLogits
+from flashhead_kernels.noise import PLAIN, FinalLogits
 from flashhead_kernels.quantize import (
     QuantizedCentroids,
     project_states,

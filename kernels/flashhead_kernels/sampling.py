@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flashhead_kernels import reference
 from flashhead_kernels.keys import pack_keys
-from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise, gumbel
+from flashhead_kernels.noise import Domain, FinalLogits, GumbelNoise, gumbel
 from flashhead_kernels.shard import IndexShard, Query
 
 BELOW = 2.0

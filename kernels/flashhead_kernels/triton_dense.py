@@ -5,11 +5,33 @@ The fair opponent of `triton_head`: one launch, each row read once, no logit wri
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from flashhead_kernels.triton_pieces import EMPTY_KEY, gumbel, noise_place, pack_key, transform
-from flashhead_kernels.triton_reduce import arrive, reduce_parts
+from flashhead_kernels.noise import FinalLogits
+from flashhead_kernels.shard import Candidates
+from flashhead_kernels.triton_reduce import (
+    EMPTY_KEY,
+    arrive,
+    gumbel_noise,
+    noise_place,
+    pack_key,
+    reduce_parts,
+    transform,
+)
+from flashhead_kernels.triton_shapes import (
+    counters,
+    is_interpreted,
+    num_processors,
+    on_device,
+    part_block,
+    power_of_two,
+    signed_seed,
+)
 
 
 @triton.jit
@@ -115,7 +137,7 @@ def dense_kernel(
         if SAMPLE:
             row = tl.minimum(batch, num_rows - 1)
             position, sequence = noise_place(positions_ptr, sequences_ptr, row, SAMPLE, SEQUENCES)
-            final += gumbel(seed, position[:, None], sequence[:, None], ids)
+            final += gumbel_noise(seed, position[:, None], sequence[:, None], ids)
         keys = pack_key(final, ids)
         if BEST == 1:
             best = tl.maximum(best, tl.max(keys, 1)[:, None])
@@ -133,3 +155,82 @@ def dense_kernel(
             reduce_parts(b, num_rows, num_parts, keys_ptr, sums_ptr, out_keys_ptr, out_ids_ptr,
                          out_logits_ptr, out_logsumexp_ptr, BEST, PART_BLOCK, LOGSUMEXP,
                          False)  # fmt: skip
+
+
+_MAX_BATCH_OF_PRODUCTS = 4
+"""Rows up to which products on CUDA cores keep up with memory; above, tensor cores."""
+_LEAST_BATCH_OF_MATMUL = 16
+_MAX_BATCH_OF_MATMUL = 64
+_MAX_BATCH_OF_FLOAT32 = 32
+"""Float32 matrices are multiplied in three parts each, which take registers."""
+_PROGRAMS_A_PROCESSOR = 4
+
+
+def launch_dense(
+    hidden_states: Tensor,
+    rows: Tensor,
+    first_token_id: int,
+    k: int,
+    need_logsumexp: bool,
+    token_ids: Tensor | None,
+    final: FinalLogits,
+) -> Candidates:
+    """See `reference.dense_candidates`; 1 to MAX_ROWS hidden states, k up to MAX_BEST."""
+    batch, size = hidden_states.shape
+    count, best = rows.shape[0], power_of_two(k)
+    device, noise = hidden_states.device, final.noise
+    blocks = dense_blocks(
+        batch, size, best, wide=torch.float32 in (hidden_states.dtype, rows.dtype)
+    )
+    programs = num_processors(device) * _PROGRAMS_A_PROCESSOR
+    grid = (min(programs, triton.cdiv(count, blocks["BLOCK_V"])), -(-batch // blocks["BATCH"]))
+    keys = torch.empty((batch, best), dtype=torch.int64, device=device)
+    ids = torch.empty_like(keys)
+    logits = torch.empty((batch, best), dtype=torch.float32, device=device)
+    logsumexp = torch.empty(batch, dtype=torch.float32, device=device)
+    part_keys = torch.empty(batch * grid[0] * best, dtype=torch.int64, device=device)
+    part_sums = torch.empty(2 * batch * grid[0], dtype=torch.float32, device=device)
+    counter = counters(device)
+    sequences = None if noise is None else noise.sequences
+    # Most that a thread may have: left to itself the compiler spills a few, for another program.
+    registers = None
+    if blocks["MATMUL"]:
+        plain = noise is None and blocks["BLOCK_D"] == 64
+        registers = 128 if plain and blocks["BATCH"] < _MAX_BATCH_OF_MATMUL else 255
+    with on_device(hidden_states):
+        # A pointer has to be given even where nothing is read from it.
+        dense_kernel[grid](
+            hidden_states, rows, counter if token_ids is None else token_ids,
+            counter if noise is None else noise.positions,
+            counter if sequences is None else sequences,
+            part_keys, part_sums, counter, keys, ids, logits, logsumexp,
+            count, first_token_id, batch, 1 / final.temperature, final.softcap,
+            0 if noise is None else signed_seed(noise.seed),
+            **blocks,
+            TABLE=token_ids is not None, SOFTCAP=final.softcap > 0, SAMPLE=noise is not None,
+            SEQUENCES=sequences is not None, LOGSUMEXP=need_logsumexp,
+            PART_BLOCK=part_block(best), UPCAST=is_interpreted(), num_warps=4, maxnreg=registers,
+        )  # fmt: skip
+    return Candidates(
+        keys[:, :k], logsumexp if need_logsumexp else None, None, ids[:, :k], logits[:, :k]
+    )
+
+
+def dense_blocks(batch: int, hidden_size: int, best: int, *, wide: bool) -> dict[str, Any]:
+    """The kernel's constants for `batch` rows and `best` (a power of two) keys kept.
+
+    wide: hidden states or rows are float32.
+    """
+    matmul = batch > _MAX_BATCH_OF_PRODUCTS
+    rows = power_of_two(batch)
+    if matmul:
+        most = _MAX_BATCH_OF_FLOAT32 if wide else _MAX_BATCH_OF_MATMUL
+        rows = min(max(_LEAST_BATCH_OF_MATMUL, rows), most)
+    return {
+        "D": hidden_size,
+        "BLOCK_D": (32 if wide else 64) if matmul else min(128, power_of_two(hidden_size)),
+        "BLOCK_V": max(64 if matmul else 32, best),
+        "BATCH": rows,
+        "BEST": best,
+        "MATMUL": matmul,
+    }

@@ -47,7 +47,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashhead_kernels.keys import NUM_BUFFERS, SIGNAL_STRIDE, padded
-from flashhead_kernels.triton_pieces import key_id, key_logit
+from flashhead_kernels.triton_reduce import key_id, key_logit
 
 NUM_WARPS = 4
 _EMPTY_KEY: tl.constexpr = tl.constexpr(-(2**63))

@@ -13,7 +13,6 @@ from flashhead_kernels import launch_choice
 from flashhead_kernels.launch_choice import LaunchCase
 from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.shard import Candidates, IndexShard, Query
-from flashhead_kernels.triton_device import counters, num_processors, on_device
 from flashhead_kernels.triton_head import (
     candidates_kernel,
     dots_kernel,
@@ -29,7 +28,10 @@ from flashhead_kernels.triton_shapes import (
     CentroidShape,
     HeadPlan,
     HeadShape,
+    counters,
     is_interpreted,
+    num_processors,
+    on_device,
     part_block,
     plan_head,
     power_of_two,

@@ -14,7 +14,7 @@ from flashhead_dist.integrations.transformers_rows import LogitRows
 from flashhead_dist.integrations.vllm.head import Finish, RowsHead
 from flashhead_dist.integrations.vllm.needs import Rest, RowNeed
 from flashhead_dist.integrations.vllm.rows import VocabularyMap
-from flashhead_kernels.logits import FinalLogits
+from flashhead_kernels.noise import FinalLogits
 from tests.cuda_simulated.conftest import Small
 
 if TYPE_CHECKING:

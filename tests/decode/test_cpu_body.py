@@ -12,10 +12,8 @@ from transformers import AutoModelForCausalLM, PhiConfig
 from flashhead_dist.decode.body import TransformersBody
 from flashhead_dist.decode.cpu_body import FusedAttention, FusedMlp, FusedNorm, StreamedLinear
 from flashhead_dist.decode.cpu_body import speed_up_body as speed_up
-from flashhead_kernels.cpu_norm import rms_norm
-from flashhead_kernels.cpu_rotary import turn_heads
+from flashhead_kernels.cpu_body import MatVecPool, rms_norm, turn_heads
 from flashhead_kernels.cpu_threads import compute_threads
-from flashhead_kernels.crew import Crew
 from tests.integrations.transformers_models import PROMPT, make_model
 
 # A row's products in float32 (bfloat16's and float16's are exact there), rounded once.
@@ -157,7 +155,7 @@ def test_streamed_product_is_linear(shape: tuple[int, ...], bias: bool, dtype: t
         truth = nn.functional.linear(
             inputs.double(), linear.weight.double(), linear.bias.double() if bias else None
         )
-        found = StreamedLinear(linear, Crew(2))(inputs)
+        found = StreamedLinear(linear, MatVecPool(2))(inputs)
     assert found.dtype is dtype
     tolerance = TOLERANCES[dtype]
     torch.testing.assert_close(found.double(), truth, atol=tolerance, rtol=tolerance)

@@ -20,7 +20,7 @@ from flashhead_dist.parallel import TensorParallel
 from flashhead_kernels import dispatch
 
 triton_launch = pytest.importorskip("flashhead_kernels.triton_launch")
-triton_dense_launch = pytest.importorskip("flashhead_kernels.triton_dense_launch")
+triton_dense = pytest.importorskip("flashhead_kernels.triton_dense")
 if torch.cuda.is_available():
     pytest.skip("a CPU is played as CUDA by the interpreter", allow_module_level=True)
 
@@ -77,7 +77,7 @@ def test_a_kernel_that_does_not_compile_ends_the_step(
     """The twins in torch could serve instead, and nobody would know what was measured."""
     for name in ("one_launch_kernel", "candidates_kernel", "dots_kernel"):
         monkeypatch.setattr(triton_launch, name, _Refused())
-    monkeypatch.setattr(triton_dense_launch, "dense_kernel", _Refused())
+    monkeypatch.setattr(triton_dense, "dense_kernel", _Refused())
     for head in heads.values():
         with pytest.raises(RuntimeError, match="ptxas refuses"):
             head.forward(STATES)

@@ -17,7 +17,7 @@ from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.parallel import TensorParallel
 from flashhead_dist.states import collect_hidden_states
 from flashhead_kernels.keys import unpack_keys
-from flashhead_kernels.logits import GumbelNoise
+from flashhead_kernels.noise import GumbelNoise
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 

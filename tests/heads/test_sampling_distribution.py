@@ -24,7 +24,7 @@ from flashhead_dist.models import open_model
 from flashhead_dist.parallel import TensorParallel
 from flashhead_kernels import cpu_sampling
 from flashhead_kernels.keys import unpack_keys
-from flashhead_kernels.logits import GumbelNoise
+from flashhead_kernels.noise import GumbelNoise
 
 DRAWS = 30_000
 

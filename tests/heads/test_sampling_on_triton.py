@@ -19,7 +19,7 @@ from flashhead_dist.integrations.transformers_rows import LogitRows
 from flashhead_dist.integrations.vllm.rows import know
 from flashhead_dist.models import OutputContract, open_model
 from flashhead_dist.parallel import TensorParallel
-from flashhead_kernels import dispatch, sampling_dispatch
+from flashhead_kernels import dispatch
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -38,7 +38,7 @@ def use(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Serve a CPU with `reference` and `sampling`, or with `cuda` and `cuda_sampling`."""
     monkeypatch.setitem(dispatch._MODULES, "cpu", name)
     sampling = "cuda_sampling" if name == "cuda" else "sampling"
-    monkeypatch.setitem(sampling_dispatch._MODULES, "cpu", sampling)
+    monkeypatch.setitem(dispatch._SAMPLING_MODULES, "cpu", sampling)
 
 
 def built(name: str, tp_size: int, model: Path, index: Path) -> Any:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from flashhead_kernels import sampling
+from flashhead_kernels.dispatch import sampling_ops_for
 from flashhead_kernels.keys import EMPTY_KEY, unpack_keys
-from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise
-from flashhead_kernels.logits import gumbel as gumbel_of_torch
+from flashhead_kernels.noise import Domain, FinalLogits, GumbelNoise
+from flashhead_kernels.noise import gumbel as gumbel_of_torch
 from flashhead_kernels.sampling import LocalScores, Weighed
-from flashhead_kernels.sampling_dispatch import sampling_ops_for
 from flashhead_kernels.shard import IndexShard, Query
 from tests.kernels.shards import ALPHA, make_shard, random_states
 from tests.kernels.test_triton_head import DEVICE, SHAPES, on_device, tied_shard

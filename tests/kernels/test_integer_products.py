@@ -10,8 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from flashhead_kernels import llvm_integer_dot, llvm_tile_dot
-from flashhead_kernels.cpu_states import flat, make_query
+from flashhead_kernels import llvm_dots
+from flashhead_kernels.cpu import flat, make_query
 from flashhead_kernels.quantize import TILE, quantize_centroids, tile_centroids
 
 SIZE, GROUP_SIZE = 192, 64
@@ -21,7 +21,7 @@ SIZE, GROUP_SIZE = 192, 64
 def features(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param.startswith("without"):
         none = SimpleNamespace(get_host_cpu_features=dict)
-        monkeypatch.setattr(llvm_integer_dot, "llvm", none)
+        monkeypatch.setattr(llvm_dots, "llvm", none)
 
 
 def _truth(bits: int) -> tuple[torch.Tensor, NDArray[np.float32]]:
@@ -40,7 +40,7 @@ def test_tile(features: None, bits: int) -> None:
     centroids = torch.randn(TILE, SIZE, generator=torch.Generator().manual_seed(bits))
     tiled = tile_centroids(quantize_centroids(centroids, bits, GROUP_SIZE))
     query, values, scales, _ = make_query(state, tiled, 0.0)
-    dot = llvm_tile_dot.tile_dot_int4 if bits == 4 else llvm_tile_dot.tile_dot_int8
+    dot = llvm_dots.tile_dot_int4 if bits == 4 else llvm_dots.tile_dot_int8
 
     @numba.njit
     def run(values, scales, integers, starts, factors, scores, groups, group_size):  # type: ignore[no-untyped-def]
@@ -57,7 +57,7 @@ def test_four_centroids(features: None, bits: int) -> None:
     centroids = torch.randn(TILE, SIZE, generator=torch.Generator().manual_seed(bits))
     plain = quantize_centroids(centroids, bits, GROUP_SIZE)
     query, *_ = make_query(state, plain, 0.0)
-    dot = llvm_integer_dot.dot_int4_4 if bits == 4 else llvm_integer_dot.dot_int8_4
+    dot = llvm_dots.dot_int4_4 if bits == 4 else llvm_dots.dot_int8_4
 
     @numba.njit
     def run(values, scales, integers, starts, factors, groups, group_size):  # type: ignore[no-untyped-def]

@@ -109,7 +109,7 @@ def test_select_probes_breaks_ties_by_slot(ops) -> None:  # type: ignore[no-unty
 
 def test_fused_selection_equals_select_probes_on_awkward_scores() -> None:
     """The kernel's bisection over bit patterns: negative, equal, infinite and tiny scores."""
-    from flashhead_kernels.cpu_primitives import select_slots
+    from flashhead_kernels.cpu_loops import select_slots
 
     generator = torch.Generator().manual_seed(5)
     for trial in range(200):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashhead_kernels import cpu, reference
-from flashhead_kernels.dispatch import ops_for
+from flashhead_kernels.dispatch import ops_for, sampling_ops_for
 from flashhead_kernels.keys import unpack_keys
 from flashhead_kernels.quantize import (
     Projection,
@@ -22,7 +22,6 @@ from flashhead_kernels.quantize import (
     quantize_centroids,
     tile_centroids,
 )
-from flashhead_kernels.sampling_dispatch import sampling_ops_for
 from flashhead_kernels.shard import IndexShard, Query
 from tests.kernels.shards import ALPHA, candidates, make_shard, random_states
 

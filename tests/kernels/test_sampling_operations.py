@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from flashhead_kernels import cpu, cpu_noise, cpu_sampling, sampling
+from flashhead_kernels import cpu, cpu_sampling, cpu_sampling_loops, sampling
 from flashhead_kernels.keys import unpack_keys
-from flashhead_kernels.logits import Domain, FinalLogits, GumbelNoise, gumbel
+from flashhead_kernels.noise import Domain, FinalLogits, GumbelNoise, gumbel
 from flashhead_kernels.sampling import Weighed
 from flashhead_kernels.shard import IndexShard, Query
 from tests.kernels.shards import ALPHA, candidates, make_shard, random_states
@@ -112,7 +112,7 @@ def test_noise_is_its_twin_s() -> None:
 def test_noise_is_finite_at_every_word() -> None:
     """A uniform made of 24 bits and a half rounded to 1, and its noise to infinity."""
     words = torch.tensor([0, 1, 255, 256, 2**31, 2**32 - 257, 2**32 - 256, 2**32 - 1])
-    noise = torch.tensor([cpu_noise.from_word(word) for word in words.tolist()])
+    noise = torch.tensor([cpu_sampling_loops.from_word(word) for word in words.tolist()])
     assert bool(torch.isfinite(noise).all())
     assert noise.tolist() == sorted(noise.tolist())
     v = (2.0**32 - 0.5 - words.double()) / 2**32
@@ -151,6 +151,6 @@ def test_other_counters_give_other_noise(what: str) -> None:
 def test_our_own_functions_are_as_near_as_float32_goes(name: str) -> None:
     exponents = torch.linspace(-80, 0, 4001)
     inputs = exponents if name == "exp" else exponents.exp()
-    found = torch.tensor([float(getattr(cpu_noise, name)(x)) for x in inputs.numpy()])
+    found = torch.tensor([float(getattr(cpu_sampling_loops, name)(x)) for x in inputs.numpy()])
     wanted = getattr(torch, name)(inputs.double())
     assert float(((found - wanted) / wanted.abs().clamp(min=1e-30)).abs()[:-1].max()) < 3e-7

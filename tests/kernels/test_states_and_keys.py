@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashhead_kernels import cpu, reference
-from flashhead_kernels.cpu_memory import LARGE_PAGE_BYTES, empty_on_large_pages
+from flashhead_kernels.cpu_threads import LARGE_PAGE_BYTES, empty_on_large_pages
 from flashhead_kernels.keys import EMPTY_KEY, pack_keys
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,7 +11,7 @@ import torch
 from flashhead_kernels import cpu, reference
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import pack_keys, unpack_keys
-from flashhead_kernels.logits import PLAIN, FinalLogits, GumbelNoise
+from flashhead_kernels.noise import PLAIN, FinalLogits, GumbelNoise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 cuda: ModuleType = ops_for("cuda")

@@ -17,12 +17,12 @@ import triton.language as tl
 from flashhead_kernels import reference, triton_launch, triton_reduce
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import EMPTY_KEY, unpack_keys
-from flashhead_kernels.logits import FinalLogits, GumbelNoise
-from flashhead_kernels.logits import gumbel as gumbel_twin
+from flashhead_kernels.noise import FinalLogits, GumbelNoise
+from flashhead_kernels.noise import gumbel as gumbel_twin
 from flashhead_kernels.quantize import TILE, tile_centroids
 from flashhead_kernels.shard import Candidates, IndexShard
-from flashhead_kernels.triton_pieces import EMPTY_KEY as TRITON_EMPTY_KEY
-from flashhead_kernels.triton_pieces import gumbel, pack_key
+from flashhead_kernels.triton_reduce import EMPTY_KEY as TRITON_EMPTY_KEY
+from flashhead_kernels.triton_reduce import gumbel_noise, pack_key
 from flashhead_kernels.triton_shapes import CentroidShape, HeadShape
 from tests.kernels.shards import candidates, every_logit, make_shard, random_states
 
@@ -154,7 +154,7 @@ def test_probes_and_best(shape: tuple[Any, ...], probes: int, k: int, launches: 
 @triton.jit
 def noise_kernel(out_ptr, seed, position, sequence, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + ids, gumbel(seed, position, sequence, ids))
+    tl.store(out_ptr + ids, gumbel_noise(seed, position, sequence, ids))
 
 
 def test_noise_is_its_twin_s_however_great() -> None:

@@ -24,7 +24,7 @@ from flashhead_dist.integrations.vllm.needs import Rest, RowNeed
 from flashhead_dist.integrations.vllm.options import MEASURE, NEVER
 from flashhead_dist.integrations.vllm.rows import VocabularyMap, know, make_rows
 from flashhead_dist.parallel import TensorParallel
-from flashhead_kernels.transfer import to_device
+from flashhead_kernels.noise import to_device
 from flashhead_profiles.ranges import HEAD, annotate
 
 logger = logging.getLogger("vllm.flashhead")

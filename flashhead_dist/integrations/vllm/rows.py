@@ -18,8 +18,8 @@ from torch import Tensor
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.integrations.vllm.needs import Rest
 from flashhead_dist.parallel import Exchange, Operation, Steps
-from flashhead_kernels.logits import FinalLogits
-from flashhead_kernels.sampling_dispatch import sampling_ops_for
+from flashhead_kernels.dispatch import sampling_ops_for
+from flashhead_kernels.noise import FinalLogits
 from flashhead_kernels.shard import Query
 
 _HEAVY = 32

@@ -16,7 +16,17 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from flashhead_kernels.transfer import to_device
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; from a CPU to CUDA without making the host wait.
+
+    A copy from pageable memory waits for the stream. Torch keeps the pinned memory used here until
+    the copy is done.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
 
 _PHILOX_ROUNDS = 10
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

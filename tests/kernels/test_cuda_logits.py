@@ -18,7 +18,7 @@ from flashhead_kernels.quantize import Projection, quantize_centroids
 from tests.kernels.shards import ALPHA, make_shard, random_states
 from tests.kernels.test_triton_head import DEVICE, SHAPES, on_device
 
-triton_rows = pytest.importorskip("flashhead_kernels.triton_rows")
+pytest.importorskip("flashhead_kernels.cuda")
 cuda: ModuleType = ops_for("cuda")
 
 
@@ -80,7 +80,7 @@ def test_every_logit(dtype: torch.dtype, tokens: int, size: int, batch: int) -> 
     generator = torch.Generator().manual_seed(tokens + batch)
     rows = torch.randn(tokens, size, generator=generator).to(dtype).to(DEVICE)
     states = random_states(batch, size).to(DEVICE)
-    found = triton_rows.score_all(states, rows)
+    found = cuda.score_all(states, rows)
     close(found, (states.double() @ rows.double().T).float())
 
 
@@ -93,7 +93,7 @@ def test_extreme_values_stay_what_they_are(value: float) -> None:
     truth = (states.double() @ table.flatten(0, 1).double().T).float()
     for found in (
         cuda.score_rows(states, table, every).flatten(1),
-        triton_rows.score_all(states, table.flatten(0, 1)),
+        cuda.score_all(states, table.flatten(0, 1)),
     ):
         torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-4)
 
@@ -104,4 +104,4 @@ def test_nothing_to_score() -> None:
     none = random_states(0, 64).to(DEVICE)
     assert cuda.score_rows(none, rows, torch.zeros(0, 3, dtype=torch.int32)).shape == (0, 3, 4)
     assert cuda.centroid_dots(none, shard.centroids).shape == (0, 3, 7)
-    assert triton_rows.score_all(none, rows.flatten(0, 1)).shape == (0, 84)
+    assert cuda.score_all(none, rows.flatten(0, 1)).shape == (0, 84)
