@@ -37,8 +37,8 @@ from flashhead_dist.integrations.eagle import (
     train_draft,
 )
 from flashhead_dist.models import ModelSource, cache_root
+from flashhead_dist.models.base import reduce_vocabulary
 from flashhead_dist.models.cache import make_once
-from flashhead_dist.models.subset import reduce_vocabulary
 from flashhead_dist.parallel import TensorParallel
 from flashhead_dist.states.split import split_by_document
 from flashhead_dist.states.texts import shipped_texts, texts_hash

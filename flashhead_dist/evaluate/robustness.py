@@ -9,8 +9,6 @@ are assumed. `try_head` builds the index of one and measures its fidelity, balan
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,6 +20,7 @@ from flashhead_dist.heads.base import Want
 from flashhead_dist.heads.registry import DEFAULT_HEAD, EmulatedHead, emulate_head
 from flashhead_dist.index import IndexOptions, ensure_index, load_manifest, load_shard
 from flashhead_dist.models import ModelSource
+from flashhead_dist.models.base import RowStore
 from flashhead_dist.states import HiddenStates
 
 SOURCES = ("frequent", "any-token", "odd-rows", "no-token")
@@ -81,40 +80,23 @@ class MadeHead:
             synthetic=True,
             dtype=torch.bfloat16,
             rows=_HeldRows(self.rows),
-            hash_rows=_hash_rows,
         )
 
 
-class _HeldRows:
-    """RowStore of rows that are in memory."""
+class _HeldRows(RowStore):
+    """Rows that are in memory."""
 
-    dtype = torch.bfloat16
+    dtype, chunk_rows = torch.bfloat16, _ROWS
 
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows
         self.shape = (len(rows), rows.shape[1])
 
-    def read_rows(self, start: int, stop: int) -> Tensor:
+    def read_chunk(self, start: int, stop: int) -> Tensor:
         return self._rows[start:stop]
-
-    def read_columns(self, start: int, stop: int) -> Tensor:
-        return self._rows[:, start:stop]
-
-    def stored_chunks(self) -> Iterator[bytes]:
-        for part in torch.split(self._rows, _ROWS):
-            yield part.contiguous().view(torch.uint8).numpy().tobytes()
 
     def fingerprint(self) -> str:
         return f"made|{_VERSION}|{self.shape[0]}|{self.shape[1]}"
-
-
-def _hash_rows(rows: object) -> str:
-    """Of the bytes themselves: rows in memory have no file whose hash could be kept."""
-    assert isinstance(rows, _HeldRows)
-    digest = hashlib.sha256()
-    for chunk in rows.stored_chunks():
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def make_head(spec: HeadSpec, *, seed: int = 0) -> MadeHead:

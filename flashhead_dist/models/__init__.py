@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashhead_dist.errors import ModelSourceError
-from flashhead_dist.models.base import ModelSource, RowStore
-from flashhead_dist.models.cache import cache_root, cached_hash
+from flashhead_dist.models.base import ModelSource
+from flashhead_dist.models.cache import cache_root
 from flashhead_dist.models.contract import OutputContract, stored_contract
 from flashhead_dist.models.default_model import DEFAULT_NAME, default_model_folder
 from flashhead_dist.models.huggingface import (
@@ -79,7 +79,7 @@ def _open_folder(
         dtype=dtype or rows.dtype,
         tied=contract.tied,
         rows=rows,
-        hash_rows=partial(_hash_rows, cache=cache),
+        cache=cache,
         find_contract=lambda: contract,
         body_loader=partial(load_folder_body, find_folder),
         tokenizer_loader=partial(load_folder_tokenizer, find_folder),
@@ -101,7 +101,7 @@ def _open_file(path: Path, dtype: torch.dtype | None, cache: Path) -> ModelSourc
         dtype=dtype or rows.dtype,
         tied=tied,
         rows=rows,
-        hash_rows=partial(_hash_rows, cache=cache),
+        cache=cache,
         find_contract=partial(stored_contract, path, cache),
         body_loader=partial(load_gguf_body, path),
         tokenizer_loader=partial(load_gguf_tokenizer, path),
@@ -128,9 +128,5 @@ def _open_synthetic(text: str, dtype: torch.dtype | None, cache: Path) -> ModelS
         synthetic=True,
         dtype=dtype or rows.dtype,
         rows=rows,
-        hash_rows=partial(_hash_rows, cache=cache),
+        cache=cache,
     )
-
-
-def _hash_rows(rows: RowStore, cache: Path) -> str:
-    return cached_hash(rows.fingerprint(), rows.stored_chunks, cache)

@@ -56,7 +56,7 @@ def locked(target: Path) -> Iterator[None]:
         lock.release()
 
 
-def make_once(target: Path, write: Callable[[Path], None]) -> Path:
+def make_once(target: Path, write: Callable[[Path], object]) -> Path:
     """Return `target`, made by `write(temporary_path)` where it is not there yet.
 
     Safe when many processes call it at once: one writes, the others wait and find it made.
@@ -75,17 +75,20 @@ def file_fingerprint(path: Path, part: str = "") -> str:
     return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{part}"
 
 
-def cached_hash(fingerprint: str, chunks: Callable[[], Iterable[bytes]], cache: Path) -> str:
+def cached_hash(fingerprint: str, chunks: Callable[[], Iterable[bytes]], cache: Path | None) -> str:
     """Hex sha256 of bytes that take seconds to hash, remembered in `cache` by `fingerprint`."""
-    key = hashlib.sha256(fingerprint.encode()).hexdigest()
 
-    def write(path: Path) -> None:
+    def compute() -> str:
         digest = hashlib.sha256()
         for chunk in chunks():
             digest.update(chunk)
-        path.write_text(digest.hexdigest())
+        return digest.hexdigest()
 
-    return make_once(cache / "weight_hashes" / key, write).read_text()
+    if cache is None:
+        return compute()
+    key = hashlib.sha256(fingerprint.encode()).hexdigest()
+    made = make_once(cache / "weight_hashes" / key, lambda path: path.write_text(compute()))
+    return made.read_text()
 
 
 def cached_tensors(target: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -125,7 +128,7 @@ def call_in_process(function: Callable[..., None], *arguments: object, remedy: s
     raise ModelSourceError(f"{name} failed in a process of its own ({last_line}); {remedy}.")
 
 
-def publish(target: Path, write: Callable[[Path], None]) -> None:
+def publish(target: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary path beside `target`, then rename it; an old target is replaced.
 
     Raises ModelSourceError on a full disk or an unwritable folder, leaving nothing behind.

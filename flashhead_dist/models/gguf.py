@@ -17,6 +17,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from flashhead_dist.errors import ModelSourceError
+from flashhead_dist.models.base import RowStore
 from flashhead_dist.models.cache import file_fingerprint
 from flashhead_dist.models.huggingface import loading
 
@@ -48,8 +49,8 @@ class _HeaderReader(GGUFReader):
         return offset - orig_offs, [], [], [GGUFValueType.ARRAY]
 
 
-class GgufRows:
-    """RowStore over a tensor [V, D]; bf16 where the file holds quantized blocks or bf16."""
+class GgufRows(RowStore):
+    """A tensor [V, D]; bf16 where the file holds quantized blocks or bf16."""
 
     def __init__(self, path: Path, tensor: ReaderTensor) -> None:
         self._path, self._name, self._kind = path, tensor.name, tensor.tensor_type
@@ -59,42 +60,14 @@ class GgufRows:
                 "GGUF file of this model."
             )
         # GGUF counts dimensions from the innermost.
-        self.shape: tuple[int, int] = (int(tensor.shape[1]), int(tensor.shape[0]))
+        self.shape = (int(tensor.shape[1]), int(tensor.shape[0]))
         self.dtype = _PLAIN.get(tensor.tensor_type, torch.bfloat16)
         self._row_bytes = int(tensor.n_bytes) // self.shape[0]
         self._offset = int(tensor.data_offset)
+        self.chunk_rows = max(1, _CHUNK_BYTES // self._row_bytes)
 
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        rows = torch.empty(stop - start, self.shape[1], dtype=self.dtype)
-        for first, last, stored in self._chunks(start, stop):
-            rows[first - start : last - start] = self._dequantized(stored)
-        return rows
-
-    def read_columns(self, start: int, stop: int) -> Tensor:
-        columns = torch.empty(self.shape[0], stop - start, dtype=self.dtype)
-        for first, last, stored in self._chunks(0, self.shape[0]):
-            columns[first:last] = self._dequantized(stored)[:, start:stop]
-        return columns
-
-    def stored_chunks(self) -> Iterator[bytes]:
-        for _, _, stored in self._chunks(0, self.shape[0]):
-            yield stored.tobytes()
-
-    def fingerprint(self) -> str:
-        return file_fingerprint(self._path, self._name)
-
-    def _chunks(self, start: int, stop: int) -> Iterator[tuple[int, int, Any]]:
-        """Consecutive ranges of rows, and their stored bytes uint8 `[rows, row bytes]`."""
-        step = max(1, _CHUNK_BYTES // self._row_bytes)
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            offset, count = self._offset + first * self._row_bytes, (last - first) * self._row_bytes
-            stored = np.fromfile(self._path, np.uint8, count, offset=offset)
-            if stored.size != count:
-                raise ModelSourceError(f"{self._path} is truncated; fetch the model again.")
-            yield first, last, stored.reshape(last - first, self._row_bytes)
-
-    def _dequantized(self, stored: Any) -> Tensor:
+    def read_chunk(self, start: int, stop: int) -> Tensor:
+        stored = self._stored(start, stop)
         if self._kind in _PLAIN:
             return torch.from_numpy(stored).view(self.dtype)
         try:
@@ -104,6 +77,21 @@ class GgufRows:
                 f"{self._name} in {self._path} is stored as {self._kind.name}, which the gguf "
                 "package cannot dequantize; use a file with another quantization."
             ) from error
+
+    def stored_chunks(self) -> Iterator[bytes]:
+        for first, last in self.ranges(0, self.shape[0]):
+            yield self._stored(first, last).tobytes()
+
+    def fingerprint(self) -> str:
+        return file_fingerprint(self._path, self._name)
+
+    def _stored(self, start: int, stop: int) -> Any:
+        """The stored bytes of rows: uint8 `[stop - start, row bytes]`."""
+        offset, count = self._offset + start * self._row_bytes, (stop - start) * self._row_bytes
+        stored = np.fromfile(self._path, np.uint8, count, offset=offset)
+        if stored.size != count:
+            raise ModelSourceError(f"{self._path} is truncated; fetch the model again.")
+        return stored.reshape(stop - start, self._row_bytes)
 
 
 def open_gguf(path: Path) -> tuple[GgufRows, bool]:

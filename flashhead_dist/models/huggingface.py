@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flashhead_dist.errors import ModelSourceError
+from flashhead_dist.models.base import RowStore
 from flashhead_dist.models.cache import file_fingerprint
 from flashhead_dist.models.contract import OutputContract, stored_contract
 from flashhead_dist.models.quantized import settle_compressed
@@ -28,8 +29,8 @@ _CHUNK_BYTES = 16 << 20
 """Read between two opens of a file: pages mapped from it count as this process's memory."""
 
 
-class SafetensorsRows:
-    """RowStore over tensor `name` [V, D] of one safetensors file."""
+class SafetensorsRows(RowStore):
+    """Tensor `name` [V, D] of one safetensors file."""
 
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name
@@ -42,34 +43,16 @@ class SafetensorsRows:
                 "in F32, F16 or BF16; use an unquantized checkpoint."
             )
         self.dtype = _DTYPES[dtype]
-        self.shape: tuple[int, int] = (shape[0], shape[1])
+        self.shape = (shape[0], shape[1])
+        self.chunk_rows = max(1, _CHUNK_BYTES // (shape[1] * self.dtype.itemsize))
 
-    def read_rows(self, start: int, stop: int) -> Tensor:
-        rows = torch.empty(stop - start, self.shape[1], dtype=self.dtype)
-        for first, last, chunk in self._chunks(start, stop):
-            rows[first - start : last - start] = chunk
-        return rows
-
-    def read_columns(self, start: int, stop: int) -> Tensor:
-        columns = torch.empty(self.shape[0], stop - start, dtype=self.dtype)
-        for first, last, chunk in self._chunks(0, self.shape[0]):
-            columns[first:last] = chunk[:, start:stop]
-        return columns
-
-    def stored_chunks(self) -> Iterator[bytes]:
-        for _, _, chunk in self._chunks(0, self.shape[0]):
-            yield chunk.view(torch.uint8).numpy().tobytes()
+    def read_chunk(self, start: int, stop: int) -> Tensor:
+        with open_safetensors(self._path) as file:
+            rows: Tensor = file.get_slice(self._name)[start:stop]
+            return rows
 
     def fingerprint(self) -> str:
         return file_fingerprint(self._path, self._name)
-
-    def _chunks(self, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:
-        """Consecutive ranges of rows, each with its tensor, valid until the next is asked for."""
-        step = max(1, _CHUNK_BYTES // (self.shape[1] * self.dtype.itemsize))
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            with open_safetensors(self._path) as file:
-                yield first, last, file.get_slice(self._name)[first:last]
 
 
 @contextmanager

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flashhead_dist.errors import ModelSourceError
+from flashhead_dist.models.base import RowStore
 
 _VERSION = 1
 _BLOCK_ROWS = 256
@@ -40,10 +42,10 @@ def parse_shape(text: str) -> tuple[int, int]:
     return shape
 
 
-class SyntheticRows:
-    """RowStore that makes its rows when they are read."""
+class SyntheticRows(RowStore):
+    """Rows that are made when they are read, a block at a time."""
 
-    dtype = torch.bfloat16
+    dtype, chunk_rows = torch.bfloat16, _BLOCK_ROWS
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         self.shape = (vocab_size, hidden_size)
@@ -54,18 +56,6 @@ class SyntheticRows:
             for weight in _CODEBOOK_WEIGHTS
         ]
 
-    def read_rows(self, start: int, stop: int) -> torch.Tensor:
-        rows = torch.empty(stop - start, self.shape[1], dtype=self.dtype)
-        for first, last in self._ranges(start, stop):
-            rows[first - start : last - start] = self._rows_of_one_block(first, last)
-        return rows
-
-    def read_columns(self, start: int, stop: int) -> torch.Tensor:
-        columns = torch.empty(self.shape[0], stop - start, dtype=self.dtype)
-        for first, last in self._ranges(0, self.shape[0]):
-            columns[first:last] = self._rows_of_one_block(first, last)[:, start:stop]
-        return columns
-
     def stored_chunks(self) -> Iterator[bytes]:
         # Nothing is stored: what fixes every row stands for the rows.
         yield self.fingerprint().encode()
@@ -73,14 +63,7 @@ class SyntheticRows:
     def fingerprint(self) -> str:
         return f"synthetic|{_VERSION}|{self.shape[0]}|{self.shape[1]}"
 
-    def _ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        first = start
-        while first < stop:
-            last = min(stop, (first // _BLOCK_ROWS + 1) * _BLOCK_ROWS)
-            yield first, last
-            first = last
-
-    def _rows_of_one_block(self, start: int, stop: int) -> torch.Tensor:
+    def read_chunk(self, start: int, stop: int) -> Tensor:
         block = start // _BLOCK_ROWS
         draw = _generator(*self.shape, block + 1)
         uniform = draw.random(_BLOCK_ROWS)

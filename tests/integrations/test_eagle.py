@@ -31,7 +31,7 @@ from flashhead_dist.integrations.eagle import (
     train_draft,
 )
 from flashhead_dist.models import ModelSource, ModelSourceError, open_model
-from flashhead_dist.models.subset import reduce_vocabulary
+from flashhead_dist.models.base import reduce_vocabulary
 from flashhead_dist.parallel import TensorParallel
 from tests.integrations.transformers_models import VOCAB_SIZE, make_index, make_model
 
