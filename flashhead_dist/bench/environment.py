@@ -20,7 +20,8 @@ import torch
 from flashhead_dist import __version__
 from flashhead_dist.bench.records import SCHEMA_VERSION, Provenance
 from flashhead_dist.errors import UserError
-from flashhead_dist.heads.registry import HEADS
+from flashhead_dist.heads.dense import DenseGather
+from flashhead_dist.heads.registry import BASELINE, DEFAULT_HEAD, head_type
 from flashhead_dist.models import ModelSource
 from flashhead_topology.machine import (
     Machine,
@@ -30,6 +31,8 @@ from flashhead_topology.machine import (
     oversubscription,
 )
 
+DEFAULT_HEADS = (DenseGather.name, BASELINE, DEFAULT_HEAD)
+"""What serving systems do, the strongest dense head, and ours."""
 _PACKAGES = ("torch", "numpy", "numba", "triton", "transformers", "faiss-cpu")
 
 
@@ -87,7 +90,7 @@ def decide_setup(
 
     Args:
         device: `cpu` or `cuda` where the user insists.
-        heads: None for all that can run here.
+        heads: None for the default ones that can run here.
 
     Raises:
         UserError: cuda is asked for and the ranks do not have a GPU each.
@@ -100,7 +103,7 @@ def decide_setup(
     if num_gpus and placement.device_type == "cpu":
         notes.append(f"GPUs are NOT USED: {placement.reason}.")
     if heads is None:
-        heads, skipped = _all_heads(placement.device_type)
+        heads, skipped = _default_heads(placement.device_type)
         notes += skipped
     on_cuda = placement.device_type == "cuda"
     return Setup(
@@ -114,9 +117,9 @@ def decide_setup(
     )
 
 
-def _all_heads(device_type: str) -> tuple[list[str], list[str]]:
-    """The heads that can run here, and a note for each other one."""
-    reasons = {name: head.unavailable(device_type) for name, head in HEADS.items()}
+def _default_heads(device_type: str) -> tuple[list[str], list[str]]:
+    """The heads of a run that names none, and a note for each that cannot run here."""
+    reasons = {name: head_type(name).unavailable(device_type) for name in DEFAULT_HEADS}
     names = [name for name, reason in reasons.items() if reason is None]
     return names, [f"{name} is SKIPPED: {why}." for name, why in reasons.items() if why]
 

@@ -67,9 +67,9 @@ class Plan:
     """Measure anew what another run kept: where flashhead_auto changes over."""
 
     @property
-    def num_stages(self) -> int:
-        """How often `Progress.stage` is called."""
-        return len(self.tp_sizes) * (2 + len(self.batch_sizes))
+    def total_weight(self) -> int:
+        """Sum of the weights with which `Progress.stage` is called."""
+        return sum(self.tp_sizes) * (2 + len(self.batch_sizes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +91,8 @@ class Inputs:
 class Progress(Protocol):
     """Tells a person how far the sweep is."""
 
-    def stage(self, text: str) -> None:
-        """A stage begins; the one before it is done."""
+    def stage(self, text: str, weight: float) -> None:
+        """A stage begins that takes time in proportion to its weight; the one before is done."""
 
 
 @dataclass(kw_only=True)
@@ -158,9 +158,11 @@ class Sweep:
         plan, inputs, tp_size = self.plan, self.inputs, place.tp_size
         group = self.control.among(range(tp_size), f"tp{tp_size}")
         states = inputs.states.to(device=place.device, dtype=plan.dtype)
-        self.progress.stage(f"tp {tp_size}: loading {', '.join(plan.heads)}")
+        self.progress.stage(f"tp {tp_size}: loading {', '.join(plan.heads)}", tp_size)
         heads, peaks = load_heads(plan, inputs, place, group, states[:1])
-        self.progress.stage(f"tp {tp_size}: agreement with the dense head, {len(states)} states")
+        self.progress.stage(
+            f"tp {tp_size}: agreement with the dense head, {len(states)} states", tp_size
+        )
         facts = gather_facts(heads, peaks, inputs, group, states)
         note = capture_note(list(heads.values()))
         if note is not None and note not in self.notes:
@@ -180,7 +182,7 @@ class Sweep:
         wire = WireCounter(group, self.host) if counts else None
         bandwidth = measure_bandwidth(place, group, in_turn=self._oversubscribed(tp_size))
         for batch_size in plan.batch_sizes:
-            self.progress.stage(f"tp {tp_size}: batch {batch_size}")
+            self.progress.stage(f"tp {tp_size}: batch {batch_size}", tp_size)
             cells = measure_cell(
                 heads,
                 batches_of(states, batch_size),

@@ -28,7 +28,7 @@ Run = Callable[..., list[Any]]
 
 
 class _Silent:
-    def stage(self, text: str) -> None:
+    def stage(self, text: str, weight: float) -> None:
         """Nobody looks."""
 
 

@@ -32,10 +32,10 @@ Run = Callable[..., list[Any]]
 
 class _Silent:
     def __init__(self) -> None:
-        self.stages: list[str] = []
+        self.stages: list[float] = []
 
-    def stage(self, text: str) -> None:
-        self.stages.append(text)
+    def stage(self, text: str, weight: float) -> None:
+        self.stages.append(weight)
 
 
 def _sweep(
@@ -93,7 +93,7 @@ def _rank_sweep(
     records = sweep.run(split_tensor_parallel((1, 2, 3)))
     return {
         "records": [asdict(record) for record in records],
-        "num_stages": (len(progress.stages), sweep.plan.num_stages),
+        "weights": (sum(progress.stages), sweep.plan.total_weight),
         "costs": len(sweep.costs),
     }
 
@@ -122,8 +122,8 @@ def test_every_cell_gives_a_record_on_the_first_rank_alone(
     assert swept[1]["records"] == swept[2]["records"] == []
 
 
-def test_progress_announces_as_many_stages_as_it_promised(swept: list[dict[str, Any]]) -> None:
-    assert swept[0]["num_stages"][0] == swept[0]["num_stages"][1]
+def test_the_weights_of_the_stages_add_up_to_the_total(swept: list[dict[str, Any]]) -> None:
+    assert swept[0]["weights"][0] == swept[0]["weights"][1]
 
 
 def test_three_ranks_on_two_cores_are_projected_and_fewer_measured(

@@ -27,7 +27,7 @@ NUM_STATES = 8
 
 
 class _Silent:
-    def stage(self, text: str) -> None:
+    def stage(self, text: str, weight: float) -> None:
         """Say nothing."""
 
 
