@@ -187,7 +187,7 @@ def test_one_rank_refuses(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--heads", ""], "--heads names none"),
+        (["--heads", ""], "no head named ''"),
         (["--batch-sizes", "one"], "one"),
         (["--tp-sizes", "2"], "tp size 2"),
         (["--tp-sizes", "0"], "tp size 0"),
