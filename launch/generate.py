@@ -31,8 +31,8 @@ from flashhead_dist.report.generation import (
     generation_document,
     generation_notes,
     generation_table,
+    stream_text,
 )
-from flashhead_dist.report.streaming import stream_text
 from flashhead_dist.report.tables import report_console
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
+import pandas as pd
 from rich.table import Table
 
 from flashhead_dist.bench.links import Point
 from flashhead_dist.bench.records import cannot_write
-from flashhead_dist.errors import UserError
+from flashhead_dist.report.figures import require_matplotlib
+from flashhead_dist.report.tables import rich_table
 from flashhead_topology.links import Fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLORS = {
+_STYLES = {
     "all_reduce": ("#D55E00", "D"),
     "all_gather": ("#0072B2", "s"),
     "send_recv": ("#009E73", "o"),
     "one_shot": ("#CC79A7", "^"),
 }
-COLUMNS = (
-    "level", "operation", "payload_bytes", "tp_size", "p10_us", "median_us", "p90_us",
-    "num_iterations", "fitted_us", "relative_error",
-)  # fmt: skip
+_IN_TABLE = [
+    "level", "operation", "tp_size", "payload_bytes", "p10_us", "median_us", "p90_us", "fitted_us",
+    "relative_error",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LevelPoints:
     fit: Fit
 
     def rows(self) -> list[Mapping[str, object]]:
-        """One mapping a point, by `COLUMNS`."""
+        """One mapping a point."""
         return [
             {
                 "level": self.fit.level.name,
@@ -57,39 +57,20 @@ class LevelPoints:
         ]
 
 
+def _frame(levels: Sequence[LevelPoints]) -> pd.DataFrame:
+    return pd.DataFrame([row for level in levels for row in level.rows()])
+
+
 def calibration_table(levels: Sequence[LevelPoints], quantile: str) -> Table:
     """Every point beside the fit; quantile: what was fitted, `p10` or `median`."""
-    table = Table(title=f"Collectives by level, fitted to the {quantile}", box=box.SIMPLE)
-    for name in ("level", "operation"):
-        table.add_column(name)
-    for name in ("ranks", "bytes", "p10 us", "median us", "p90 us", "fitted us", "error %"):
-        table.add_column(name, justify="right")
-    for level in levels:
-        for row in level.rows():
-            table.add_row(
-                str(row["level"]),
-                str(row["operation"]),
-                str(row["tp_size"]),
-                f"{row['payload_bytes']:,}",
-                *(f"{row[key]:,.1f}" for key in ("p10_us", "median_us", "p90_us", "fitted_us")),
-                f"{100 * float(str(row['relative_error'])):+.1f}",
-            )
-        table.add_section()
-    return table
+    title = f"Collectives by level, fitted to the {quantile}"
+    return rich_table(title, _frame(levels)[_IN_TABLE])
 
 
 def write_points(levels: Sequence[LevelPoints], path: Path) -> None:
-    """Write all points as CSV.
-
-    Raises:
-        UserError: the file system refuses.
-    """
+    """Write all points as CSV; raises UserError where the file system refuses."""
     try:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            for level in levels:
-                writer.writerows(level.rows())
+        _frame(levels).to_csv(path, index=False)
     except OSError as error:
         raise cannot_write(path, error) from error
 
@@ -100,13 +81,9 @@ def draw_points(levels: Sequence[LevelPoints], path: Path, quantile: str) -> Non
     Raises:
         UserError: matplotlib is missing, or the file system refuses.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            "plots need matplotlib, which is not installed: run pip install 'flashhead-dist"
-            "[report]', or pass --skip-plots"
-        ) from error
+    require_matplotlib("run pip install 'flashhead-dist[report]', or pass --skip-plots")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.2 * len(levels), 4.4), layout="constrained")
     panels = figure.subplots(1, len(levels), squeeze=False)[0]
     for axes, level in zip(panels, levels, strict=True):
@@ -119,25 +96,16 @@ def draw_points(levels: Sequence[LevelPoints], path: Path, quantile: str) -> Non
 
 
 def _draw_level(axes: Axes, level: LevelPoints, quantile: str) -> None:
-    rows = level.rows()
-    for operation in dict.fromkeys(row["operation"] for row in rows):
-        for tp_size in dict.fromkeys(row["tp_size"] for row in rows):
-            mine = [
-                row for row in rows if (row["operation"], row["tp_size"]) == (operation, tp_size)
-            ]
-            if not mine:
-                continue
-            color, marker = _COLORS[str(operation)]
-            sizes = [float(str(row["payload_bytes"])) for row in mine]
-            measured = [float(str(row[f"{quantile}_us"])) for row in mine]
-            fitted = [float(str(row["fitted_us"])) for row in mine]
-            label = f"{operation}, {tp_size} ranks"
-            hollow = "white" if tp_size != rows[0]["tp_size"] else color
-            axes.plot(
-                sizes, measured, linestyle="none", marker=marker, color=color,
-                markerfacecolor=hollow, label=label,
-            )  # fmt: skip
-            axes.plot(sizes, fitted, color=color, linewidth=1.0)
+    frame = _frame([level])
+    first_size = frame["tp_size"].iloc[0]
+    for (operation, tp_size), own in frame.groupby(["operation", "tp_size"], sort=False):
+        color, marker = _STYLES[str(operation)]
+        axes.plot(
+            own["payload_bytes"], own[f"{quantile}_us"], marker, color=color,
+            markerfacecolor=color if tp_size == first_size else "white",
+            label=f"{operation}, {tp_size} ranks",
+        )  # fmt: skip
+        axes.plot(own["payload_bytes"], own["fitted_us"], color=color, linewidth=1.0)
     link = level.fit.level
     rate = f"{1e-9 / link.beta_s_per_byte:.3g} GB/s" if link.beta_s_per_byte else "no limit"
     axes.set_title(
@@ -147,7 +115,7 @@ def _draw_level(axes: Axes, level: LevelPoints, quantile: str) -> None:
         fontsize=9,
     )
     axes.set_xscale("log", base=8)
-    ticks = sorted({point.payload_bytes for point in level.points})
+    ticks = sorted(frame["payload_bytes"].unique())
     axes.set_xticks(ticks, [_short_bytes(tick) for tick in ticks], fontsize=8)
     axes.xaxis.minorticks_off()
     axes.set_yscale("log")

@@ -276,13 +276,30 @@ def draw_heads(
     size_axis(axes, sorted(frame["tp_size"].unique()))
 
 
-def head_marks(chart: Chart, frame: pd.DataFrame, y: str, heads: Sequence[str], text: str) -> None:
-    """A place for the pointer on every point of `draw_heads`; text: formats the figure."""
+def head_chart(
+    key: str,
+    title: str,
+    frame: pd.DataFrame,
+    y: str,
+    text: str,
+    *,
+    heads: Sequence[str],
+    cell: tuple[int, int],
+) -> Chart:
+    """A chart of `draw_heads`, with bars where the frame has `low` and `high`.
+
+    text: formats a figure for the pointer. cell: place and number of columns in the grid.
+    """
+    chart = Chart(key, title, place=cell[0], columns=cell[1])
+    ends = {"low": "low", "high": "high"} if "low" in frame else {}
+    draw_heads(chart.axes, frame, y, heads, **ends)
+    chart.axes.set_xlabel("tp_size (ranks)")
     for row in frame[frame[y].notna()].to_dict("records"):
         kind = "" if row["measured"] else " (PROJECTED)"
         shown = f"{row['head']}, tp {row['tp_size']}: {text.format(row[y])}{kind}"
         x = row["tp_size"] * beside(list(heads).index(row["head"]), len(heads))
         chart.point(x, row[y], shown)
+    return chart
 
 
 def beside(position: int, number: int) -> float:

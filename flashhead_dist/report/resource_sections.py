@@ -16,9 +16,8 @@ from flashhead_dist.report.figures import (
     Section,
     byte_places,
     draw_bytes,
-    draw_heads,
+    head_chart,
     head_legend,
-    head_marks,
     log_numbers,
     style_of,
 )
@@ -176,17 +175,17 @@ def roofline_section(run: Run) -> Section:
 
 def _roofline_chart(run: Run, batch_size: int, place: int) -> str:
     batch = run.frame[run.frame["batch_size"] == batch_size]
-    chart = Chart(
+    chart = head_chart(
         f"roofline-{run.letter}-b{batch_size}",
         f"Share of bandwidth, batch {batch_size}",
-        place=place,
-        columns=len(run.batch_sizes),
+        batch,
+        "roofline_share",
+        "{:.0%} of a plain read",
+        heads=run.heads,
+        cell=(place, len(run.batch_sizes)),
     )
-    draw_heads(chart.axes, batch, "roofline_share", run.heads)
-    head_marks(chart, batch, "roofline_share", run.heads, "{:.0%} of a plain read")
     chart.axes.axhline(1.0, color=GREY, linestyle=":", linewidth=1.2)
     chart.axes.set_ylim(0, max(1.2, 1.15 * run.frame["roofline_share"].max()))
-    chart.axes.set_xlabel("tp_size (ranks)")
     chart.axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     return chart.html()
 
@@ -211,21 +210,17 @@ def memory_section(run: Run) -> Section:
     reasons = set(frame.loc[frame["peak_bytes_per_rank"].isna(), "peak_reason"])
     notes += [f"Peaks are missing because {reason}." for reason in sorted(reasons, key=str)]
     charts = []
-    for place, (key, title) in enumerate(
-        (("weight", "Weights of a rank"), ("peak", "Peak of a rank while loading")), start=1
-    ):
+    titles = {"weight": "Weights of a rank", "peak": "Peak of a rank while loading"}
+    for place, (key, title) in enumerate(titles.items(), start=1):
         column = f"{key}_bytes_per_rank"
-        known = frame[frame[column].notna()].assign(measured=True)
-        if known.empty:
-            continue
-        chart = Chart(f"memory-{key}-{run.letter}", title, place=place, columns=2)
-        known["megabytes"] = known[column] / 1e6
-        draw_heads(chart.axes, known, "megabytes", run.heads)
-        head_marks(chart, known, "megabytes", run.heads, "{:,.1f} MB")
-        log_numbers(chart.axes)
-        chart.axes.set_xlabel("tp_size (ranks)")
-        chart.axes.set_ylabel("MB")
-        charts.append(chart.html())
+        known = frame[frame[column].notna()]
+        if len(known):
+            known = known.assign(measured=True, megabytes=known[column] / 1e6)
+            name, text, cell = f"memory-{key}-{run.letter}", "{:,.1f} MB", (place, 2)
+            chart = head_chart(name, title, known, "megabytes", text, heads=run.heads, cell=cell)
+            log_numbers(chart.axes)
+            chart.axes.set_ylabel("MB")
+            charts.append(chart.html())
     return Section(
         key="memory",
         title="Memory of a rank",

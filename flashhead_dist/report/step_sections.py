@@ -24,10 +24,9 @@ from flashhead_dist.report.figures import (
     PROJECTED_GREY,
     Chart,
     Section,
-    draw_heads,
     draw_ideal,
+    head_chart,
     head_legend,
-    head_marks,
     log_numbers,
     size_axis,
     style_of,
@@ -39,19 +38,18 @@ _SLOW_BY = 0.1
 _SCHEDULE_COLORS = {"continuous": "#0072B2", "flushed": "#D55E00"}
 
 
-def latency_chart(run: Run, batch_size: int, key: str, place: int = 1, columns: int = 1) -> str:
+def latency_chart(run: Run, batch_size: int, key: str, cell: tuple[int, int] = (1, 1)) -> str:
     """Latency of all heads against `tp_size`, with p10 to p90 and the ideal of the dense head."""
     batch = run.frame[run.frame["batch_size"] == batch_size]
-    chart = Chart(key, f"Latency, batch {batch_size}", place=place, columns=columns)
+    batch = batch.assign(low=batch["p10_us"], high=batch["p90_us"])
+    title = f"Latency, batch {batch_size}"
+    chart = head_chart(key, title, batch, "median_us", "{:,.0f} µs", heads=run.heads, cell=cell)
     draw_ideal(chart.axes, batch, BASELINE)
-    draw_heads(chart.axes, batch, "median_us", run.heads, low="p10_us", high="p90_us")
     log_numbers(chart.axes)
     # One scale for all batch sizes, with room for the word above what is projected.
     known = run.frame[["median_us", "p10_us", "p90_us"]]
     chart.axes.set_ylim(0.7 * known.min().min(), 1.7 * known.max().max())
-    chart.axes.set_xlabel("tp_size (ranks)")
     chart.axes.set_ylabel("µs a step")
-    head_marks(chart, batch, "median_us", run.heads, "{:,.0f} µs")
     return chart.html()
 
 
@@ -74,7 +72,7 @@ def latency_section(run: Run) -> Section:
         notes=tuple(notes),
         frame=table_frame(run.frame.assign(wall_median_us=wall_us), "latency"),
         charts=tuple(
-            latency_chart(run, size, f"latency-{run.letter}-b{size}", place, len(sizes))
+            latency_chart(run, size, f"latency-{run.letter}-b{size}", (place, len(sizes)))
             for place, size in enumerate(sizes, start=1)
         ),
         columns=len(sizes),
@@ -185,26 +183,32 @@ def scaling_section(run: Run) -> Section:
 
 def _scaling_chart(run: Run, frame: pd.DataFrame, batch_size: int, y: str, place: int) -> str:
     batch = frame[frame["batch_size"] == batch_size]
+    is_speedup = y == "speedup"
+    divisor = 1 if is_speedup else batch["tp_size"]
     # At tp 1 a speedup is 1 by definition.
     ends = batch[["speedup_p10", "speedup_p90"]].where(batch["tp_size"] > 1)
-    is_speedup = y == "speedup"
-    if not is_speedup:
-        batch = batch.assign(scaling_efficiency=batch["speedup"] / batch["tp_size"])
-        ends = ends.div(batch["tp_size"], axis="index")
-    batch = batch.assign(low=ends["speedup_p10"], high=ends["speedup_p90"])
-    name = "Speedup over tp 1" if is_speedup else "Efficiency"
-    key = "speedup" if is_speedup else "efficiency"
-    chart = Chart(
+    batch = batch.assign(
+        scaling_efficiency=batch["speedup"] / batch["tp_size"],
+        low=ends["speedup_p10"] / divisor,
+        high=ends["speedup_p90"] / divisor,
+    )
+    key, name, text = (
+        ("speedup", "Speedup over tp 1", "{:.2f} times tp 1")
+        if is_speedup
+        else ("efficiency", "Efficiency", "{:.0%}")
+    )
+    chart = head_chart(
         f"{key}-{run.letter}-b{batch_size}",
         f"{name}, batch {batch_size}",
-        place=place,
-        columns=len(run.batch_sizes),
+        batch,
+        y,
+        text,
+        heads=run.heads,
+        cell=(place, len(run.batch_sizes)),
     )
-    ideal: dict[str, Any] = {"color": GREY, "linestyle": ":", "linewidth": 1.2, "zorder": 1}
     sizes = sorted(batch["tp_size"].unique())
-    chart.axes.plot(sizes, sizes if is_speedup else [1.0] * len(sizes), **ideal)
-    draw_heads(chart.axes, batch, y, run.heads, low="low", high="high")
-    head_marks(chart, batch, y, run.heads, "{:.2f} times tp 1" if is_speedup else "{:.0%}")
+    ideal = sizes if is_speedup else [1.0] * len(sizes)
+    chart.axes.plot(sizes, ideal, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
     if is_speedup:
         chart.axes.set_yscale("log", base=2)
         chart.axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
@@ -214,7 +218,6 @@ def _scaling_chart(run: Run, frame: pd.DataFrame, batch_size: int, y: str, place
         efficiency = frame["speedup"] / frame["tp_size"]
         chart.axes.set_ylim(0, 1.15 * max(1.0, efficiency.max()))
         chart.axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    chart.axes.set_xlabel("tp_size (ranks)")
     return chart.html()
 
 
