@@ -27,7 +27,7 @@ _STYLES = {
 }
 _IN_TABLE = [
     "level", "operation", "tp_size", "payload_bytes", "p10_us", "median_us", "p90_us", "fitted_us",
-    "relative_error",
+    "relative_error"
 ]  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def _draw_level(axes: Axes, level: LevelPoints, quantile: str) -> None:
         axes.plot(
             own["payload_bytes"], own[f"{quantile}_us"], marker, color=color,
             markerfacecolor=color if tp_size == first_size else "white",
-            label=f"{operation}, {tp_size} ranks",
+            label=f"{operation}, {tp_size} ranks"
         )  # fmt: skip
         axes.plot(own["payload_bytes"], own["fitted_us"], color=color, linewidth=1.0)
     link = level.fit.level

@@ -45,14 +45,14 @@ LOWER_IS_BETTER = {
 }
 """Figures that are compared, and which way is good."""
 _ONCE_A_SIZE = (
-    "weight_bytes_per_rank", "peak_bytes_per_rank", "top1_agreement", "top1_agreement_worst_source",
+    "weight_bytes_per_rank", "peak_bytes_per_rank", "top1_agreement", "top1_agreement_worst_source"
 )  # fmt: skip
 _CELL = ["head", "tp_size", "batch_size"]
 _PEAK_NOISE, _PEAK_NOISE_BYTES = 0.05, 10e6
 """By how much a peak of resident memory moves between two runs of the same code."""
 _PROVENANCE = (
     "system", "device", "os", "backend", "dtype", "threads_per_rank", "commit", "model",
-    "model_hash", "index_hash", "num_probes", "alpha", "escalate_below", "seed",
+    "model_hash", "index_hash", "num_probes", "alpha", "escalate_below", "seed"
 )  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def _comparison_chart(
 
 
 _OPERATORS: dict[str, Callable[[pd.Series, float], pd.Series]] = {
-    "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
+    "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt
 }  # fmt: skip
 _PATTERN = re.compile(
     r"\s*(?P<head>[a-z_0-9]+)\.(?P<figure>[a-z_0-9]+)(?P<cells>(?:@(?:tp|batch)=\d+)*)\s*"

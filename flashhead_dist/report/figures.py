@@ -302,6 +302,13 @@ def head_chart(
     return chart
 
 
+def line(chart: Chart, x: pd.Series, y: pd.Series, text: str, **style: Any) -> None:
+    """A thin line with a mark at each point; text: formats x and y for the pointer."""
+    chart.axes.plot(x, y, color=style["color"], linewidth=1.2)
+    for at, value in zip(x, y, strict=True):
+        chart.point(at, value, text.format(at, value), **style)
+
+
 def beside(position: int, number: int) -> float:
     """A factor of `tp_size` at which points of one size do not hide each other's bars."""
     return float(2 ** (0.03 * (position - (number - 1) / 2)))

@@ -19,7 +19,7 @@ from flashhead_dist.report.tables import rich_table
 
 _COLUMNS = [
     "head", "tpot_ms", "tpot_p90_ms", "tpot_ratio", "ttft_ms", "ttft_p90_ms", "tokens_per_s",
-    "head_share", "check_share", "identical_tokens_share",
+    "head_share", "check_share", "identical_tokens_share"
 ]  # fmt: skip
 
 
@@ -63,9 +63,7 @@ def generation_notes(measured: Sequence[Measured], traffic: Mapping[str, Traffic
 
 
 def generation_document(
-    measured: Sequence[Measured],
-    texts: Mapping[str, list[str]],
-    traffic: Mapping[str, Traffic],
+    measured: Sequence[Measured], texts: Mapping[str, list[str]], traffic: Mapping[str, Traffic]
 ) -> dict[str, Any]:
     """What --json prints: every figure by the variant's label; times in ms; None for no figure."""
     dense = against_dense(measured)

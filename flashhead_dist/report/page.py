@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -22,50 +22,19 @@ from flashhead_dist.heads.registry import BASELINE, DEFAULT_HEAD
 from flashhead_dist.report.columns import column_of
 from flashhead_dist.report.figures import Section, legend_svg, require_matplotlib
 from flashhead_dist.report.overview import sentences, short_table
-from flashhead_dist.report.resource_sections import (
-    device_counts_section,
-    fidelity_section,
-    kernels_section,
-    memory_section,
-    ranges_section,
-    roofline_section,
-    wire_section,
-)
+from flashhead_dist.report.resource_sections import RESOURCE_SECTIONS
 from flashhead_dist.report.runs import Run, setting_frame, warnings_of
-from flashhead_dist.report.step_sections import (
-    crossover_section,
-    latency_chart,
-    latency_section,
-    pipeline_section,
-    ranks_section,
-    scaling_section,
-    split_section,
-)
+from flashhead_dist.report.step_sections import STEP_SECTIONS, latency_chart
 from flashhead_dist.report.tables import by_kind
 
 GENERATOR = "flashhead-dist launch/report.py"
 PAGE_NAME = "report.html"
 REPORT_FOLDER = "report"
-_SECTIONS: tuple[Callable[[Run], Section], ...] = (
-    latency_section,
-    split_section,
-    scaling_section,
-    ranks_section,
-    wire_section,
-    device_counts_section,
-    roofline_section,
-    fidelity_section,
-    crossover_section,
-    memory_section,
-    pipeline_section,
-    ranges_section,
-    kernels_section,
-)
 FRAME_NAMES = frozenset(
     {
         "setting", "comparison", "latency", "split", "scaling", "ranks", "wire", "roofline",
         "fidelity", "crossover", "memory", "pipeline", "projection", "device_counts", "ranges",
-        "kernels", "serving",
+        "kernels", "serving"
     }
 )  # fmt: skip
 """Stems of all CSV files that a report may hold."""
@@ -93,7 +62,7 @@ def make_report(runs: Sequence[Run], extra: Sequence[Section] = ()) -> Report:
     frames = {"setting": setting_frame(runs)}
     frames |= {section.key: section.frame for section in extra if len(section.frame)}
     missing: list[str] = []
-    for make in _SECTIONS:
+    for make in (*STEP_SECTIONS, *RESOURCE_SECTIONS):
         made = [(make(run), run) for run in runs]
         found = [(section, run) for section, run in made if not section.missing]
         groups.append([(section, run.label if several else "") for section, run in found])
@@ -186,7 +155,7 @@ def render_page(
     values = {"overviews": [], "sentences": [], "missing": [], "hardware": []} | more
     return environment.from_string(_read("page.html.j2")).render(
         title=title, labels=labels, groups=groups, setting=setting, warnings=warnings, files=files,
-        generator=GENERATOR, css=_read("page.css"), **values,
+        generator=GENERATOR, css=_read("page.css"), **values
     )  # fmt: skip
 
 

@@ -155,11 +155,9 @@ def roofline_section(run: Run) -> Section:
     methods = dict.fromkeys(record.memory_bandwidth_method for record in run.records)
     notes = [
         "Bytes that a step must read over compute time, as a share of a plain read by the same "
-        "ranks. Above 100 %: some bytes came from a cache.",
+        "ranks. Above 100 %: some bytes came from a cache. On grey: isolated compute.",
         *(f"Bandwidth: {method}." for method in methods),
     ]
-    if not run.frame["measured"].all():
-        notes.append("On grey: isolated compute, so that ranks do not share the memory.")
     return Section(
         key="roofline",
         title="Share of the memory bandwidth",
@@ -362,3 +360,9 @@ def _missing_notes(frame: pd.DataFrame) -> list[str]:
 
 def _known_columns(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.dropna(axis="columns", how="all").reset_index(drop=True)
+
+
+RESOURCE_SECTIONS = (
+    fidelity_section, wire_section, device_counts_section, roofline_section, memory_section,
+    ranges_section, kernels_section,
+)  # fmt: skip

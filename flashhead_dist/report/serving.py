@@ -12,7 +12,7 @@ from rich.table import Table
 
 from flashhead_dist.bench.records import ENVIRONMENT_NAME
 from flashhead_dist.errors import UserError
-from flashhead_dist.report.figures import Chart, Section, require_matplotlib, size_axis
+from flashhead_dist.report.figures import Chart, Section, line, require_matplotlib, size_axis
 from flashhead_dist.report.page import REPORT_FOLDER, Report, make_report, render_page, write_output
 from flashhead_dist.report.runs import load_run
 from flashhead_dist.report.tables import rich_table
@@ -177,12 +177,9 @@ def _chart(summary: pd.DataFrame, tp_size: int, key: str, place: int) -> str:
         columns=len(_FIGURES),
     )
     for head, own in summary.groupby("head", sort=False):
-        color = _COLORS[str(head)]
-        chart.axes.plot(own["concurrency"], own[key], color=color, linewidth=1.2)
-        for size, value in zip(own["concurrency"], own[key], strict=True):
-            text = f"{head}, concurrency {size}: {value:,.1f} {name}"
-            marker = "s" if head == DENSE else "o"
-            chart.point(size, value, text, marker=marker, color=color, markersize=6)
+        look = {"color": _COLORS[str(head)], "marker": "s" if head == DENSE else "o"}
+        text = f"{head}, concurrency {{}}: {{:,.1f}} {name}"
+        line(chart, own["concurrency"], own[key], text, **look)
     chart.axes.set_ylim(bottom=0)
     size_axis(chart.axes, sorted(summary["concurrency"].unique()))
     chart.axes.set_xlabel("requests at once")

@@ -27,6 +27,7 @@ from flashhead_dist.report.figures import (
     draw_ideal,
     head_chart,
     head_legend,
+    line,
     log_numbers,
     size_axis,
     style_of,
@@ -88,13 +89,6 @@ def latency_section(run: Run) -> Section:
 def split_section(run: Run) -> Section:
     """Shares of a step along the rank that computes longest, a chart a batch size and `tp_size`."""
     methods = dict.fromkeys(record.split.method for record in run.records)
-    notes = [
-        "Parts of the step of the rank that computes longest. The thin bar is the longest wait of "
-        "another rank, on the same scale; it is no part of that step.",
-        *(f"Method: {method}." for method in methods),
-    ]
-    if not run.frame["measured"].all():
-        notes.append("On grey: ranks share cores, and the exchange between them is not measured.")
     names = {
         "centroids": "centroid scores and choice of clusters",
         "candidates": "rows scored exactly",
@@ -105,7 +99,11 @@ def split_section(run: Run) -> Section:
     return Section(
         key="split",
         title="Parts of a step",
-        notes=tuple(notes),
+        notes=(
+            "Parts of the step of the rank that computes longest. The thin bar is the longest wait "
+            "of another rank. On grey the exchange is not measured, because ranks share cores.",
+            *(f"Method: {method}." for method in methods),
+        ),
         frame=table_frame(run.frame, "split"),
         charts=tuple(
             _split_chart(run, cell, run.tp_sizes.index(int(cell["tp_size"].iloc[0])) + 1)
@@ -163,13 +161,10 @@ def scaling_section(run: Run) -> Section:
     if known.empty:
         missing = "nothing was measured at tp 1, which speedups refer to"
         return Section("scaling", title, missing=missing)
-    notes = ["Each head against its own step at tp 1. Bars: p10 to p90 of the step at that size."]
-    if not frame["measured"].all():
-        notes.append("Hollow, on grey: PROJECTED.")
     return Section(
         key="scaling",
         title=title,
-        notes=tuple(notes),
+        notes=("Each head against its own step at tp 1. Bars: p10 to p90. On grey: PROJECTED.",),
         frame=table_frame(known, "scaling"),
         charts=tuple(
             _scaling_chart(run, known, size, y, place)
@@ -233,10 +228,8 @@ def ranks_section(run: Run) -> Section:
         "No rank is slow: none computes 10 % longer than the others for most heads, and beyond "
         "their scatter for half."
     ]
-    if any(not record.measured for record in records):
-        notes.append("On grey: isolated compute; waiting is PROJECTED from the others' compute.")
     head = DEFAULT_HEAD if DEFAULT_HEAD in run.heads else run.heads[0]
-    notes.append(f"The charts show {head}; the table has all heads.")
+    notes.append(f"The charts show {head}. On grey: isolated compute; waiting is PROJECTED.")
     rows = [row for record in records for row in _rank_rows(record)]
     drawn = [r for r in records if r.head == head and r.split.by_rank_us["other"]]
     drawn.sort(key=lambda r: (r.batch_size, r.tp_size))
@@ -416,10 +409,8 @@ def _crossover_chart(
     )
     sizes = frame["batch_size"].tolist()
     for name, head in (("retrieval", DEFAULT_HEAD), ("scan", BASELINE)):
-        style = style_of(head)
-        chart.axes.plot(sizes, frame[f"{name}_us"], color=style["color"], linewidth=1.2)
-        for size, us in zip(sizes, frame[f"{name}_us"], strict=True):
-            chart.point(size, us, f"{name}, batch {size}: {us:,.0f} µs", **style)
+        text = name + ", batch {}: {:,.0f} µs"
+        line(chart, frame["batch_size"], frame[f"{name}_us"], text, **style_of(head))
     changes = crossover.changes_at
     for start, end in zip(changes[::2], (*changes[1::2], sizes[-1] * 2**0.4), strict=False):
         chart.axes.axvspan(start, end, color=PROJECTED_GREY, zorder=0)
@@ -487,15 +478,19 @@ def _pipeline_chart(run: Run, frame: pd.DataFrame) -> str:
     for schedule, own in frame.groupby("schedule", sort=False):
         own = own.sort_values("micro_batches")
         color = _SCHEDULE_COLORS.get(str(schedule), "#374151")
-        for key, line in (("formula", ":"), ("ideal", "--"), ("measured", "-")):
-            bubble = 100 * own[f"{key}_bubble"]
-            chart.axes.plot(own["micro_batches"], bubble, line, color=color, linewidth=1.1)
-        for row in own.to_dict("records"):
-            share = 100 * row["measured_bubble"]
-            text = f"{schedule}, {row['micro_batches']} micro-batches: idle {share:.1f} %"
-            chart.point(row["micro_batches"], share, text, marker="o", color=color, markersize=6)
+        numbers = own["micro_batches"]
+        for key, dashes in (("formula", ":"), ("ideal", "--")):
+            chart.axes.plot(numbers, 100 * own[f"{key}_bubble"], dashes, color=color, linewidth=1.1)
+        text = f"{schedule}, {{}} micro-batches: idle {{:.1f}} %"
+        line(chart, numbers, 100 * own["measured_bubble"], text, marker="o", color=color)
     size_axis(chart.axes, sorted(frame["micro_batches"].unique()))
     chart.axes.set_ylim(bottom=0)
     chart.axes.set_xlabel("micro-batches in flight")
     chart.axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
     return chart.html()
+
+
+STEP_SECTIONS = (
+    latency_section, split_section, scaling_section, ranks_section, crossover_section,
+    pipeline_section,
+)  # fmt: skip

@@ -51,7 +51,7 @@ def rich_table(title: str, frame: pd.DataFrame, *, caption: str = "") -> Table:
     """A terminal's table of a frame: headings and formats of its columns' declarations."""
     table = Table(
         title=title, caption=caption, title_justify="left", caption_justify="left",
-        box=box.SIMPLE_HEAD, pad_edge=False,
+        box=box.SIMPLE_HEAD, pad_edge=False
     )  # fmt: skip
     columns = [column_of(str(key)) for key in frame]
     for column in columns:

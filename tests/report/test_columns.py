@@ -25,7 +25,7 @@ def test_one_declaration_adds_a_column_to_terminal_csv_page_and_glossary(
 
     new = Column(
         "compute_ms", "fresh heading", "ms", ".3f", "Compute in ms.", ("latency", "summary"),
-        lambda frame: frame["compute_us"] / 1000,
+        lambda frame: frame["compute_us"] / 1000
     )  # fmt: skip
     monkeypatch.setitem(COLUMNS, new.key, new)
     records = [r for r in golden() if r.tp_size < 8]

@@ -182,7 +182,7 @@ def test_a_condition_that_meets_no_figure_is_a_mistake(
     "condition",
     ["flashhead.top1_agreement", "top1_agreement<1", "flashhead.top1<0.9", "flashhead.seed<1",
      "flashhead.median_us<1e", "flashhead.projected_top1_agreement<1", "flashhead.device<1",
-     "flashhead.change_compute_us>1", "flashhead.median_us=1", ""],
+     "flashhead.change_compute_us>1", "flashhead.median_us=1", ""]
 )  # fmt: skip
 def test_what_is_no_condition_is_refused(condition: str) -> None:
     with pytest.raises(UserError, match="--fail-if"):

@@ -11,12 +11,7 @@ import pytest
 
 from flashhead_dist.bench.records import Record, read_records
 from flashhead_dist.errors import UserError
-from flashhead_dist.report.pictures import (
-    bytes_figure,
-    latency_figure,
-    write_plots,
-    write_report,
-)
+from flashhead_dist.report.pictures import bytes_figure, latency_figure, write_plots, write_report
 
 DATA = Path(__file__).parent / "data" / "records.jsonl"
 pytest.importorskip("matplotlib")

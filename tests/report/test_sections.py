@@ -41,7 +41,7 @@ from tests.report.run_folders import changed, environment_of, golden, pipeline_d
 pytest.importorskip("matplotlib")
 WITH_CHARTS: list[Callable[[Run], Section]] = [
     latency_section, split_section, scaling_section, ranks_section, wire_section,
-    roofline_section, fidelity_section, crossover_section, memory_section, pipeline_section,
+    roofline_section, fidelity_section, crossover_section, memory_section, pipeline_section
 ]  # fmt: skip
 
 
