@@ -42,7 +42,7 @@ from flashhead_dist.report.projection import (
     open_system,
     projection_section,
 )
-from flashhead_dist.report.runs import Run, load_runs
+from flashhead_dist.report.runs import RunFolder, load_runs
 from flashhead_dist.report.serving import is_serving_run, serving_report
 from flashhead_topology.systems import list_systems
 from rank_parser import integers
@@ -148,7 +148,7 @@ def _serving(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _projection(arguments: argparse.Namespace, run: Run) -> list[Section]:
+def _projection(arguments: argparse.Namespace, run: RunFolder) -> list[Section]:
     """The section of what `--project` asks for, about one run; none where it asks for nothing."""
     if not arguments.project:
         for name in ("tp_sizes", "measured_on"):

@@ -31,7 +31,7 @@ from flashhead_dist.bench.records import Record
 from flashhead_dist.errors import UserError
 from flashhead_dist.report.columns import COLUMNS
 from flashhead_dist.report.figures import GREY, Chart, Section, style_of
-from flashhead_dist.report.runs import Run
+from flashhead_dist.report.runs import RunFolder
 from flashhead_dist.report.tables import MARKED
 
 LOWER_IS_BETTER = {
@@ -56,7 +56,7 @@ _PROVENANCE = (
 )  # fmt: skip
 
 
-def compare_runs(baseline: Run, run: Run) -> pd.DataFrame:
+def compare_runs(baseline: RunFolder, run: RunFolder) -> pd.DataFrame:
     """All changes of cells that both runs have: a row a figure and cell.
 
     change, noise: shares of `before`. verdict: better, worse, within noise, or same.
@@ -117,7 +117,7 @@ def noise_bar(change: float, noise: float) -> tuple[float, float]:
     return (1 + change) / (1 + noise) - 1, (1 + change) * (1 + noise) - 1
 
 
-def differences(baseline: Run, run: Run) -> list[str]:
+def differences(baseline: RunFolder, run: RunFolder) -> list[str]:
     """What the runs differ in besides their figures, as `name: before → after`."""
     one, other = baseline.first, run.first
     pairs = [(name, getattr(one, name), getattr(other, name)) for name in _PROVENANCE]
@@ -135,7 +135,7 @@ def _short(value: object) -> str:
     return text[:12] + "…" if len(text) == 64 else text
 
 
-def comparison_section(runs: Sequence[Run], changes: pd.DataFrame) -> Section:
+def comparison_section(runs: Sequence[RunFolder], changes: pd.DataFrame) -> Section:
     """A chart a run and batch size of the latencies' change, and all changes as a frame."""
     baseline, *others = runs
     notes = [
@@ -198,7 +198,7 @@ def _counts(changes: pd.DataFrame) -> list[str]:
 
 
 def _comparison_chart(
-    baseline: Run, changes: pd.DataFrame, key: str, place: int, columns: int
+    baseline: RunFolder, changes: pd.DataFrame, key: str, place: int, columns: int
 ) -> str:
     order = changes["head"].map(baseline.heads.index)
     own = changes.assign(order=order).sort_values(["tp_size", "order"])
@@ -293,7 +293,7 @@ def parse_condition(text: str) -> Condition:
 
 
 def check_conditions(
-    conditions: Sequence[Condition], runs: Sequence[Run], changes: pd.DataFrame
+    conditions: Sequence[Condition], runs: Sequence[RunFolder], changes: pd.DataFrame
 ) -> list[str]:
     """A sentence for each condition that holds and each run that it holds in.
 
@@ -323,7 +323,7 @@ def check_conditions(
     return failures
 
 
-def _figures(condition: Condition, run: Run, changes: pd.DataFrame) -> pd.DataFrame:
+def _figures(condition: Condition, run: RunFolder, changes: pd.DataFrame) -> pd.DataFrame:
     """`value` by `tp_size` and `batch_size`, of the cells that the condition is about."""
     figure = condition.figure
     if figure.startswith(_CHANGE):
@@ -341,7 +341,7 @@ def _figures(condition: Condition, run: Run, changes: pd.DataFrame) -> pd.DataFr
     return frame[["value", "tp_size", "batch_size"]].reset_index(drop=True)
 
 
-def _why_none(condition: Condition, runs: Sequence[Run]) -> str:
+def _why_none(condition: Condition, runs: Sequence[RunFolder]) -> str:
     heads = list(dict.fromkeys(head for run in runs for head in run.heads))
     if condition.head not in heads:
         return f"the heads measured are {', '.join(heads)}"

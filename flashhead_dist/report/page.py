@@ -23,7 +23,7 @@ from flashhead_dist.report.columns import column_of
 from flashhead_dist.report.figures import Section, legend_svg, require_matplotlib
 from flashhead_dist.report.overview import sentences, short_table
 from flashhead_dist.report.resource_sections import RESOURCE_SECTIONS
-from flashhead_dist.report.runs import Run, setting_frame, warnings_of
+from flashhead_dist.report.runs import RunFolder, setting_frame, warnings_of
 from flashhead_dist.report.step_sections import STEP_SECTIONS, latency_chart
 from flashhead_dist.report.tables import by_kind
 
@@ -48,7 +48,7 @@ class Report:
     frames: dict[str, pd.DataFrame]
 
 
-def make_report(runs: Sequence[Run], extra: Sequence[Section] = ()) -> Report:
+def make_report(runs: Sequence[RunFolder], extra: Sequence[Section] = ()) -> Report:
     """Make the report of one run or more; nothing is written.
 
     extra: sections that are of no single run: a comparison, a projection.
@@ -95,7 +95,7 @@ def make_report(runs: Sequence[Run], extra: Sequence[Section] = ()) -> Report:
     return Report(html=html, frames=frames)
 
 
-def _overview(run: Run, heading: str) -> dict[str, Any]:
+def _overview(run: RunFolder, heading: str) -> dict[str, Any]:
     """The page's first part: table, chart and sentences of the smallest batch size."""
     first, *others = run.batch_sizes
     product = DEFAULT_HEAD if DEFAULT_HEAD in run.heads else run.heads[0]
@@ -116,7 +116,7 @@ def _overview(run: Run, heading: str) -> dict[str, Any]:
     }
 
 
-def _hardware(run: Run) -> list[str]:
+def _hardware(run: RunFolder) -> list[str]:
     """Hardware topology and what was chosen for it; empty where the run does not hold it."""
     topology = run.environment.get("topology")
     if not isinstance(topology, Mapping):

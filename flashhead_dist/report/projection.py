@@ -31,7 +31,7 @@ from flashhead_dist.report.figures import (
     size_axis,
     style_of,
 )
-from flashhead_dist.report.runs import Run
+from flashhead_dist.report.runs import RunFolder
 from flashhead_topology.cost import StepCost
 from flashhead_topology.systems import Level, System, SystemFileError, load_system
 
@@ -73,7 +73,7 @@ def open_system(name_or_path: str) -> System:
         raise UserError(f"--project {name_or_path}: {error}") from error
 
 
-def head_shape(run: Run) -> HeadShape:
+def head_shape(run: RunFolder) -> HeadShape:
     """The shape of the run's heads.
 
     Raises:
@@ -93,7 +93,7 @@ def head_shape(run: Run) -> HeadShape:
         raise UserError(f"{file} is damaged at {SHAPE_KEY} ({error}): measure again") from error
 
 
-def compute_errors(run: Run, shape: HeadShape, system: System) -> pd.Series:
+def compute_errors(run: RunFolder, shape: HeadShape, system: System) -> pd.Series:
     """Relative errors of modelled compute, on the system that the run was measured on.
 
     Of every measured cell that the model knows: modelled over measured, less one.
@@ -162,7 +162,7 @@ def default_sizes(system: System) -> list[int]:
 
 
 def projection_section(
-    run: Run,
+    run: RunFolder,
     shape: HeadShape,
     systems: Sequence[System],
     tp_sizes: Sequence[int] | None,

@@ -21,7 +21,7 @@ from flashhead_dist.report.figures import (
     log_numbers,
     style_of,
 )
-from flashhead_dist.report.runs import Run, table_frame
+from flashhead_dist.report.runs import RunFolder, table_frame
 from flashhead_profiles.readers import Profile, read_profile
 from flashhead_profiles.traces import TraceError, medians
 
@@ -31,7 +31,7 @@ _SMALL_BYTES = 4096
 PROFILE_NAME = "profile"
 
 
-def wire_section(run: Run) -> Section:
+def wire_section(run: RunFolder) -> Section:
     """Counted and analytic bytes, and by how much they differ where messages are large."""
     title = "Bytes on the wire"
     sending = run.frame[run.frame["tp_size"] > 1]
@@ -88,7 +88,7 @@ def _protocol_notes(sending: pd.DataFrame) -> list[str]:
     return notes
 
 
-def _wire_chart(run: Run, sending: pd.DataFrame, batch_size: int, place: int) -> str:
+def _wire_chart(run: RunFolder, sending: pd.DataFrame, batch_size: int, place: int) -> str:
     sizes = sorted(sending["tp_size"].unique())
     batch = sending[(sending["batch_size"] == batch_size) & (sending["sent_bytes_per_row"] > 0)]
     chart = Chart(
@@ -111,7 +111,7 @@ def _wire_chart(run: Run, sending: pd.DataFrame, batch_size: int, place: int) ->
     return chart.html()
 
 
-def device_counts_section(run: Run) -> Section:
+def device_counts_section(run: RunFolder) -> Section:
     """NVLink, PCIe and memory bytes by NVML; a counter that is missing is named with its reason."""
     title = "Bytes that GPUs counted"
     counts = pd.DataFrame(
@@ -150,7 +150,7 @@ def device_counts_section(run: Run) -> Section:
     )
 
 
-def roofline_section(run: Run) -> Section:
+def roofline_section(run: RunFolder) -> Section:
     """Share of the memory bandwidth that the same ranks reached in a plain read, in this run."""
     methods = dict.fromkeys(record.memory_bandwidth_method for record in run.records)
     notes = [
@@ -171,7 +171,7 @@ def roofline_section(run: Run) -> Section:
     )
 
 
-def _roofline_chart(run: Run, batch_size: int, place: int) -> str:
+def _roofline_chart(run: RunFolder, batch_size: int, place: int) -> str:
     batch = run.frame[run.frame["batch_size"] == batch_size]
     chart = head_chart(
         f"roofline-{run.letter}-b{batch_size}",
@@ -188,7 +188,7 @@ def _roofline_chart(run: Run, batch_size: int, place: int) -> str:
     return chart.html()
 
 
-def first_of_each_size(run: Run) -> pd.DataFrame:
+def first_of_each_size(run: RunFolder) -> pd.DataFrame:
     """A row a head and `tp_size`, for figures that no batch size changes."""
     frame = run.frame.sort_values("tp_size", kind="stable")
     groups = frame.groupby(["head", "tp_size"])["workspace_bytes_per_rank"]
@@ -196,7 +196,7 @@ def first_of_each_size(run: Run) -> pd.DataFrame:
     return frame.drop_duplicates(["tp_size", "head"])
 
 
-def memory_section(run: Run) -> Section:
+def memory_section(run: RunFolder) -> Section:
     """Weights, peak and workspace by head and `tp_size`."""
     frame = first_of_each_size(run)
     notes = [
@@ -230,7 +230,7 @@ def memory_section(run: Run) -> Section:
     )
 
 
-def fidelity_section(run: Run) -> Section:
+def fidelity_section(run: RunFolder) -> Section:
     """Agreement with the dense head; the chart shows each head's worst `tp_size`."""
     title = "Agreement with the dense head"
     frame = first_of_each_size(run)
@@ -263,7 +263,7 @@ def fidelity_section(run: Run) -> Section:
     )
 
 
-def _fidelity_chart(run: Run, frame: pd.DataFrame) -> str:
+def _fidelity_chart(run: RunFolder, frame: pd.DataFrame) -> str:
     worst = frame.loc[frame.groupby("head", sort=False)["top1_agreement"].idxmin()]
     chart = Chart(
         f"fidelity-{run.letter}", "Recall@1 at the worst tp_size", height_px=70 + 26 * len(worst)
@@ -293,7 +293,7 @@ def _fidelity_chart(run: Run, frame: pd.DataFrame) -> str:
     return chart.html()
 
 
-def ranges_section(run: Run) -> Section:
+def ranges_section(run: RunFolder) -> Section:
     """Median time of each range on each rank, kernels and communication under it.
 
     Raises:
@@ -316,7 +316,7 @@ def ranges_section(run: Run) -> Section:
     )
 
 
-def kernels_section(run: Run) -> Section:
+def kernels_section(run: RunFolder) -> Section:
     """DRAM bytes, L2 hit rate and bandwidth of each kernel, by Nsight Compute.
 
     Raises:
@@ -336,7 +336,7 @@ def kernels_section(run: Run) -> Section:
     )
 
 
-def _profile_of(run: Run) -> Profile | None:
+def _profile_of(run: RunFolder) -> Profile | None:
     folder = run.folder / PROFILE_NAME
     return _read(folder) if folder.is_dir() else None
 
@@ -349,7 +349,7 @@ def _read(folder: Path) -> Profile:
         raise UserError(str(error)) from error
 
 
-def _no_profile(run: Run, option: str) -> str:
+def _no_profile(run: RunFolder, option: str) -> str:
     folder = f"{run.folder.name}/{PROFILE_NAME}"
     return f"no profile was taken: launch/profile.sh {option}--output {folder} -- launch/scale.py"
 

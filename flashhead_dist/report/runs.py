@@ -36,7 +36,7 @@ _SHARED = ("system", "device", "model_hash", "dtype", "commit", "index_hash", "t
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """One run folder.
 
     letter: A for the first given, which others are compared with. environment: `environment.json`,
@@ -138,14 +138,14 @@ def write_summary(records: Sequence[Record], folder: Path) -> Path:
     return path
 
 
-def setting_frame(runs: Sequence[Run]) -> pd.DataFrame:
+def setting_frame(runs: Sequence[RunFolder]) -> pd.DataFrame:
     """What was measured on what: a row a fact, a column a run; `differs` where runs differ."""
     frame = pd.DataFrame({run.letter: _facts(run) for run in runs}).fillna("")
     frame["differs"] = frame.nunique(axis="columns") > 1
     return frame.rename_axis("fact").reset_index()
 
 
-def warnings_of(run: Run) -> list[str]:
+def warnings_of(run: RunFolder) -> list[str]:
     """What a reader must know first: synthetic models, ranks that share cores, missing cells."""
     return [*run.flaws, *record_warnings(run.records)]
 
@@ -167,7 +167,7 @@ def record_warnings(records: Sequence[Record]) -> list[str]:
     return warnings
 
 
-def _facts(run: Run) -> dict[str, str]:
+def _facts(run: RunFolder) -> dict[str, str]:
     first, last = run.first, run.records[-1]
     iterations = sorted({record.num_iterations for record in run.records})
     return {
@@ -195,7 +195,7 @@ def _facts(run: Run) -> dict[str, str]:
     }
 
 
-def load_runs(paths: Sequence[Path]) -> list[Run]:
+def load_runs(paths: Sequence[Path]) -> list[RunFolder]:
     """Read run folders in the order given, the first of which is the baseline.
 
     Raises:
@@ -214,7 +214,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     return [load_run(path, letter) for path, letter in zip(paths, _LETTERS, strict=False)]
 
 
-def load_run(path: Path, letter: str = "A") -> Run:
+def load_run(path: Path, letter: str = "A") -> RunFolder:
     """Read one run folder, or that of a `records.jsonl`; raises UserError, see `load_runs`."""
     folder = _folder(path)
     if not path.exists():
@@ -233,7 +233,7 @@ def load_run(path: Path, letter: str = "A") -> Run:
     _check_one_run(folder, records)
     environment = _read_json(folder / ENVIRONMENT_NAME)
     flaws = _flaws(folder, records, environment)
-    return Run(
+    return RunFolder(
         letter=letter,
         folder=folder,
         records=tuple(records),

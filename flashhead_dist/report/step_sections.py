@@ -32,14 +32,14 @@ from flashhead_dist.report.figures import (
     size_axis,
     style_of,
 )
-from flashhead_dist.report.runs import Run, table_frame
+from flashhead_dist.report.runs import RunFolder, table_frame
 
 _PATH = (*COMPUTE_PARTS, "exchange")
 _SLOW_BY = 0.1
 _SCHEDULE_COLORS = {"continuous": "#0072B2", "flushed": "#D55E00"}
 
 
-def latency_chart(run: Run, batch_size: int, key: str, cell: tuple[int, int] = (1, 1)) -> str:
+def latency_chart(run: RunFolder, batch_size: int, key: str, cell: tuple[int, int] = (1, 1)) -> str:
     """Latency of all heads against `tp_size`, with p10 to p90 and the ideal of the dense head."""
     batch = run.frame[run.frame["batch_size"] == batch_size]
     batch = batch.assign(low=batch["p10_us"], high=batch["p90_us"])
@@ -54,7 +54,7 @@ def latency_chart(run: Run, batch_size: int, key: str, cell: tuple[int, int] = (
     return chart.html()
 
 
-def latency_section(run: Run) -> Section:
+def latency_section(run: RunFolder) -> Section:
     """A chart a batch size; measured and projected latencies in columns of their own."""
     projected = not run.frame["measured"].all()
     notes = ["A step lasts as long as its slowest rank. Bars: p10 to p90 over iterations."]
@@ -86,7 +86,7 @@ def latency_section(run: Run) -> Section:
     )
 
 
-def split_section(run: Run) -> Section:
+def split_section(run: RunFolder) -> Section:
     """Shares of a step along the rank that computes longest, a chart a batch size and `tp_size`."""
     methods = dict.fromkeys(record.split.method for record in run.records)
     names = {
@@ -114,7 +114,7 @@ def split_section(run: Run) -> Section:
     )
 
 
-def _split_chart(run: Run, cell: pd.DataFrame, place: int) -> str:
+def _split_chart(run: RunFolder, cell: pd.DataFrame, place: int) -> str:
     first = cell.iloc[0]
     chart = Chart(
         f"split-{run.letter}-b{first['batch_size']}-tp{first['tp_size']}",
@@ -150,7 +150,7 @@ def _split_chart(run: Run, cell: pd.DataFrame, place: int) -> str:
     return chart.html()
 
 
-def scaling_section(run: Run) -> Section:
+def scaling_section(run: RunFolder) -> Section:
     """Speedup t(1) / t(P) and efficiency t(1) / (P t(P)), with the ideal lines P and 1."""
     title = "Strong scaling"
     frame, sizes = run.frame, run.tp_sizes
@@ -176,7 +176,7 @@ def scaling_section(run: Run) -> Section:
     )
 
 
-def _scaling_chart(run: Run, frame: pd.DataFrame, batch_size: int, y: str, place: int) -> str:
+def _scaling_chart(run: RunFolder, frame: pd.DataFrame, batch_size: int, y: str, place: int) -> str:
     batch = frame[frame["batch_size"] == batch_size]
     is_speedup = y == "speedup"
     divisor = 1 if is_speedup else batch["tp_size"]
@@ -216,7 +216,7 @@ def _scaling_chart(run: Run, frame: pd.DataFrame, batch_size: int, y: str, place
     return chart.html()
 
 
-def ranks_section(run: Run) -> Section:
+def ranks_section(run: RunFolder) -> Section:
     """Compute and waiting of each rank, and which rank is slow."""
     title = "Ranks"
     records = [record for record in run.records if record.tp_size > 1]
@@ -317,7 +317,7 @@ def _rank_rows(record: Record) -> list[dict[str, object]]:
     ]
 
 
-def _ranks_chart(run: Run, record: Record, slow: int | None, sizes: list[int]) -> str:
+def _ranks_chart(run: RunFolder, record: Record, slow: int | None, sizes: list[int]) -> str:
     chart = Chart(
         f"ranks-{run.letter}-tp{record.tp_size}-b{record.batch_size}",
         f"{record.head}, tp {record.tp_size}, batch {record.batch_size}",
@@ -348,7 +348,7 @@ def _ranks_chart(run: Run, record: Record, slow: int | None, sizes: list[int]) -
     return chart.html()
 
 
-def crossover_section(run: Run) -> Section:
+def crossover_section(run: RunFolder) -> Section:
     """Retrieval against a scan of the index's rows by batch size, a chart a `tp_size`.
 
     Raises:
@@ -397,7 +397,7 @@ def crossover_section(run: Run) -> Section:
 
 
 def _crossover_chart(
-    run: Run, frame: pd.DataFrame, crossover: Crossover, place: int, columns: int
+    run: RunFolder, frame: pd.DataFrame, crossover: Crossover, place: int, columns: int
 ) -> str:
     tp_size = frame["tp_size"].iloc[0]
     chart = Chart(
@@ -421,7 +421,7 @@ def _crossover_chart(
     return chart.html()
 
 
-def pipeline_section(run: Run) -> Section:
+def pipeline_section(run: RunFolder) -> Section:
     """Idle share of pipeline stages by micro-batches in flight and schedule.
 
     Raises:
@@ -473,7 +473,7 @@ def _pipeline_note(document: Mapping[str, Any]) -> str:
     )
 
 
-def _pipeline_chart(run: Run, frame: pd.DataFrame) -> str:
+def _pipeline_chart(run: RunFolder, frame: pd.DataFrame) -> str:
     chart = Chart(f"pipeline-{run.letter}", "Idle share of the stages")
     for schedule, own in frame.groupby("schedule", sort=False):
         own = own.sort_values("micro_batches")

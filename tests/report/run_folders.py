@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashhead_dist.bench.records import Record, RecordWriter, read_records
-from flashhead_dist.report.runs import Run, load_run
+from flashhead_dist.report.runs import RunFolder, load_run
 
 GOLDEN = Path(__file__).parent / "data" / "records.jsonl"
 """3 heads at tp 1 and 2, measured, and tp 8, projected; batch 1 and 4."""
@@ -75,7 +75,7 @@ def write_run(
     return folder
 
 
-def run_of(folder: Path, records: Sequence[Record] | None = None, **more: Any) -> Run:
+def run_of(folder: Path, records: Sequence[Record] | None = None, **more: Any) -> RunFolder:
     return load_run(write_run(folder, records, **more))
 
 

@@ -24,7 +24,7 @@ from flashhead_dist.report.projection import (
     open_system,
     projection_section,
 )
-from flashhead_dist.report.runs import Run
+from flashhead_dist.report.runs import RunFolder
 from flashhead_dist.report.tables import by_kind
 from flashhead_topology.systems import Level, System
 from tests.report.run_folders import environment_of, golden, run_of
@@ -44,16 +44,18 @@ NONE = pd.Series(dtype=float)
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> RunFolder:
     environment = environment_of(golden()) | {SHAPE_KEY: asdict(SHAPE)}
     return run_of(tmp_path / "run", environment=environment)
 
 
-def section_of(run: Run, sizes: Sequence[int] | None = None, system: System = NODE) -> Section:
+def section_of(
+    run: RunFolder, sizes: Sequence[int] | None = None, system: System = NODE
+) -> Section:
     return projection_section(run, SHAPE, [system], sizes, ERROR)
 
 
-def test_a_projection_is_the_models_cost_with_its_error_around(run: Run) -> None:
+def test_a_projection_is_the_models_cost_with_its_error_around(run: RunFolder) -> None:
     assert head_shape(run) == SHAPE
     frame = section_of(run, [1, 2, 4]).frame
     assert len(frame) == 3 * 2 * len(run.heads)
@@ -71,7 +73,7 @@ def test_sizes_go_up_to_what_the_system_joins() -> None:
     assert default_sizes(open_system("h100-infiniband"))[-1] == 1024
 
 
-def test_every_figure_of_a_projection_is_called_projected(run: Run) -> None:
+def test_every_figure_of_a_projection_is_called_projected(run: RunFolder) -> None:
     section = section_of(run)
     figures = set(section.frame) - {"system", "batch_size", "head", "tp_size", "carried_by"}
     assert figures
@@ -83,7 +85,7 @@ def test_every_figure_of_a_projection_is_called_projected(run: Run) -> None:
     assert all("PROJECTED" in title for title in titles)
 
 
-def test_the_fastest_size_is_named_where_more_ranks_gain_nothing(run: Run) -> None:
+def test_the_fastest_size_is_named_where_more_ranks_gain_nothing(run: RunFolder) -> None:
     """A link of 20 us: a 270M head gains nothing from a second rank, the dense one does."""
     notes = [note for note in section_of(run).notes if note.startswith("node, batch 1: ")]
     product, dense = notes
@@ -91,13 +93,13 @@ def test_the_fastest_size_is_named_where_more_ranks_gain_nothing(run: Run) -> No
     assert "fastest at tp" in dense
 
 
-def test_a_size_that_a_head_cannot_be_sharded_over_is_left_out_and_named(run: Run) -> None:
+def test_a_size_that_a_head_cannot_be_sharded_over_is_left_out_and_named(run: RunFolder) -> None:
     section = section_of(run, [1, 256], open_system("h100-infiniband"))
     assert set(section.frame.query("head == 'flashhead'").tp_size) == {1}
     assert "128 probing groups" in section.notes[-1]
 
 
-def test_mistakes_in_what_to_project_are_the_users(run: Run, tmp_path: Path) -> None:
+def test_mistakes_in_what_to_project_are_the_users(run: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no system named"):
         open_system("h1000")
     with pytest.raises(UserError, match="node joins 64 ranks"):
@@ -109,7 +111,7 @@ def test_mistakes_in_what_to_project_are_the_users(run: Run, tmp_path: Path) -> 
         head_shape(run_of(tmp_path / "damaged", environment=damaged))
 
 
-def test_the_model_is_compared_with_measured_cells_alone(run: Run) -> None:
+def test_the_model_is_compared_with_measured_cells_alone(run: RunFolder) -> None:
     errors = compute_errors(run, SHAPE, NODE)
     assert len(errors) == sum(record.measured for record in run.records)
     (first,) = [

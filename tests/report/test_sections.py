@@ -26,7 +26,7 @@ from flashhead_dist.report.resource_sections import (
     roofline_section,
     wire_section,
 )
-from flashhead_dist.report.runs import Run
+from flashhead_dist.report.runs import RunFolder
 from flashhead_dist.report.step_sections import (
     crossover_section,
     latency_section,
@@ -39,14 +39,14 @@ from flashhead_dist.report.step_sections import (
 from tests.report.run_folders import changed, environment_of, golden, pipeline_document, run_of
 
 pytest.importorskip("matplotlib")
-WITH_CHARTS: list[Callable[[Run], Section]] = [
+WITH_CHARTS: list[Callable[[RunFolder], Section]] = [
     latency_section, split_section, scaling_section, ranks_section, wire_section,
     roofline_section, fidelity_section, crossover_section, memory_section, pipeline_section
 ]  # fmt: skip
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> RunFolder:
     return run_of(tmp_path / "run", pipeline=pipeline_document())
 
 
@@ -56,7 +56,9 @@ def marks(charts: tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("make", WITH_CHARTS)
-def test_every_chart_has_the_marks_it_says(make: Callable[[Run], Section], run: Run) -> None:
+def test_every_chart_has_the_marks_it_says(
+    make: Callable[[RunFolder], Section], run: RunFolder
+) -> None:
     section = make(run)
     assert not section.missing
     assert section.charts
@@ -66,7 +68,9 @@ def test_every_chart_has_the_marks_it_says(make: Callable[[Run], Section], run: 
 
 
 @pytest.mark.parametrize("make", [split_section, ranks_section])
-def test_charts_of_one_tp_size_share_a_column(make: Callable[[Run], Section], run: Run) -> None:
+def test_charts_of_one_tp_size_share_a_column(
+    make: Callable[[RunFolder], Section], run: RunFolder
+) -> None:
     section = make(run)
     places = [
         int(place) for chart in section.charts for place in re.findall(r"--place: (\d)", chart)
@@ -74,7 +78,7 @@ def test_charts_of_one_tp_size_share_a_column(make: Callable[[Run], Section], ru
     assert places == [*range(1, section.columns + 1)] * len(run.batch_sizes)
 
 
-def test_measured_and_projected_latencies_share_no_column(run: Run) -> None:
+def test_measured_and_projected_latencies_share_no_column(run: RunFolder) -> None:
     section = latency_section(run)
     projected = section.frame[section.frame.tp_size == 8]
     assert projected.filter(like="measured_").isna().all(axis=None)
@@ -87,7 +91,7 @@ def test_measured_and_projected_latencies_share_no_column(run: Run) -> None:
     assert "flashhead, tp 2: 2,150 µs" in titles
 
 
-def test_scaling_is_against_the_same_head_on_one_rank(run: Run) -> None:
+def test_scaling_is_against_the_same_head_on_one_rank(run: RunFolder) -> None:
     frame = scaling_section(run).frame
     row = frame[(frame["head"] == "flashhead") & (frame.tp_size == 2) & (frame.batch_size == 1)]
     (found,) = row.to_dict("records")
@@ -136,7 +140,7 @@ def with_slow_rank(record: Record, heads: tuple[str, ...]) -> Record:
     )
 
 
-def three_ranks(folder: Path, *heads: str) -> Run:
+def three_ranks(folder: Path, *heads: str) -> RunFolder:
     return run_of(folder, [with_slow_rank(r, heads) for r in golden() if r.tp_size == 2])
 
 
@@ -163,7 +167,7 @@ def test_a_rank_that_is_slow_for_few_heads_is_not_named(tmp_path: Path) -> None:
     assert ">slow<" not in ranks_section(run).charts[0]
 
 
-def test_waiting_of_ranks_that_took_turns_is_projected(run: Run) -> None:
+def test_waiting_of_ranks_that_took_turns_is_projected(run: RunFolder) -> None:
     frame = ranks_section(run).frame
     assert frame[frame.tp_size == 8].measured_waiting_us.isna().all()
     assert frame[frame.tp_size == 2].projected_waiting_us.isna().all()
@@ -180,7 +184,7 @@ def test_the_parts_of_a_step_sum_to_its_bar(tmp_path: Path) -> None:
     assert "flashhead: another rank waits 3,000 µs" in titles
 
 
-def test_an_exchange_that_was_not_measured_is_no_zero(run: Run) -> None:
+def test_an_exchange_that_was_not_measured_is_no_zero(run: RunFolder) -> None:
     section = split_section(run)
     assert section.frame[section.frame.tp_size == 8].exchange_us.isna().all()
     assert section.frame[section.frame.tp_size == 2].exchange_us.notna().all()
@@ -205,14 +209,14 @@ def test_bytes_that_were_not_counted_are_missing_and_never_zero(tmp_path: Path) 
     assert any("no interface" in note for note in section.notes)
 
 
-def test_agreement_shows_the_worst_source(run: Run) -> None:
+def test_agreement_shows_the_worst_source(run: RunFolder) -> None:
     section = fidelity_section(run)
     assert any("in code (25 states)" in title for title in marks(section.charts))
     row = section.frame[section.frame["head"] == "flashhead"].iloc[0]
     assert row.top1_agreement_low < row.top1_agreement < row.top1_agreement_high
 
 
-def test_memory_is_compared_with_an_even_share(run: Run) -> None:
+def test_memory_is_compared_with_an_even_share(run: RunFolder) -> None:
     frame = memory_section(run).frame
     row = frame[(frame["head"] == "flashhead") & (frame.tp_size == 2)].iloc[0]
     single = next(r for r in golden() if (r.head, r.tp_size) == ("flashhead", 1))
@@ -229,13 +233,13 @@ def test_the_workspace_is_that_of_the_batch_size_that_needs_most(tmp_path: Path)
     assert set(frame["workspace_bytes_per_rank"]) == {4_000}
 
 
-def test_the_crossover_comes_from_the_environment(run: Run) -> None:
+def test_the_crossover_comes_from_the_environment(run: RunFolder) -> None:
     frame = crossover_section(run).frame
     assert list(frame.tp_size) == [1, 1, 1, 2, 2, 2]
     assert frame.scan_over_retrieval.iloc[0] == 4.0
 
 
-Missing = tuple[Callable[[Run], Section], dict[str, Any], str]
+Missing = tuple[Callable[[RunFolder], Section], dict[str, Any], str]
 MISSING: list[Missing] = [
     (crossover_section, {"environment": {}}, "environment.json"),
     (crossover_section, {"environment": {"heads": ["flashhead"]}}, "was not measured"),
@@ -251,7 +255,7 @@ MISSING: list[Missing] = [
 
 @pytest.mark.parametrize(("make", "given", "reason"), MISSING)
 def test_a_missing_section_has_a_reason(
-    tmp_path: Path, make: Callable[[Run], Section], given: dict[str, Any], reason: str
+    tmp_path: Path, make: Callable[[RunFolder], Section], given: dict[str, Any], reason: str
 ) -> None:
     section = make(run_of(tmp_path / "run", **given))
     assert section.frame.empty
@@ -292,7 +296,7 @@ COUNTERS = """"Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum","dra
 """
 
 
-def test_a_profile_beside_the_records_is_read(run: Run) -> None:
+def test_a_profile_beside_the_records_is_read(run: RunFolder) -> None:
     folder = run.folder / "profile"
     folder.mkdir()
     spans = (("step", 0, 100), ("head:flashhead", 0, 90), ("head/result", 80, 9))
