@@ -12,28 +12,25 @@ is printed, with p10 to p90, and the ratio of medians.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
+from tyro.conf import arg
 
-from flashhead_dist.errors import INTERRUPTED, UserError
-from flashhead_dist.index import ensure_index
 from flashhead_dist.integrations.transformers import replace_head
-from flashhead_dist.models import open_model
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
+from options import Checked, IndexedModel, JsonOutput, Positive, one_of, parse, run_command
 
 PROMPT = "The most important thing about tides is"
 WAYS: dict[str, dict[str, Any]] = {
@@ -49,123 +46,91 @@ WAYS: dict[str, dict[str, Any]] = {
         "return_dict_in_generate": True,
     },
 }
-DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", help="HF folder, .gguf file or hub id (default: built in)")
-    parser.add_argument("--index", type=Path, metavar="DIR", help="default: the model's, cached")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--threads", type=int, default=1, metavar="N")
-    parser.add_argument("--new-tokens", type=int, default=24, metavar="N")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N")
-    parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
-    return parser
+@dataclass(kw_only=True)
+class Measurement(Checked):
+    """What to time."""
+
+    dtype: Annotated[str, one_of(("float32", "bfloat16", "float16")), arg()] = "float32"
+    """of the model"""
+    threads: Positive[int] = 1
+    """threads"""
+    new_tokens: Positive[int] = 24
+    """tokens a call continues the prompt by"""
+    rounds: Positive[int] = 9
+    """calls of each kind"""
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Refuse what is wrong whatever the model; raises UserError."""
-    for flag in ("threads", "new_tokens", "rounds"):
-        value = getattr(arguments, flag)
-        if value < 1:
-            raise UserError(f"--{flag.replace('_', '-')} is {value}: give 1 or more")
+@dataclass(kw_only=True)
+class BenchOptions:
+    """Options of this script."""
+
+    model: IndexedModel
+    measurement: Measurement
+    output: JsonOutput
 
 
-def load(arguments: argparse.Namespace) -> tuple[dict[str, Any], Tensor, str]:
-    """The two models by head, the prompt `[1, L]`, and the model's name."""
-    source = open_model(arguments.model)
-    index = arguments.index or ensure_index(source)
-    dense, tokenizer = source.load_body(getattr(torch, arguments.dtype))
-    dense.generation_config.eos_token_id = None
-    replaced = replace_head(copy.deepcopy(dense), index)
-    return (
-        {"dense": dense, "flashhead": replaced},
-        tokenizer(PROMPT, return_tensors="pt").input_ids,
-        source.name,
-    )
-
-
-def measure(models: dict[str, Any], prompt: Tensor, new_tokens: int, rounds: int) -> pd.DataFrame:
-    """One row a call: way, head, round, ms_per_token, tokens."""
+def measure(models: dict[str, Any], prompt: Tensor, measurement: Measurement) -> pd.DataFrame:
+    """One row a call: way, head, ms (per token), tokens. The first round is a warm-up."""
     calls: list[dict[str, Any]] = []
-    for number in track(range(-1, rounds), "rounds", console=Console(stderr=True)):
+    for number in track(range(-1, measurement.rounds), "rounds", console=Console(stderr=True)):
         for way, options in WAYS.items():
             for head, model in models.items():
                 torch.manual_seed(number)
                 start_s = time.perf_counter()
-                found = model.generate(prompt, max_new_tokens=new_tokens, **options)
-                ms = (time.perf_counter() - start_s) * 1e3 / new_tokens
+                found = model.generate(prompt, max_new_tokens=measurement.new_tokens, **options)
+                ms = (time.perf_counter() - start_s) * 1e3 / measurement.new_tokens
                 ids = found if isinstance(found, Tensor) else found.sequences
-                tokens = ids[0, prompt.shape[1] :].tolist()
-                if number >= 0:
-                    calls.append({"way": way, "head": head, "ms": ms, "tokens": tokens})
-    return pd.DataFrame(calls)
+                tokens = tuple(ids[0, prompt.shape[1] :].tolist())
+                calls.append({"way": way, "head": head, "ms": ms, "tokens": tokens})
+    return pd.DataFrame(calls[len(WAYS) * len(models) :])
 
 
 def summarise(calls: pd.DataFrame) -> pd.DataFrame:
     """One row a way: medians, p10 and p90 of ms per token, their ratio, and equal greedy tokens."""
-    rows = []
-    for way, of_way in calls.groupby("way", sort=False):
-        row: dict[str, Any] = {"way": way}
-        for head, of_head in of_way.groupby("head", sort=False):
-            row[f"{head}_ms"] = of_head["ms"].median()
-            row[f"{head}_p10_ms"], row[f"{head}_p90_ms"] = of_head["ms"].quantile([0.1, 0.9])
-        row["ratio"] = row["dense_ms"] / row["flashhead_ms"]
-        texts = of_way.groupby("head")["tokens"].first()
-        pairs = list(zip(texts["dense"], texts["flashhead"], strict=True))
-        greedy = not WAYS[str(way)]["do_sample"]
-        row["identical_tokens_share"] = (
-            sum(a == b for a, b in pairs) / len(pairs) if greedy else None
-        )
-        rows.append(row)
-    return pd.DataFrame(rows)
+    groups = calls.groupby(["way", "head"], sort=False)["ms"]
+    table = pd.DataFrame(
+        {"ms": groups.median(), "p10_ms": groups.quantile(0.1), "p90_ms": groups.quantile(0.9)}
+    ).unstack("head")
+    table.columns = pd.Index([f"{head}_{name}" for name, head in table.columns])
+    table = table.reindex(list(WAYS))
+    table["ratio"] = table["dense_ms"] / table["flashhead_ms"]
+    tokens = {head: part.set_index("way")["tokens"] for head, part in calls.groupby("head")}
+    equal = (tokens["dense"] == tokens["flashhead"]).groupby(level=0).mean()
+    drawn = pd.Series({way: options["do_sample"] for way, options in WAYS.items()})
+    table["identical_tokens_share"] = equal.mask(drawn)
+    return table.rename_axis("way").reset_index()
 
 
-def show(summary: pd.DataFrame, console: Console) -> None:
-    """Print the table."""
-    table = Table("way", "dense ms", "flashhead ms", "dense / flashhead", "same tokens")
-    for row in summary.to_dict("records"):
-        times = [
-            f"{row[f'{head}_ms']:.1f} ({row[f'{head}_p10_ms']:.1f}-{row[f'{head}_p90_ms']:.1f})"
-            for head in ("dense", "flashhead")
-        ]
-        share = row["identical_tokens_share"]
-        same = "drawn" if pd.isna(share) else f"{100 * share:.0f} %"
-        table.add_row(row["way"], *times, f"{row['ratio']:.2f}", same)
-    console.print(table)
+def work(options: BenchOptions) -> dict[str, Any] | None:
+    """Measure, print the table, and return the document where --json asks for it."""
+    measurement, machine = options.measurement, probe_machine()
+    with compute_threads(machine.num_cores):
+        source = options.model.open()
+        index = options.model.index_folder(source)
+        assert index is not None
+        dense, tokenizer = source.load_body(getattr(torch, measurement.dtype))
+        dense.generation_config.eos_token_id = None
+        models = {"dense": dense, "flashhead": replace_head(copy.deepcopy(dense), index)}
+        prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
+    with compute_threads(measurement.threads):
+        summary = summarise(measure(models, prompt, measurement))
+    print(
+        f"{source.name} in {measurement.dtype}, {measurement.threads} threads of "
+        f"{machine.cpu_model}: ms per token"
+    )
+    print(summary.to_string(index=False, float_format="%.2f", na_rep="drawn"))
+    if not options.output.json:
+        return None
+    document = {"model": source.name, "dtype": measurement.dtype, "threads": measurement.threads}
+    return document | {"ways": json.loads(summary.to_json(orient="records"))}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return an exit code."""
-    arguments = _parser().parse_args(argv)
-    machine = probe_machine()
-    console = Console()
-    try:
-        check(arguments)
-        with compute_threads(machine.num_cores):
-            models, prompt, name = load(arguments)
-        with compute_threads(arguments.threads):
-            calls = measure(models, prompt, arguments.new_tokens, arguments.rounds)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\nerror: interrupted.", file=sys.stderr)
-        return INTERRUPTED
-    summary = summarise(calls)
-    console.print(
-        f"{name} in {arguments.dtype}, {arguments.threads} threads of {machine.cpu_model}: "
-        "ms per token (p10-p90)"
-    )
-    show(summary, console)
-    if arguments.json:
-        settings = {"model": name, "dtype": arguments.dtype, "threads": arguments.threads}
-        ways = json.loads(summary.to_json(orient="records"))
-        print(json.dumps(settings | {"ways": ways}))
-    return 0
+    script = "launch/bench_transformers.py"
+    return run_command(lambda: work(parse(BenchOptions, argv, script, __doc__)))
 
 
 if __name__ == "__main__":
