@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
@@ -47,8 +49,7 @@ class HubModel:
             self._names = {sibling.rfilename for sibling in info.siblings or []}
 
     def fetch(self, name: str) -> Path:
-        """Path of one file, downloaded where it is not cached; where there is none, the path does
-        not exist.
+        """Path of one file, downloaded where it is not cached; it need not exist.
 
         Raises ModelSourceError where the hub refuses.
         """
@@ -56,10 +57,7 @@ class HubModel:
             return self._cached / name
         if name not in self._names:
             return Path(self._repo_id) / name
-        try:
-            return Path(hf_hub_download(self._repo_id, name, revision=self._revision))
-        except (HTTPError, OSError) as error:
-            raise self._refused(error) from error
+        return self._downloaded(hf_hub_download, filename=name)
 
     def fetch_all(self) -> Path:
         """Folder with everything that the body needs, weights as safetensors alone.
@@ -68,12 +66,11 @@ class HubModel:
         """
         if self._revision is None:
             return self._cached
+        return self._downloaded(snapshot_download, allow_patterns=_BODY_FILES)
+
+    def _downloaded(self, download: Callable[..., str], **options: Any) -> Path:
         try:
-            return Path(
-                snapshot_download(
-                    self._repo_id, revision=self._revision, allow_patterns=_BODY_FILES
-                )
-            )
+            return Path(download(self._repo_id, revision=self._revision, **options))
         except (HTTPError, OSError) as error:
             raise self._refused(error) from error
 

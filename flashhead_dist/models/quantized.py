@@ -13,7 +13,6 @@ that is called by itself has no weights at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,21 +29,6 @@ _MIDDLE = 8
 _BITS = 4
 
 _ops: Any = torch.ops.aten
-
-
-def replace_layers(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> int:
-    """Put `replacement(layer)` in the place of each layer of `model` for which there is one.
-
-    Returns how many.
-    """
-    count = 0
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            found = replacement(layer)
-            if found is not None:
-                setattr(parent, name, found)
-                count += 1
-    return count
 
 
 class Int4Linear(nn.Module):
@@ -121,13 +105,16 @@ class Int4Linear(nn.Module):
 
 
 def unpack_linears(model: nn.Module, dtype: torch.dtype) -> int:
-    """Put ordinary layers in the place of `model`'s packed ones, for what must see the weights.
-
-    Returns how many.
-    """
-    return replace_layers(
-        model, lambda layer: layer.unpack(dtype) if isinstance(layer, Int4Linear) else None
-    )
+    """Replace `model`'s packed layers by ordinary ones, for what must see weights; how many."""
+    packed = [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, Int4Linear)
+    ]
+    for parent, name, layer in packed:
+        setattr(parent, name, layer.unpack(dtype))
+    return len(packed)
 
 
 def settle_compressed(model: Any) -> tuple[int, int]:
@@ -150,20 +137,13 @@ def settle_compressed(model: Any) -> tuple[int, int]:
         if _stays_packed(child):
             setattr(parent, name, _packed(child))
             num_packed += 1
-        elif _is_compressed(child):
+        else:
             _decompress(child)
     hook = getattr(model, "ct_decompress_hook", None)
     if hook is not None:
         hook.remove()
         del model.ct_decompress_hook
     return num_packed, len(found) - num_packed
-
-
-def _is_compressed(layer: Any) -> bool:
-    from compressed_tensors.quantization import QuantizationStatus
-
-    status = getattr(layer, "quantization_status", None)
-    return status is not None and status == QuantizationStatus.COMPRESSED
 
 
 def _stays_packed(layer: Any) -> bool:
@@ -212,7 +192,9 @@ def _packed(layer: Any) -> Int4Linear:
     return Int4Linear(packed, scales, shifts, bias)
 
 
-def _decompress(layer: nn.Module) -> None:
+def _decompress(layer: Any) -> None:
     from compressed_tensors.compressors.base import decompress_module
+    from compressed_tensors.quantization import QuantizationStatus
 
-    decompress_module(layer, leave_decompressed=False)
+    if getattr(layer, "quantization_status", None) == QuantizationStatus.COMPRESSED:
+        decompress_module(layer, leave_decompressed=False)
