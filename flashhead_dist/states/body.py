@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from flashhead_dist.progress import progress as show_progress
 from flashhead_dist.states.split import Passage
+from flashhead_kernels.cpu_threads import compute_threads
 
 _CPU_BATCH_TOKENS = 1024
 _GPU_BATCH_TOKENS = 16384
@@ -37,17 +36,14 @@ def run_body(
     decoder = model.get_decoder().to(device)
     states: list[torch.Tensor] = [torch.empty(0)] * len(passages)
     budget = _CPU_BATCH_TOKENS if device.type == "cpu" else _GPU_BATCH_TOKENS
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not progress,
-    )
     total = sum(len(p.token_ids) for p in passages)
-    with bar, torch.inference_mode(), _all_cores(device):
-        task = bar.add_task("Hidden states", total=total)
+    # torchrun leaves a rank one thread.
+    threads = len(os.sched_getaffinity(0)) if device.type == "cpu" else torch.get_num_threads()
+    with (
+        torch.inference_mode(),
+        compute_threads(threads),
+        show_progress("hidden states", total=total, unit="tokens", visible=progress) as advance,
+    ):
         for batch in _batches(passages, budget):
             longest = max(len(passages[i].token_ids) for i in batch)
             tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
@@ -56,7 +52,7 @@ def run_body(
             hidden = decoder(input_ids=tokens.to(device), use_cache=False).last_hidden_state
             for row, i in enumerate(batch):
                 states[i] = hidden[row, passages[i].positions].to("cpu", torch.bfloat16)
-            bar.advance(task, sum(len(passages[i].token_ids) for i in batch))
+            advance(sum(len(passages[i].token_ids) for i in batch))
     return states
 
 
@@ -72,15 +68,3 @@ def _batches(passages: list[Passage], budget: int) -> Iterator[list[int]]:
         batch.append(i)
     if batch:
         yield batch
-
-
-@contextmanager
-def _all_cores(device: torch.device) -> Iterator[None]:
-    """Use every core while the body runs: torchrun leaves a rank one thread."""
-    before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
