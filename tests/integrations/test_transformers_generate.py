@@ -84,15 +84,6 @@ def test_stopping_criteria_and_streamers(zoo: Zoo) -> None:
     assert collector.ended
 
 
-def test_the_end_token_ends_a_text(zoo: Zoo) -> None:
-    pair = zoo.pair("llama")
-    text = pair.greedy(PROMPT, 12)
-    end = text[len(PROMPT) + 5]
-    first = text.index(end, len(PROMPT))
-    found = pair.replaced().generate(torch.tensor([PROMPT]), eos_token_id=end, **GREEDY)
-    assert found[0].tolist() == text[: first + 1]
-
-
 PROMPTS = [[5, 17, place] for place in range(20, 32)]
 
 

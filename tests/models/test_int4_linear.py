@@ -96,13 +96,6 @@ def test_columns_in_activation_order_are_not_taken_for_neighbours() -> None:
     assert settle_compressed(model) == (0, 1)
 
 
-def test_an_ordinary_model_is_left_alone() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    layer = model[0]
-    assert settle_compressed(model) == (0, 0)
-    assert model[0] is layer
-
-
 def test_unpacking_leaves_ordinary_layers_of_the_same_weights() -> None:
     model = compressed(**GROUPED)
     settle_compressed(model)
