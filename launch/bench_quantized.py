@@ -41,7 +41,6 @@ from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 from options import (
     DTYPES,
-    Checked,
     Count,
     DType,
     File,
@@ -60,8 +59,8 @@ OWN, FOUR_BIT = "own", "w4a16"
 
 
 @dataclass(kw_only=True)
-class Decoding(Checked):
-    """The four-bit copy and the texts."""
+class Options(IndexedModel, JsonOutput):
+    """Options of the script."""
 
     quantized: Folder[Path | None] = None
     """the copy (default: made in the cache)"""
@@ -77,25 +76,16 @@ class Decoding(Checked):
     """threads"""
 
 
-@dataclass(kw_only=True)
-class QuantizedOptions:
-    """All options."""
-
-    model: IndexedModel
-    decoding: Decoding
-    output: JsonOutput
-
-
-def run(options: QuantizedOptions) -> dict[str, Any] | None:
+def run(options: Options) -> dict[str, Any] | None:
     """Decode every prompt with both bodies and both heads, and print the table."""
-    decoding, machine, errors = options.decoding, probe_machine(), Console(stderr=True)
+    machine, errors = probe_machine(), Console(stderr=True)
     with compute_threads(machine.num_cores):
-        source = options.model.open()
-        index = options.model.index_folder(source)
-        folder = decoding.quantized
+        source = options.open()
+        index = options.index_folder(source)
+        folder = options.quantized
         if folder is None:
             with errors.status("Making the W4A16 copy, once (half a minute)"):
-                folder = default_w4a16_folder(source, decoding.group_size)
+                folder = default_w4a16_folder(source, options.group_size)
         copy = open_model(str(folder))
     variants = [Variant(head) for head in HEADS]
     engines = {
@@ -104,21 +94,21 @@ def run(options: QuantizedOptions) -> dict[str, Any] | None:
             index_dir=index,
             variants=variants,
             layout=Layout(),
-            dtype=DTYPES[decoding.dtype],
+            dtype=DTYPES[options.dtype],
             device=torch.device("cpu"),
             parameters=SamplingParameters(),
         )
         for body, model in ((OWN, source), (FOUR_BIT, copy))
     }
     measured = {body: [Measured(variant) for variant in variants] for body in engines}
-    with compute_threads(decoding.threads):
+    with compute_threads(options.threads):
         with errors.status("Loading both bodies"):
             for engine in engines.values():
                 engine.load()
             own = engines[OWN]
             request = Request(
-                prompts=[own.tokenizer(text).input_ids for text in read_prompts(decoding.prompts)],
-                max_new_tokens=decoding.max_new_tokens,
+                prompts=[own.tokenizer(text).input_ids for text in read_prompts(options.prompts)],
+                max_new_tokens=options.max_new_tokens,
                 pad_token_id=own.pad_token_id,
             )
             request.check(source.vocab_size, own.context_length)
@@ -134,13 +124,13 @@ def run(options: QuantizedOptions) -> dict[str, Any] | None:
     found = summarise(measured)
     console = Console()
     console.print(
-        f"{source.name} in {decoding.dtype}, {decoding.threads} threads of {machine.cpu_model}, "
-        f"{len(request.prompts)} prompts of {decoding.max_new_tokens} new tokens; copy: {folder}",
+        f"{source.name} in {options.dtype}, {options.threads} threads of {machine.cpu_model}, "
+        f"{len(request.prompts)} prompts of {options.max_new_tokens} new tokens; copy: {folder}",
         soft_wrap=True,
     )
     console.print(table(found))
-    settings = {"model": source.name, "dtype": decoding.dtype, "threads": decoding.threads}
-    return settings | found if options.output.json else None
+    settings = {"model": source.name, "dtype": options.dtype, "threads": options.threads}
+    return settings | found if options.json else None
 
 
 def summarise(measured: dict[str, list[Measured]]) -> dict[str, Any]:
@@ -181,9 +171,7 @@ def table(found: dict[str, Any]) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return an exit code."""
-    return run_command(
-        lambda: run(parse(QuantizedOptions, argv, "launch/bench_quantized.py", __doc__))
-    )
+    return run_command(lambda: run(parse(Options, argv, "launch/bench_quantized.py", __doc__)))
 
 
 if __name__ == "__main__":

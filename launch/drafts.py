@@ -4,7 +4,7 @@
     python launch/drafts.py --num-drafts 3 --max-new-tokens 48 --threads 2 --json
     python launch/drafts.py --vocabularies 32768,8192
 
-One draft proposes under several heads: dense and FlashHead, each over the whole vocabulary and over
+One draft proposes under several heads: dense and FlashHead, each over the full vocabulary and over
 the tokens most used in the texts that the draft was trained on. The target verifies with its dense
 head, so every text is the same, which is checked. Heads take turns, prompt by prompt. Prompts are
 held out of training, in turn MT-Bench, GSM8K and passages in some 26 languages.
@@ -32,7 +32,6 @@ from flashhead_dist.progress import progress
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 from options import (
-    Checked,
     Count,
     Folder,
     IndexedModel,
@@ -46,8 +45,8 @@ from options import (
 
 
 @dataclass(kw_only=True)
-class Drafting(Checked):
-    """The draft and the texts."""
+class Options(IndexedModel, JsonOutput):
+    """Options of the script."""
 
     draft: Folder[Path | None] = None
     """draft model (default: trained in the cache)"""
@@ -65,51 +64,42 @@ class Drafting(Checked):
     """threads"""
 
 
-@dataclass(kw_only=True)
-class DraftOptions:
-    """All options."""
-
-    model: IndexedModel
-    drafting: Drafting
-    output: JsonOutput
-
-
-def run(options: DraftOptions) -> dict[str, Any] | None:
+def run(options: Options) -> dict[str, Any] | None:
     """Train where needed, decode with every head in turn, and print the table."""
-    drafting, machine = options.drafting, probe_machine()
-    vocabularies = [size for size in drafting.vocabularies if size]
-    prompts = held_out_prompts(drafting.num_prompts)
+    machine = probe_machine()
+    vocabularies = [size for size in options.vocabularies if size]
+    prompts = held_out_prompts(options.num_prompts)
     with compute_threads(machine.num_cores):
-        source = options.model.open()
-        index = options.model.index_folder(source)
+        source = options.open()
+        index = options.index_folder(source)
         assert index is not None
         model, tokenizer = source.load_body(torch.float32)
-        folder = drafting.draft or _trained_draft(source, model, tokenizer, drafting.epochs)
+        folder = options.draft or _trained_draft(source, model, tokenizer, options.epochs)
         texts = training_texts(tokenizer) if vocabularies else []
-    with compute_threads(drafting.threads):
+    with compute_threads(options.threads):
         heads = DraftHeads(
             source, model, folder, index, texts,
-            vocabularies=vocabularies, threads=drafting.threads,
+            vocabularies=vocabularies, threads=options.threads,
         )  # fmt: skip
         first = tokenizer(prompts[0].text).input_ids
         for entry in heads.measured:
-            heads.decode(first, entry.label, drafting.num_drafts, 4)
+            heads.decode(first, entry.label, options.num_drafts, 4)
         with progress("decoding", total=len(prompts), unit="prompts") as advance:
-            turns = heads.compare(tokenizer, prompts, drafting.num_drafts, drafting.max_new_tokens)
+            turns = heads.compare(tokenizer, prompts, options.num_drafts, options.max_new_tokens)
             for _ in turns:
                 advance()
     rows = summarise(heads.measured, prompts)
     console = Console()
     console.print(
-        f"{source.name} in fp32, {drafting.threads} threads of {machine.cpu_model}: {len(prompts)} "
-        f"prompts of {drafting.max_new_tokens} new tokens, {drafting.num_drafts} proposals a "
+        f"{source.name} in fp32, {options.threads} threads of {machine.cpu_model}: {len(prompts)} "
+        f"prompts of {options.max_new_tokens} new tokens, {options.num_drafts} proposals a "
         "round, verified by dense_local_max",
         soft_wrap=True,
     )
     show(rows, console)
-    settings = {"model": source.name, "threads": drafting.threads}
-    settings |= {"num_drafts": drafting.num_drafts, "num_prompts": len(prompts)}
-    return settings | {"heads": rows} if options.output.json else None
+    settings = {"model": source.name, "threads": options.threads}
+    settings |= {"num_drafts": options.num_drafts, "num_prompts": len(prompts)}
+    return settings | {"heads": rows} if options.json else None
 
 
 def _trained_draft(source: Any, model: Any, tokenizer: Any, num_epochs: int) -> Path:
@@ -145,7 +135,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison and return an exit code."""
-    return run_command(lambda: run(parse(DraftOptions, argv, "launch/drafts.py", __doc__)))
+    return run_command(lambda: run(parse(Options, argv, "launch/drafts.py", __doc__)))
 
 
 if __name__ == "__main__":

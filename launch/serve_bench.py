@@ -50,7 +50,6 @@ from flashhead_dist.serving.server import ServerOptions, find_python, vllm_versi
 from flashhead_topology.machine import oversubscription
 from flashhead_topology.probe import probe_machine
 from options import (
-    Checked,
     File,
     Folder,
     IndexedModel,
@@ -67,8 +66,8 @@ _ENVIRONMENT = Path(__file__).resolve().parent.parent / ".venv-vllm" / "bin" / "
 
 
 @dataclass(kw_only=True)
-class ServedModel(IndexedModel):
-    """What to serve. The model is a Hugging Face folder (default: the built-in Gemma-3-270M)."""
+class Options(IndexedModel, JsonOutput):
+    """Options of the script."""
 
     flashhead: Value[str] = "{}"
     """further options of the plugin, as JSON"""
@@ -80,9 +79,26 @@ class ServedModel(IndexedModel):
     """for vLLM, such as --enforce-eager"""
     kv_cache_mb: Positive[int] = 1024
     """of a server on a CPU"""
+    tp_sizes: Integers[list[int]] = field(default_factory=lambda: [1, 2])
+    """tensor-parallel sizes"""
+    concurrency: Integers[list[int]] = field(default_factory=lambda: [1, 4, 16])
+    """requests at once"""
+    rounds: Positive[int] = 3
+    """calls of the client for each head, size and concurrency"""
+    new_tokens: Positive[int] = 48
+    """of a request"""
+    requests: Positive[int] = 20
+    """of a call, at least"""
+    prompts: File[Path | None] = None
+    """one a line, or .jsonl (default: twenty)"""
+    runs_dir: Folder[Path] = Path("runs")
+    """where run folders are made"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for flag, sizes in (("--tp-sizes", self.tp_sizes), ("--concurrency", self.concurrency)):
+            if min(sizes, default=0) < 1:
+                raise UserError(f"{flag} holds no size or one below 1: give 1,2")
         try:
             self.plugin_options: Any = json.loads(self.flashhead)
         except ValueError as error:
@@ -96,80 +112,34 @@ class ServedModel(IndexedModel):
         if self.index is not None:
             load_manifest(self.index)
 
-    @property
-    def folder(self) -> Path:
-        """The folder that vLLM reads."""
-        if self.model is None:
-            return default_model_folder(cache_root())
-        return Path(self.model).expanduser().resolve()
 
-
-@dataclass(kw_only=True)
-class LoadOptions(Checked):
-    """Under what load."""
-
-    tp_sizes: Integers[list[int]] = field(default_factory=lambda: [1, 2])
-    """tensor-parallel sizes"""
-    concurrency: Integers[list[int]] = field(default_factory=lambda: [1, 4, 16])
-    """requests at once"""
-    rounds: Positive[int] = 3
-    """calls of the client for each head, size and concurrency"""
-    new_tokens: Positive[int] = 48
-    """of a request"""
-    requests: Positive[int] = 20
-    """of a call, at least"""
-    prompts: File[Path | None] = None
-    """one a line, or .jsonl (default: twenty)"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for flag, sizes in (("--tp-sizes", self.tp_sizes), ("--concurrency", self.concurrency)):
-            if min(sizes, default=0) < 1:
-                raise UserError(f"{flag} holds no size or one below 1: give 1,2")
-
-
-@dataclass(kw_only=True)
-class Output(JsonOutput):
-    """What to write."""
-
-    runs_dir: Folder[Path] = Path("runs")
-    """where run folders are made"""
-
-
-@dataclass(kw_only=True)
-class ServingOptions:
-    """All options."""
-
-    model: ServedModel
-    load: LoadOptions
-    output: Output
-
-
-def measure(options: ServingOptions) -> dict[str, Any] | None:
+def measure(options: Options) -> dict[str, Any] | None:
     """Run the benchmark and print its results.
 
     Raises:
         UserError: a mistake in what was given, or a server that does not start.
     """
-    served, load = options.model, options.load
-    python = find_python(served.python, _ENVIRONMENT)
+    python = find_python(options.python, _ENVIRONMENT)
     versions = software_versions() | vllm_versions(python)
     machine = probe_machine()
     plan = Plan(
-        prompts=tuple(read_prompts(load.prompts)),
-        new_tokens=load.new_tokens,
-        least_requests=load.requests,
-        tp_sizes=tuple(sorted(set(load.tp_sizes))),
-        concurrencies=tuple(sorted(set(load.concurrency))),
-        rounds=load.rounds,
+        prompts=tuple(read_prompts(options.prompts)),
+        new_tokens=options.new_tokens,
+        least_requests=options.requests,
+        tp_sizes=tuple(sorted(set(options.tp_sizes))),
+        concurrencies=tuple(sorted(set(options.concurrency))),
+        rounds=options.rounds,
     )
-    source = served.open()
-    index = served.index_folder(source)
+    source = options.open()
+    index = options.index_folder(source)
+    model = default_model_folder(cache_root())
+    if options.model is not None:
+        model = Path(options.model).expanduser().resolve()
     assert index is not None
     about: dict[str, Any] = {
         "system": machine.host_class,
         "device": machine.gpus[0].name if machine.gpus else machine.cpu_model,
-        "dtype": served.dtype,
+        "dtype": options.dtype,
         "model": source.name,
         "model_hash": source.weight_hash,
         "index_hash": load_manifest(index).index_hash,
@@ -183,7 +153,7 @@ def measure(options: ServingOptions) -> dict[str, Any] | None:
         "arguments": {name: str(value) for name, value in values(options).items()},
     }
     folder = make_run_folder(
-        options.output.runs_dir, machine.host_class, about["commit"], environment, datetime.now(UTC)
+        options.runs_dir, machine.host_class, about["commit"], environment, datetime.now(UTC)
     )
     oversubscribed = {
         size: oversubscription(size, machine.num_cores, len(machine.gpus)).oversubscribed
@@ -191,18 +161,18 @@ def measure(options: ServingOptions) -> dict[str, Any] | None:
     }
 
     def server(head: str, tp_size: int) -> ServerOptions:
-        on = {"index": str(index.resolve()), **served.plugin_options}
+        on = {"index": str(index.resolve()), **options.plugin_options}
         return ServerOptions(
             python=python,
-            model=served.folder,
+            model=model,
             tp_size=tp_size,
             # False: an index in the model's folder would switch FlashHead on.
             flashhead=on if head == FLASHHEAD else False,
-            dtype=served.dtype,
+            dtype=options.dtype,
             device="cuda" if machine.gpus else "cpu",
             cores=machine.num_cores,
-            kv_cache_mb=served.kv_cache_mb,
-            more=("--no-enable-prefix-caching", *served.server_arguments.split()),
+            kv_cache_mb=options.kv_cache_mb,
+            more=("--no-enable-prefix-caching", *options.server_arguments.split()),
         )
 
     def on_result(turn: Turn, served: Served) -> None:
@@ -241,14 +211,12 @@ def measure(options: ServingOptions) -> dict[str, Any] | None:
     for path in paths:
         print(f"wrote {path}")
     document = {"run": str(folder), **about, "rows": serving_document(summary)}
-    return document if options.output.json else None
+    return document if options.json else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return an exit code."""
-    return run_command(
-        lambda: measure(parse(ServingOptions, argv, "launch/serve_bench.py", __doc__))
-    )
+    return run_command(lambda: measure(parse(Options, argv, "launch/serve_bench.py", __doc__)))
 
 
 if __name__ == "__main__":

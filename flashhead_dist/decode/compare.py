@@ -11,6 +11,7 @@ from typing import Any
 
 from flashhead_dist.decode.engine import DENSE, Engine, Variant
 from flashhead_dist.decode.loop import DecodeTimes
+from flashhead_dist.decode.prompts import check_lengths
 from flashhead_dist.decode.sequences import CheckCounts, DecodeState
 from flashhead_dist.errors import UserError
 from flashhead_dist.integrations.pipeline_bubble import StageTimes
@@ -35,16 +36,8 @@ class Request:
 
     def check(self, vocab_size: int, context_length: int | None) -> None:
         """Raise UserError for a prompt that is empty, or that does not fit the model."""
+        check_lengths(self.prompts, self.max_new_tokens, context_length)
         for number, prompt in enumerate(self.prompts, start=1):
-            if not prompt:
-                raise UserError(f"prompt {number} has no tokens: write something in it")
-            total = len(prompt) + self.max_new_tokens
-            if context_length is not None and total > context_length:
-                raise UserError(
-                    f"prompt {number} has {len(prompt)} tokens and {self.max_new_tokens} new ones "
-                    f"are asked for, more than the model's context of {context_length}: shorten "
-                    f"it, or give fewer --max-new-tokens"
-                )
             if max(prompt) >= vocab_size:
                 raise UserError(
                     f"prompt {number} holds token {max(prompt)}, beyond the head's {vocab_size}"
@@ -56,7 +49,7 @@ class Measured:
     """The texts and times of one variant so far.
 
     tokens: of each prompt, in order. ttft_s, tpot_s: of each batch; a batch of one token has no
-    TPOT. run_s: whole runs, one after another; head_s, check_s: parts of them. stages: of every
+    TPOT. run_s: all runs, one after another; head_s, check_s: parts of them. stages: of every
     run, by pipeline stage.
     """
 

@@ -49,7 +49,7 @@ _TRAFFIC_STEPS = 4
 class Variant:
     """A head, and how often a dense pass checks it: every `check_every` tokens, 0 for never.
 
-    num_probes, index: of this head alone; the engine's where None.
+    num_probes, index: of this head only; the engine's where None.
     """
 
     head: str

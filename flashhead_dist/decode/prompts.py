@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -92,6 +92,21 @@ def _prompt_of(line: str, number: int, named: str) -> str:
             f"`question`, nor a list of strings `turns`: correct it"
         ) from error
     return prompt
+
+
+def check_lengths(
+    prompts: Iterable[Sequence[int]], max_new_tokens: int, context_length: int | None
+) -> None:
+    """Raise UserError for a prompt without tokens, or one that does not fit the model's context."""
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise UserError(f"prompt {number} has no tokens: write something in it")
+        if context_length is not None and len(prompt) + max_new_tokens > context_length:
+            raise UserError(
+                f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} new ones are asked "
+                f"for, more than the model's context of {context_length}: shorten it, or give "
+                f"fewer --max-new-tokens"
+            )
 
 
 def builtin_prompts() -> list[str]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flashhead_dist.decode.body import TransformersBody
 from flashhead_dist.decode.loop import decode
-from flashhead_dist.decode.prompts import Prompt
+from flashhead_dist.decode.prompts import Prompt, check_lengths
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.intervals import Interval, bootstrap_median, wilson
@@ -84,15 +84,7 @@ class TextDecoder:
         body, tokenizer = self._load()
         limit = getattr(body.get_decoder().config, "max_position_embeddings", None)
         rows = [tuple(tokenizer(prompt.text).input_ids) for prompt in prompts]
-        for number, row in enumerate(rows, start=1):
-            if not row:
-                raise UserError(f"prompt {number} has no tokens: write something in it")
-            if limit is not None and len(row) + self.max_new_tokens > limit:
-                raise UserError(
-                    f"prompt {number} has {len(row)} tokens and {self.max_new_tokens} new ones are "
-                    f"asked for, more than the model's context of {limit}: shorten it, or give "
-                    f"fewer --max-new-tokens"
-                )
+        check_lengths(rows, self.max_new_tokens, limit)
         size = self.batch_size
         return [
             Batch(first, tuple(prompts[first : first + size]), tuple(rows[first : first + size]))

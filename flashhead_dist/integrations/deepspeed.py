@@ -158,7 +158,7 @@ def shard_body(model: Any, group: dist.ProcessGroup | None, dtype: torch.dtype) 
     deepspeed = import_deepspeed()
     if group is None or dist.get_world_size(group) == 1:
         return model
-    # AutoTP would leave packed layers whole on every rank, and sum them up all the same.
+    # AutoTP would not shard packed layers, but would still sum their outputs over the ranks.
     unpack_linears(model, dtype)
     tp_size = dist.get_world_size(group)
     parallel = {"tp_size": tp_size, "mpu": _Mpu(group), "tp_group": group}

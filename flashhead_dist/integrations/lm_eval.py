@@ -50,7 +50,7 @@ class FlashHeadLM(HFLM):  # type: ignore[misc, unused-ignore]
     """A transformers model whose output head retrieves.
 
     `generate_until` is lm-eval's own over `model.generate`. `loglikelihood` runs the body once over
-    context and continuation and asks the head for the continuation's tokens alone.
+    context and continuation and scores the continuation's tokens only.
     """
 
     def __init__(
@@ -87,12 +87,12 @@ class FlashHeadLM(HFLM):  # type: ignore[misc, unused-ignore]
         source = open_model(pretrained or None)
         body, tokenizer = source.load_body(_DTYPES[dtype])
         folder = Path(index) if index else ensure_index(source)
-        # lm-eval names cuda where no one named a device, whether there is one or not.
+        # Without a device lm-eval names cuda, whether there is one or not.
         body = body.to((device or "cuda") if torch.cuda.is_available() else "cpu")
         super().__init__(
             pretrained=body, tokenizer=tokenizer, backend="causal", batch_size=batch_size, **options
         )
-        # Only now: HFLM ties weights, which a retrieval head has no part in.
+        # After HFLM's constructor, which ties weights.
         replace_head(self.model, folder, num_probes=num_probes, alpha=alpha)
         rows = self.model.retrieval_head.logit_rows
         self._head: Head = rows.head

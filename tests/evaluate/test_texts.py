@@ -1,11 +1,14 @@
-"""Where a head's greedy text parts from the dense one: by the dense text's states, and for real."""
+"""Greedy texts of heads beside the dense one: first differences, records, and the command."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,10 +31,12 @@ from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.parallel import TensorParallel
 from flashhead_dist.states.split import split_by_document
 from flashhead_dist.states.texts import shipped_texts
+from tests.integrations.transformers_models import make_index
 
 if TYPE_CHECKING:
     from tests.integrations.transformers_zoo import Pair, Zoo
 
+LAUNCH = Path(__file__).parents[2] / "launch"
 LENGTH = 24
 PROMPTS = [Prompt("short", "ab"), Prompt("long", "abcdefgh"), Prompt("long", "hgfedc")]
 PROMPTS += [Prompt("short", f"x{letter}") for letter in "acegikmoqsuwy"]
@@ -72,7 +77,7 @@ def lossy_head(model: ModelSource, index: Path, probes: int) -> Head:
 
 
 @pytest.mark.parametrize("probes", [4, 16])
-def test_states_of_the_dense_text_tell_where_a_real_text_parts(
+def test_dense_states_predict_the_first_difference_of_a_decoded_text(
     decoder: TextDecoder, model: ModelSource, pair: Pair, probes: int
 ) -> None:
     """Fails where states are a step off, of another row, or of an unpadded batch."""
@@ -106,7 +111,7 @@ def test_dense_states_give_the_dense_text(decoder: TextDecoder, model: ModelSour
             assert record.agreeing == record.num_tokens == LENGTH
 
 
-def test_a_text_decoded_once_is_kept(decoder: TextDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_texts_are_cached(decoder: TextDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = decoder.batches(PROMPTS)[0]
     first = decoder.dense_texts(batch)
 
@@ -121,7 +126,9 @@ def test_a_text_decoded_once_is_kept(decoder: TextDecoder, monkeypatch: pytest.M
         decoder.dense_texts(replace(batch, token_ids=batch.token_ids[1:]))
 
 
-def test_what_does_not_fit_is_refused(decoder: TextDecoder, model: ModelSource) -> None:
+def test_prompts_and_sizes_that_do_not_fit_are_refused(
+    decoder: TextDecoder, model: ModelSource
+) -> None:
     with pytest.raises(UserError, match="prompt 1 has 131 tokens"):
         decoder.batches([Prompt("long", "a" * 130)])
     with pytest.raises(UserError, match="--max-new-tokens 0"):
@@ -188,3 +195,112 @@ def test_held_out_prompts_are_of_test_documents_and_mixed_from_the_start() -> No
     assert prompts[:20] == held_out_prompts(20)
     with pytest.raises(UserError, match="more than the"):
         held_out_prompts(1000)
+
+
+@pytest.fixture(scope="module")
+def weak_index(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that probes a cluster a group, so that its texts part soon."""
+    return make_index(pair.dense, tmp_path_factory.mktemp("weak"), num_probes=4)
+
+
+@pytest.fixture
+def launch(
+    model: ModelSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[ModuleType]:
+    """The command over a small model that has a tokenizer, with a cache of its own."""
+    monkeypatch.syspath_prepend(str(LAUNCH))
+    monkeypatch.setenv("FLASHHEAD_CACHE", str(tmp_path / "cache"))
+    command = importlib.import_module("evaluate")
+    texts = importlib.import_module("evaluate_texts")
+    monkeypatch.setattr(texts, "open_model", lambda name: model)
+    yield command
+    for name in ("evaluate", "evaluate_texts"):
+        importlib.sys.modules.pop(name, None)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def arguments(pair: Pair, weak_index: Path, tmp_path: Path) -> list[str]:
+    prompts = tmp_path / "letters.txt"
+    prompts.write_text("\n".join(["ab", "abcdef", "x", "hgfedc", "zz", "qrs", "tuvw"]))
+    return [
+        "texts", "--prompts", str(prompts), "--max-new-tokens", "12", "--batch-size", "3",
+        "--heads", f"flashhead@{weak_index}", f"flashhead_global@{pair.index}", "dense_local_max",
+        "--out", str(tmp_path / "texts.jsonl"), "--threads", "1", "--json",
+    ]  # fmt: skip
+
+
+def test_command_compares_heads_and_decoded_texts_agree_with_the_records(
+    launch: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch.main([*arguments, "--verify", "4"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    names = [head["head"].partition("@")[0] for head in document["heads"]]
+    assert names == ["flashhead", "flashhead_global", "dense_local_max"]
+    for head in document["heads"]:
+        assert head["num_texts"] == 7
+        # Four prompts are in the first two batches of three.
+        assert head["verified_texts"] == head["verified_equal"] == 6
+    assert document["heads"][0]["token_agreement"] < 1
+    assert document["heads"][2]["identical"]["value"] == 1
+    assert document["heads"][2]["bytes_share"] == pytest.approx(2)  # its rows are in float32
+    lines = (tmp_path / "texts.jsonl").read_text().splitlines()
+    assert len(lines) == 21
+    assert {json.loads(line)["source"] for line in lines} == {"letters"}
+    assert launch.main(arguments[:-1]) == 0
+    assert "inf" in capsys.readouterr().out
+
+
+def test_an_interrupted_command_resumes(
+    launch: ModuleType,
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original, calls = TextDecoder.decode, []
+
+    def decode(decoder: Any, batch: Any, *rest: Any) -> Any:
+        calls.append(batch.first)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(decoder, batch, *rest)
+
+    monkeypatch.setattr(TextDecoder, "decode", decode)
+    assert launch.main(arguments) == 130
+    out = tmp_path / "texts.jsonl"
+    assert len(out.read_text().splitlines()) == 9
+    capsys.readouterr()
+    assert launch.main(arguments) == 0
+    assert calls == [0, 3, 3, 6]
+    whole = json.loads(capsys.readouterr().out)
+    lines = out.read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 21
+    # A third run finds all of it, and says the same.
+    assert launch.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out) == whole
+    assert len(calls) == 4
+    # Another length is another text: its records do not pass for the old ones.
+    arguments[arguments.index("12")] = "10"
+    assert launch.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["heads"][0]["num_tokens"] == 70
+
+
+def test_mistakes_of_the_command_are_one_sentence(
+    launch: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = {
+        "'nosuch'": ["texts", "--heads", "nosuch"],
+        "nowhere holds no index": ["texts", "--heads", "flashhead@nowhere"],
+        "'many' in flashhead:many": ["texts", "--heads", "flashhead:many"],
+        "num_probes 999": [*arguments, "--heads", arguments[8].replace("@", ":999@")],
+        "--num-prompts 0": [*arguments, "--num-prompts", "0"],
+        "--batch-size 0": [*arguments, "--batch-size", "0"],
+        "prompt 1 has 3 tokens": [*arguments, "--max-new-tokens", "126"],
+    }
+    for value, given in cases.items():
+        assert launch.main(given) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.splitlines()[-1].startswith("error: ")
+        assert value in captured.err
+        assert "Traceback" not in captured.err

@@ -61,7 +61,7 @@ class RowsHead:
     """Serves rows over one rank's part of an index; all ranks of the group make the same calls."""
 
     def __init__(self, head: FlashHeadAuto, finish: Finish, where: VocabularyMap) -> None:
-        """head: whose shard's rows lie in one piece; where: of the whole index."""
+        """head: with contiguous rows; where: the tokens of all ranks."""
         head.check_inputs = False
         self.head = head
         self.finish = finish

@@ -38,7 +38,7 @@ class FlashHeadOptions:
     """Weight of a cluster's spread; the index's own where None."""
     crossover: int | str = MEASURE
     """From how many rows on a batch is served by the dense path: a number, "measure" (at start,
-    kept for the next one) or "never"."""
+    cached for the next one) or "never"."""
 
     def __post_init__(self) -> None:
         crossover, probes, alpha = self.crossover, self.num_probes, self.alpha
