@@ -17,152 +17,131 @@ mistake in what was given.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-import pandas as pd
+from tyro.conf import Positional, UseAppendAction, arg
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.report.comparison import (
     check_conditions,
-    compare_runs,
+    compare_all,
     comparison_section,
     parse_condition,
 )
-from flashhead_dist.report.figures import Section
 from flashhead_dist.report.overview import sentences
-from flashhead_dist.report.page import REPORT_FOLDER, check_output, make_report, write_output
-from flashhead_dist.report.projection import (
-    compute_errors,
-    head_shape,
-    model_error,
-    open_system,
-    projection_section,
+from flashhead_dist.report.page import (
+    REPORT_FOLDER,
+    Report,
+    check_output,
+    make_report,
+    write_output,
 )
-from flashhead_dist.report.runs import RunFolder, load_runs
+from flashhead_dist.report.projection import project
+from flashhead_dist.report.runs import folder_of, load_runs
 from flashhead_dist.report.serving import is_serving_run, serving_report
-from flashhead_topology.systems import list_systems
-from rank_parser import integers
+from options import Folder, Integers, JsonOutput, Value, flag_of, parse
 
-_CONDITION_HOLDS = 1
+
+@dataclass(kw_only=True)
+class Reported:
+    """What to report."""
+
+    runs: Positional[Annotated[list[Path], arg(metavar="RUN [RUN ...]")]]
+    """folders of runs; the first is the baseline"""
+    output: Folder[Path | None] = None
+    """default: `report` in the last RUN"""
+    fail_if: Annotated[UseAppendAction[list[str]], arg(metavar="CONDITION")] = field(
+        default_factory=list
+    )
+    """exit with 1 where this holds; may be given again"""
+
+
+@dataclass(kw_only=True)
+class Projected:
+    """Projection of the last RUN to other systems."""
+
+    project: Annotated[UseAppendAction[list[str]], arg(metavar="SYSTEM")] = field(
+        default_factory=list
+    )
+    """a shipped system (launch/cost.py --list) or the .yaml file of one; may be given again"""
+    tp_sizes: Integers[list[int] | None] = None
+    """default: powers of 2 up to what SYSTEM joins"""
+    measured_on: Value[str | None] = None
+    """the system of the last RUN, as launch/calibrate.py writes it: the cost model's error against
+    that run widens the band"""
+
+
+@dataclass(kw_only=True)
+class ReportOptions:
+    """All options of the script."""
+
+    reported: Reported
+    projected: Projected
+    output: JsonOutput
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
     try:
-        return _report(arguments)
+        return write(parse(ReportOptions, argv, "launch/report.py", __doc__))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/report")
-    parser.add_argument(
-        "--project",
-        action="append",
-        default=[],
-        metavar="SYSTEM",
-        help=f"{', '.join(list_systems())}, or the .yaml file of one; may be given again",
-    )
-    parser.add_argument(
-        "--tp-sizes",
-        type=integers,
-        metavar="N,N",
-        help="of --project (default: powers of 2 up to what SYSTEM joins)",
-    )
-    parser.add_argument(
-        "--measured-on",
-        metavar="SYSTEM",
-        help="the system of the last RUN, as launch/calibrate.py writes it: the cost model is "
-        "held against the run, and its error widens the band of --project",
-    )
-    parser.add_argument("--fail-if", action="append", default=[], metavar="CONDITION")
-    parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
-    return parser
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    if any(is_serving_run(path) for path in arguments.runs):
-        return _serving(arguments)
-    conditions = [parse_condition(text) for text in arguments.fail_if]
-    runs = load_runs(arguments.runs)
-    output = arguments.output or runs[-1].folder / REPORT_FOLDER
-    check_output(output)
-    projection = _projection(arguments, runs[-1])
-    compared = [compare_runs(runs[0], run) for run in runs[1:]]
-    changes = pd.concat(compared, ignore_index=True) if compared else pd.DataFrame()
-    extra = [comparison_section(runs, changes)] if compared else []
-    report = make_report(runs, [*extra, *projection])
-    failures = check_conditions(conditions, runs, changes)
-    paths = write_output(report, output)
-    for run in runs:
-        for sentence in sentences(run.frame, run.batch_sizes[0]):
-            print(f"{run.letter}: {sentence}" if compared else sentence)
-    for path in paths:
-        print(f"wrote {path}")
+def write(options: ReportOptions) -> int:
+    """Write the report; returns 1 where a condition of --fail-if holds."""
+    runs = options.reported.runs
+    output = options.reported.output or folder_of(runs[-1]) / REPORT_FOLDER
+    make = of_serving if any(map(is_serving_run, runs)) else of_runs
+    report, texts, failures = make(options, output)
+    paths = [str(path) for path in write_output(report, output)]
+    for line in [*texts, *(f"wrote {path}" for path in paths)]:
+        print(line)
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
-    if arguments.json:
-        document = {
-            "page": str(paths[0]),
-            "files": [str(path) for path in paths[1:]],
-            "failures": failures,
-        }
-        print(json.dumps(document))
-    return _CONDITION_HOLDS if failures else 0
+    if options.output.json:
+        print(json.dumps({"page": paths[0], "files": paths[1:], "failures": failures}))
+    return 1 if failures else 0
 
 
-def _serving(arguments: argparse.Namespace) -> int:
-    """The page of one run of launch/serve_bench.py, which nothing else applies to."""
-    folder, *others = arguments.runs
-    asked = {
-        "--project": arguments.project,
-        "--tp-sizes": arguments.tp_sizes,
-        "--measured-on": arguments.measured_on,
-        "--fail-if": arguments.fail_if,
-    }
-    refused = [flag for flag, value in asked.items() if value]
+def of_runs(options: ReportOptions, output: Path) -> tuple[Report, list[str], list[str]]:
+    """The report of runs of launch/scale.py, sentences about them, and failures."""
+    conditions = [parse_condition(text) for text in options.reported.fail_if]
+    runs = load_runs(options.reported.runs)
+    check_output(output)
+    changes = compare_all(runs)
+    sections = [comparison_section(runs, changes)] if len(runs) > 1 else []
+    chosen = options.projected
+    if chosen.project:
+        sections.append(project(runs[-1], chosen.project, chosen.tp_sizes, chosen.measured_on))
+    elif unused := [name for name, value in vars(chosen).items() if value]:
+        raise UserError(f"{flag_of(unused[0])} says how to project: name a system with --project")
+    report = make_report(runs, sections)
+    found = [
+        (run.letter, text) for run in runs for text in sentences(run.frame, run.batch_sizes[0])
+    ]
+    texts = [f"{letter}: {text}" if len(runs) > 1 else text for letter, text in found]
+    return report, texts, check_conditions(conditions, runs, changes)
+
+
+def of_serving(options: ReportOptions, output: Path) -> tuple[Report, list[str], list[str]]:
+    """The report of one run of launch/serve_bench.py, to which no other option applies."""
+    folder, *others = options.reported.runs
+    given = {"fail_if": options.reported.fail_if, **vars(options.projected)}
+    refused = [flag_of(name) for name, value in given.items() if value]
     if others or refused:
         what = refused[0] if refused else f"{others[0]} beside it"
         raise UserError(
-            f"a run of launch/serve_bench.py is shown alone, without {what}: leave that out"
+            f"{folder} or another run is of launch/serve_bench.py, whose report takes one run "
+            f"without {what}: leave that out"
         )
-    output = arguments.output or folder / REPORT_FOLDER
-    paths = write_output(serving_report(folder), output)
-    for path in paths:
-        print(f"wrote {path}")
-    if arguments.json:
-        files = [str(path) for path in paths[1:]]
-        print(json.dumps({"page": str(paths[0]), "files": files, "failures": []}))
-    return 0
-
-
-def _projection(arguments: argparse.Namespace, run: RunFolder) -> list[Section]:
-    """The section of what `--project` asks for, about one run; none where it asks for nothing."""
-    if not arguments.project:
-        for name in ("tp_sizes", "measured_on"):
-            if getattr(arguments, name) is not None:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} says how to project: name a system with --project")
-        return []
-    systems = [open_system(name) for name in dict.fromkeys(arguments.project)]
-    shape = head_shape(run)
-    errors = pd.Series(dtype=float)
-    if arguments.measured_on:
-        errors = compute_errors(run, shape, open_system(arguments.measured_on))
-    error = model_error(errors, arguments.measured_on)
-    return [projection_section(run, shape, systems, arguments.tp_sizes, error)]
+    return serving_report(folder), [], []
 
 
 if __name__ == "__main__":

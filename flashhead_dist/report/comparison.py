@@ -56,6 +56,13 @@ _PROVENANCE = (
 )  # fmt: skip
 
 
+def compare_all(runs: Sequence[RunFolder]) -> pd.DataFrame:
+    """`compare_runs` of every later run with the first; empty for one run."""
+    baseline, *others = runs
+    found = [compare_runs(baseline, run) for run in others]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
 def compare_runs(baseline: RunFolder, run: RunFolder) -> pd.DataFrame:
     """All changes of cells that both runs have: a row a figure and cell.
 

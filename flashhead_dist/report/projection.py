@@ -155,6 +155,22 @@ def _shipped_errors() -> tuple[dict[str, float], str]:
     return errors, source
 
 
+def project(
+    run: RunFolder, names: Sequence[str], tp_sizes: Sequence[int] | None, measured_on: str | None
+) -> Section:
+    """The section of --project: systems by name or file; measured_on: that of the run, or None.
+
+    Raises:
+        UserError: see `open_system`, `head_shape` and `projection_section`.
+    """
+    systems = [open_system(name) for name in dict.fromkeys(names)]
+    shape = head_shape(run)
+    errors = pd.Series(dtype=float)
+    if measured_on:
+        errors = compute_errors(run, shape, open_system(measured_on))
+    return projection_section(run, shape, systems, tp_sizes, model_error(errors, measured_on))
+
+
 def default_sizes(system: System) -> list[int]:
     """Powers of two up to what the system joins."""
     most = min(system.max_ranks, _MOST_RANKS)

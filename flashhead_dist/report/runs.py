@@ -207,7 +207,7 @@ def load_runs(paths: Sequence[Path]) -> list[RunFolder]:
         )
     seen: dict[Path, Path] = {}
     for path in paths:
-        real = _folder(path).resolve()
+        real = folder_of(path).resolve()
         if real in seen:
             raise UserError(f"{path} is the same run as {seen[real]}: give each run once")
         seen[real] = path
@@ -216,7 +216,7 @@ def load_runs(paths: Sequence[Path]) -> list[RunFolder]:
 
 def load_run(path: Path, letter: str = "A") -> RunFolder:
     """Read one run folder, or that of a `records.jsonl`; raises UserError, see `load_runs`."""
-    folder = _folder(path)
+    folder = folder_of(path)
     if not path.exists():
         raise UserError(f"there is no run at {path}: give a folder that launch/scale.py wrote")
     if not (folder / RECORDS_NAME).is_file():
@@ -243,7 +243,8 @@ def load_run(path: Path, letter: str = "A") -> RunFolder:
     )
 
 
-def _folder(path: Path) -> Path:
+def folder_of(path: Path) -> Path:
+    """The run folder, of which a user may give the records' file."""
     return path.parent if path.name == RECORDS_NAME else path
 
 
