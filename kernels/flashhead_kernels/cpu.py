@@ -22,12 +22,14 @@ from flashhead_kernels import cpu_loops as loops
 from flashhead_kernels import reference
 from flashhead_kernels.cpu_loops import jit, quantize_query
 from flashhead_kernels.cpu_threads import share
-from flashhead_kernels.keys import EMPTY_KEY, unpack_keys_into
+from flashhead_kernels.keys import EMPTY_KEY
+from flashhead_kernels.keys import unpack_keys_into as unpack_keys_into
 from flashhead_kernels.llvm_dots import row_dot
 from flashhead_kernels.llvm_vectors import bfloat16_value
 from flashhead_kernels.noise import PLAIN, FinalLogits
 from flashhead_kernels.quantize import QuantizedCentroids
-from flashhead_kernels.reference import best_keys, select_probes
+from flashhead_kernels.reference import best_keys as best_keys
+from flashhead_kernels.reference import select_probes as select_probes
 from flashhead_kernels.shard import (
     Candidates,
     IndexShard,
@@ -228,20 +230,6 @@ def _product(hidden_states: Tensor, rows: Tensor) -> Tensor:
         product: Tensor = compute(hidden_states.contiguous(), rows, None, "none", [], "")
         return product
     return torch.nn.functional.linear(hidden_states, rows)
-
-
-__all__ = [
-    "all_finite",
-    "best_keys",
-    "candidates",
-    "dense_candidates",
-    "probed_candidates",
-    "score_centroids",
-    "score_rows",
-    "select_probes",
-    "unpack_keys",
-    "unpack_keys_into",
-]
 
 
 def score_centroids(hidden_states: Tensor, shard: IndexShard, alpha: float) -> Tensor:

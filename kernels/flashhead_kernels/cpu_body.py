@@ -32,14 +32,17 @@ _BYTES = 8
 _ARCHITECTURE = binding.get_process_triple().split("-")[0]
 
 
+def _element(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+    return pointer_at(context, b, sig.args[0], args[0], args[1])
+
+
 @intrinsic
 def load_acquire(_: Any, array: Any, at: Any) -> Any:
     """`array[at]`, and all that its writer wrote before it."""
     signature = types.int64(array, at)
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        pointer = pointer_at(context, b, sig.args[0], args[0], args[1])
-        return b.load_atomic(pointer, "acquire", _BYTES)
+        return b.load_atomic(_element(context, b, sig, args), "acquire", _BYTES)
 
     return signature, generate
 
@@ -50,8 +53,7 @@ def store_release(_: Any, array: Any, at: Any, value: Any) -> Any:
     signature = types.void(array, at, types.int64)
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        pointer = pointer_at(context, b, sig.args[0], args[0], args[1])
-        b.store_atomic(args[2], pointer, "release", _BYTES)
+        b.store_atomic(args[2], _element(context, b, sig, args), "release", _BYTES)
         return context.get_dummy_value()
 
     return signature, generate
@@ -63,8 +65,7 @@ def add_atomic(_: Any, array: Any, at: Any, value: Any) -> Any:
     signature = types.int64(array, at, types.int64)
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        pointer = pointer_at(context, b, sig.args[0], args[0], args[1])
-        return b.atomic_rmw("add", pointer, args[2], "acq_rel")
+        return b.atomic_rmw("add", _element(context, b, sig, args), args[2], "acq_rel")
 
     return signature, generate
 
@@ -75,8 +76,7 @@ def exchange_if(_: Any, array: Any, at: Any, expected: Any, value: Any) -> Any:
     signature = types.int64(array, at, types.int64, types.int64)
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        pointer = pointer_at(context, b, sig.args[0], args[0], args[1])
-        pair = b.cmpxchg(pointer, args[2], args[3], "acq_rel", "acquire")
+        pair = b.cmpxchg(_element(context, b, sig, args), args[2], args[3], "acq_rel", "acquire")
         return b.zext(b.extract_value(pair, 1), I64)
 
     return signature, generate

@@ -21,26 +21,11 @@ from flashhead_kernels.noise import Domain, FinalLogits, GumbelNoise
 from flashhead_kernels.sampling import (
     LocalScores,
     Weighed,
-    every_logit,
     own_and_all,
-    some_or_all,
 )
+from flashhead_kernels.sampling import every_logit as every_logit
+from flashhead_kernels.sampling import some_or_all as some_or_all
 from flashhead_kernels.shard import IndexShard, Query
-
-__all__ = [
-    "cluster_log_mass",
-    "dense_log_mass",
-    "dense_scores",
-    "draw_candidates",
-    "draw_dense",
-    "draw_groups",
-    "every_logit",
-    "final_logits",
-    "group_log_mass",
-    "gumbel",
-    "local_scores",
-    "some_or_all",
-]
 
 _HALF = 2**63
 _BLOCK = 64

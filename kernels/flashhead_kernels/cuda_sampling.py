@@ -23,7 +23,8 @@ from flashhead_kernels.cuda import (
     score_rows,
 )
 from flashhead_kernels.noise import Domain, FinalLogits, GumbelNoise
-from flashhead_kernels.sampling import BELOW, HALF_WAY, LocalScores, Weighed, final_logits
+from flashhead_kernels.sampling import BELOW, HALF_WAY, LocalScores, Weighed
+from flashhead_kernels.sampling import final_logits as final_logits
 from flashhead_kernels.shard import IndexShard, Query
 from flashhead_kernels.triton_reduce import (
     EMPTY_KEY,
@@ -251,21 +252,6 @@ def draw_groups_kernel(
         best = tl.maximum(best, pack_key(value, tl.sum(tl.where(token == chosen, ids, 0), 0)))
     tl.store(keys_ptr + draw.to(tl.int64) * groups + group, best)
 
-
-__all__ = [
-    "cluster_log_mass",
-    "dense_log_mass",
-    "dense_scores",
-    "draw_candidates",
-    "draw_dense",
-    "draw_groups",
-    "every_logit",
-    "final_logits",
-    "group_log_mass",
-    "gumbel",
-    "local_scores",
-    "some_or_all",
-]
 
 _BLOCK = 1024
 """Numbers that a program takes at a time."""

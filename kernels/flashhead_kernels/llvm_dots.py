@@ -27,6 +27,7 @@ from flashhead_kernels.llvm_vectors import (
     I8,
     I16,
     I32,
+    broadcast,
     const,
     fma_function,
     horizontal_sum,
@@ -182,21 +183,16 @@ class _IntegerDot:
     def end_group(self, group: Any) -> None:
         """Scale the group's integer sums and add them to the totals."""
         b, floats = self.b, vec(F32, _INT_LANES)
-        factor = self._broadcast(b.load(b.gep(self.factors, [group])), F32, _INT_LANES)
+        factor = broadcast(b, b.load(b.gep(self.factors, [group])), vec(F32, _INT_LANES))
         for c, (part, total) in enumerate(zip(self.parts, self.totals, strict=True)):
             where = b.add(b.mul(self.groups, const(c)), group)
             # A broadcast of 16-bit lanes, shifted up in 32-bit lanes, is a float32 in every lane.
-            bits = self._broadcast(b.load(b.gep(self.scales, [where])), I16, 2 * _INT_LANES)
+            bits = broadcast(b, b.load(b.gep(self.scales, [where])), vec(I16, 2 * _INT_LANES))
             lanes = b.shl(b.bitcast(bits, vec(I32, _INT_LANES)), splat(I32, _INT_LANES, 16))
             scale = b.fmul(b.bitcast(lanes, floats), factor)
             partial = b.sitofp(b.load(part), floats)
             fma = fma_function(b, _INT_LANES)
             b.store(b.call(fma, [partial, scale, b.load(total)]), total)
-
-    def _broadcast(self, value: Any, element: ir.Type, count: int) -> Any:
-        undefined = ir.Constant(vec(element, count), ir.Undefined)
-        first = self.b.insert_element(undefined, value, ir.Constant(I32, 0))
-        return self.b.shuffle_vector(first, undefined, splat(I32, count, 0))
 
     def generate(self, group_size: Any) -> list[Any]:
         """Emit the loops over scale groups; returns `count` float32 values."""
@@ -292,7 +288,7 @@ class _TileDot:
     def start(self, group: Any) -> Any:
         """The sum that undoes the offset of the group's stored bytes, in every lane."""
         place = self.b.gep(self.starts, [self.b.mul(group, const(_STARTS_STRIDE))])
-        return self.broadcast(self.b.load(place), I32)
+        return broadcast(self.b, self.b.load(place), vec(I32, TILE))
 
     def add_octets(self, part: Any, group: Any, group_size: Any, step: Any) -> None:
         """Add the products of four stored bytes of each centroid, `step` into the scale group."""
@@ -315,7 +311,7 @@ class _TileDot:
         """Four bytes of the hidden state in every lane."""
         b = self.b
         word = b.bitcast(b.gep(self.states, [column]), I32.as_pointer())
-        return b.bitcast(self.broadcast(b.load(word, align=1), I32), vec(I8, _TILE_BYTES))
+        return b.bitcast(broadcast(b, b.load(word, align=1), vec(I32, TILE)), vec(I8, _TILE_BYTES))
 
     def scale(self, total: Any, group: Any, part: Any) -> None:
         """Add the group's integer sums to `total`, times the scales of centroids and state."""
@@ -323,15 +319,10 @@ class _TileDot:
         place = b.gep(self.scales, [b.mul(group, const(TILE))])
         bits = b.zext(load(b, place, vec(I16, TILE)), vec(I32, TILE))
         scales = b.bitcast(b.shl(bits, splat(I32, TILE, 16)), floats)
-        factor = self.broadcast(b.load(b.gep(self.factors, [group])), F32)
+        factor = broadcast(b, b.load(b.gep(self.factors, [group])), vec(F32, TILE))
         fma = fma_function(b, TILE)
         scaled = b.fmul(scales, factor)
         b.store(b.call(fma, [b.sitofp(part, floats), scaled, b.load(total)]), total)
-
-    def broadcast(self, value: Any, element: ir.Type) -> Any:
-        undefined = ir.Constant(vec(element, TILE), ir.Undefined)
-        first = self.b.insert_element(undefined, value, FIRST)
-        return self.b.shuffle_vector(first, undefined, splat(I32, TILE, 0))
 
 
 def _make_tile_dot(bits: int) -> Any:

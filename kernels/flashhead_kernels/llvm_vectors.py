@@ -9,13 +9,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-F32, I8, I16, I32, I64 = (
-    ir.FloatType(),
-    ir.IntType(8),
-    ir.IntType(16),
-    ir.IntType(32),
-    ir.IntType(64),
-)
+F32 = ir.FloatType()
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FIRST = ir.Constant(I32, 0)
 
 
@@ -50,6 +45,13 @@ def horizontal_sum(b: ir.IRBuilder, vector: Any, count: int) -> Any:
         )
         vector, undefined = half, ir.Constant(half.type, ir.Undefined)
     return b.extract_element(vector, FIRST)
+
+
+def broadcast(b: ir.IRBuilder, value: Any, kind: ir.VectorType) -> Any:
+    """`value` in every lane."""
+    undefined = ir.Constant(kind, ir.Undefined)
+    first = b.insert_element(undefined, value, FIRST)
+    return b.shuffle_vector(first, undefined, splat(I32, kind.count, 0))
 
 
 def fma_function(b: ir.IRBuilder, count: int) -> Any:

@@ -32,26 +32,6 @@ HALF_WAY = 4.0
 _GROUPS_AT_ONCE = 8
 """Probing groups whose rows are held in float32 while every token is scored."""
 
-__all__ = [
-    "BELOW",
-    "HALF_WAY",
-    "LocalScores",
-    "Weighed",
-    "cluster_log_mass",
-    "dense_log_mass",
-    "dense_scores",
-    "draw_candidates",
-    "draw_dense",
-    "draw_groups",
-    "every_logit",
-    "final_logits",
-    "group_log_mass",
-    "gumbel",
-    "local_scores",
-    "own_and_all",
-    "some_or_all",
-]
-
 
 @dataclass(frozen=True)
 class LocalScores:

@@ -6,7 +6,7 @@ size, `B` rows of hidden states.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -71,18 +71,7 @@ class IndexShard:
 
     def to(self, device: torch.device | str) -> IndexShard:
         """The same values on `device`."""
-        return IndexShard(**{name: getattr(self, name).to(device) for name in _FIELDS})
-
-    def select_groups(self, groups: list[int]) -> IndexShard:
-        """A copy of some of the groups, by their place in this shard."""
-        centroids = self.centroids
-        scales = None if centroids.scales is None else centroids.scales[groups]
-        chosen = replace(centroids, values=centroids.values[groups], scales=scales)
-        others = {name: getattr(self, name)[groups] for name in _FIELDS if name != "centroids"}
-        return IndexShard(centroids=chosen, **others)
-
-
-_FIELDS = tuple(IndexShard.__dataclass_fields__)
+        return IndexShard(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def _adjacent(first: Tensor, second: Tensor) -> Tensor | None:

@@ -88,26 +88,12 @@ def dense_kernel(
     out_ids_ptr,  # OUT: int64 [B, BEST]
     out_logits_ptr,  # OUT: float32 [B, BEST]
     out_logsumexp_ptr,  # OUT: float32 [B]
-    num_tokens,
-    first_token_id,
-    num_rows,
-    inverse_temperature,
-    softcap,
-    seed: tl.int64,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BATCH: tl.constexpr,
-    BEST: tl.constexpr,
-    MATMUL: tl.constexpr,
-    TABLE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    SEQUENCES: tl.constexpr,
-    LOGSUMEXP: tl.constexpr,
-    PART_BLOCK: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    num_tokens, first_token_id, num_rows, inverse_temperature, softcap, seed: tl.int64,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BATCH: tl.constexpr,
+    BEST: tl.constexpr, MATMUL: tl.constexpr, TABLE: tl.constexpr, SOFTCAP: tl.constexpr,
+    SAMPLE: tl.constexpr, SEQUENCES: tl.constexpr, LOGSUMEXP: tl.constexpr,
+    PART_BLOCK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Grid `[programs, blocks of BATCH rows]`: a program takes every programs-th BLOCK_V tokens."""
     first_row = tl.program_id(1) * BATCH
     num_parts = tl.num_programs(0)

@@ -128,13 +128,9 @@ def exchange_kernel(
     logits_ptr,  # OUT: float32 [num_keys] where UNPACK
     addresses_ptr,  # int64 [TP_SIZE], of the ranks' words, as this rank maps them
     epoch_ptr,  # int64 [1], rounds so far; advanced
-    rank,
-    num_keys,
-    TP_SIZE: tl.constexpr,
-    TP_PADDED: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    rank, num_keys, TP_SIZE: tl.constexpr, TP_PADDED: tl.constexpr, CAPACITY: tl.constexpr,
     UNPACK: tl.constexpr,
-):
+):  # fmt: skip
     """One round of one rank; a grid of one program."""
     lanes = tl.arange(0, CAPACITY)
     used = lanes < num_keys

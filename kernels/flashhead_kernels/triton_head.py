@@ -200,12 +200,9 @@ def prepare_kernel(
     means_ptr,  # OUT: float32 [B] where PROJECTED
     words_ptr,  # OUT: int32 [B, 2, groups, words], see `quantize_groups`
     scales_ptr,  # OUT: float32 [B, 2, groups]
-    CENTROIDS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    CENTROIDS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PROJECTED: tl.constexpr,
-):
+):  # fmt: skip
     """Grid `[B, blocks of GROUPS scale groups]`: a row to int8, for all programs that score it.
 
     PROJECTED: first `quantize.project_states`. What a program computes for its row does not
@@ -283,22 +280,11 @@ def one_launch_kernel(
     out_ids_ptr,  # OUT: int64 [B, best]
     out_logits_ptr,  # OUT: float32 [B, best]
     out_logsumexp_ptr,  # OUT: float32 [B]
-    alpha,
-    num_rows,
-    group_values,
-    group_scales,
-    HEAD: tl.constexpr,
-    CENTROIDS: tl.constexpr,
-    BATCH: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS_PAD: tl.constexpr,
-    PREPARED: tl.constexpr,
-    PROJECTED: tl.constexpr,
-    LOGSUMEXP: tl.constexpr,
-    UNPROBED: tl.constexpr,
-    PART_BLOCK: tl.constexpr,
-    COMPILED: tl.constexpr,
-):
+    alpha, num_rows, group_values, group_scales, HEAD: tl.constexpr, CENTROIDS: tl.constexpr,
+    BATCH: tl.constexpr, ROWS: tl.constexpr, GROUPS_PAD: tl.constexpr, PREPARED: tl.constexpr,
+    PROJECTED: tl.constexpr, LOGSUMEXP: tl.constexpr, UNPROBED: tl.constexpr,
+    PART_BLOCK: tl.constexpr, COMPILED: tl.constexpr,
+):  # fmt: skip
     """Grid `[N, blocks of BATCH rows]`: from hidden states to the rank's best keys.
 
     ROWS: of the output embedding that are scored at a time.
@@ -350,18 +336,10 @@ def dots_kernel(
     words_ptr,  # int32 [B rounded up, 2, groups, words]: of `prepare_kernel`, or OUT
     hidden_scales_ptr,  # float32 [B rounded up, 2, groups]: likewise
     dots_ptr,  # OUT: float32 [segments, B, N, M]
-    num_rows,
-    group_values,
-    group_scales,
-    HEAD: tl.constexpr,
-    CENTROIDS: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BATCH: tl.constexpr,
-    GROUPS_PAD: tl.constexpr,
-    PREPARED: tl.constexpr,
-    COMPILED: tl.constexpr,
-):
+    num_rows, group_values, group_scales, HEAD: tl.constexpr, CENTROIDS: tl.constexpr,
+    SEGMENTS: tl.constexpr, BLOCK_M: tl.constexpr, BATCH: tl.constexpr, GROUPS_PAD: tl.constexpr,
+    PREPARED: tl.constexpr, COMPILED: tl.constexpr,
+):  # fmt: skip
     """Grid `[N * SEGMENTS, blocks of M, blocks of BATCH rows]`: `h . centroid`, by segments."""
     M: tl.constexpr = HEAD.clusters
     D: tl.constexpr = HEAD.hidden_size
@@ -423,16 +401,10 @@ def candidates_kernel(
     out_ids_ptr,  # OUT: int64 [B, best]
     out_logits_ptr,  # OUT: float32 [B, best]
     out_logsumexp_ptr,  # OUT: float32 [B]
-    alpha,
-    probes_a_split,
-    HEAD: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    PROJECTED: tl.constexpr,
-    LOGSUMEXP: tl.constexpr,
-    UNPROBED: tl.constexpr,
+    alpha, probes_a_split, HEAD: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr,
+    PROJECTED: tl.constexpr, LOGSUMEXP: tl.constexpr, UNPROBED: tl.constexpr,
     PART_BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Grid `[N, splits, B]`: from centroid scores to the rank's best keys and log-sum-exp.
 
     Every split selects all probes of its group and scores its own share of them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +38,21 @@ def every_logit(shard: IndexShard, states: Tensor) -> tuple[Tensor, Tensor]:
     ids = torch.cat([shard.token_ids.flatten(), shard.pinned_token_ids.flatten()])
     real = ids >= 0
     return states.double() @ rows[real].T, ids[real]
+
+
+def select_groups(shard: IndexShard, groups: list[int]) -> IndexShard:
+    """A copy of some of the groups, by their place in `shard`."""
+    tensors = {name: value for name, value in vars(shard).items() if isinstance(value, Tensor)}
+    scales = shard.centroids.scales
+    centroids = replace(
+        shard.centroids,
+        values=shard.centroids.values[groups],
+        scales=None if scales is None else scales[groups],
+    )
+    return IndexShard(
+        centroids=centroids,
+        **{name: tensors[name][groups] for name in tensors if name in IndexShard.__annotations__},
+    )
 
 
 def make_shard(

@@ -18,7 +18,7 @@ from flashhead_kernels.noise import Domain, FinalLogits, GumbelNoise
 from flashhead_kernels.noise import gumbel as gumbel_of_torch
 from flashhead_kernels.sampling import LocalScores, Weighed
 from flashhead_kernels.shard import IndexShard, Query
-from tests.kernels.shards import ALPHA, make_shard, random_states
+from tests.kernels.shards import ALPHA, make_shard, random_states, select_groups
 from tests.kernels.test_triton_head import DEVICE, SHAPES, on_device, tied_shard
 
 pytest.importorskip("triton")
@@ -148,7 +148,7 @@ def test_draws_are_the_same_bits_however_groups_are_split() -> None:
     rows = torch.arange(4, device=DEVICE) % 2
 
     def drawn(groups: list[int]) -> torch.Tensor:
-        part = shard.select_groups(groups)
+        part = select_groups(shard, groups)
         weighed = weigh(
             cuda_sampling, part, states, scores_of(cuda_sampling, part, states, 2), final
         )
