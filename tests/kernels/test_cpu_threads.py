@@ -7,9 +7,15 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from flashhead_kernels import cpu_threads
-from flashhead_kernels.cpu_threads import compute_threads, share
+from flashhead_kernels.cpu_threads import (
+    LARGE_PAGE_BYTES,
+    compute_threads,
+    empty_on_large_pages,
+    share,
+)
 
 
 @pytest.fixture
@@ -85,3 +91,12 @@ def test_unbound_threads_stay_unbound(two_cores: list[int]) -> None:
 def test_one_core_alone_is_shared(two_cores: list[int]) -> None:
     os.sched_setaffinity(0, {two_cores[0]})
     assert cores_at_work() == {(0, 1): {two_cores[0]}, (1, 2): {two_cores[0]}}
+
+
+def test_large_and_small_tensors_are_ordinary_tensors() -> None:
+    for count in (0, 5, 3 * LARGE_PAGE_BYTES):
+        tensor = empty_on_large_pages((count, 2), torch.bfloat16)
+        assert tensor.shape == (count, 2)
+        assert tensor.is_contiguous()
+        tensor.fill_(1.5)
+        assert float(tensor.float().sum()) == 3.0 * count

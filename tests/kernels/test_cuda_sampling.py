@@ -191,6 +191,15 @@ def test_noise_of_every_domain(seed: int) -> None:
     close(cuda_sampling.gumbel(alone, ids[:1]), gumbel_of_torch(alone, ids[:1]))
 
 
+def test_great_noise_is_exact() -> None:
+    """From a uniform of 24 bits near 1, noise above 12 is off by a hundredth."""
+    noise = noise_of(1, (3 << 35) + 1)
+    ids = torch.arange(1 << 20, device=DEVICE).unsqueeze(0)
+    expected = gumbel_of_torch(noise, ids)
+    assert expected.max() > 12
+    torch.testing.assert_close(cuda_sampling.gumbel(noise, ids), expected, rtol=1e-6, atol=2e-6)
+
+
 def test_nothing_to_draw_gives_empty_keys() -> None:
     shard = on_device(make_shard(*SHAPES[0]))
     pads = replace(shard, token_ids=torch.full_like(shard.token_ids, -1))

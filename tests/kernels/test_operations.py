@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -207,6 +208,67 @@ def test_probed_candidates_and_missing_clusters(ops) -> None:  # type: ignore[no
     tokens = torch.cat([ids[3], ids[5]])[logits.topk(2).indices]
     assert unpack_keys(keys)[1].tolist() == [tokens.tolist(), [-1, -1]]
     assert ops.probed_candidates(states[:0], rows, ids, clusters[:0]).shape == (0, 1)
+
+
+@BOTH
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_step_in_two_parts_gives_the_bits_of_one(ops: Any, threads: int) -> None:
+    """Two threads share five groups unevenly, and a wrong stride mixes the batch's rows."""
+    shard = make_shard(5, 19, 3, 64, 4, 32, 2, torch.bfloat16)
+    states = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    calls: list[None] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = candidates(ops, shard, states, 4, k=5, need_logsumexp=True)
+        parts = candidates(
+            ops, shard, states, 4, k=5, need_logsumexp=True,
+            between=lambda: calls.append(None),
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    assert len(calls) == 1
+    assert torch.equal(whole.keys, parts.keys)
+    assert whole.logsumexp is not None
+    assert parts.logsumexp is not None
+    assert torch.equal(whole.logsumexp, parts.logsumexp)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_greatest_and_smallest_floats_are_finite(ops: Any, dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    states = torch.tensor([[limits.max, limits.min, limits.tiny, -0.0, 0.0, 1.0]], dtype=dtype)
+    states = torch.cat([states, states * 0 + limits.smallest_normal / 4])
+    assert ops.all_finite(states)
+    assert ops.all_finite(states[:0])
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_one_bad_number_is_seen_wherever_it_is(ops: Any, dtype: torch.dtype, bad: float) -> None:
+    for place in (0, 7, 63, 127):
+        states = torch.ones(2, 64, dtype=dtype)
+        states.view(-1)[place] = bad
+        assert not ops.all_finite(states)
+        assert not ops.all_finite(states.T), "the memory's order must not matter"
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(0, 1), (1, 1), (3, 5)])
+def test_keys_unpack_to_what_was_packed(ops: Any, shape: tuple[int, int]) -> None:
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 1e3
+    ids = torch.arange(logits.numel()).view(shape) * 1001
+    keys = pack_keys(logits, ids)
+    if keys.numel() > 1:
+        keys[-1, -1], logits[-1, -1], ids[-1, -1] = EMPTY_KEY, float("-inf"), -1
+    got, got_ids = ops.unpack_keys(keys)
+    assert got.dtype == torch.float32
+    assert got_ids.dtype == torch.int64
+    assert torch.equal(got, logits)
+    assert torch.equal(got_ids, ids)
+    assert torch.equal(ops.unpack_keys(keys.T)[1], ids.T)
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -18,7 +18,6 @@ from flashhead_kernels.dispatch import ops_for, sampling_ops_for
 from flashhead_kernels.keys import unpack_keys
 from flashhead_kernels.quantize import (
     Projection,
-    project_states,
     quantize_centroids,
     tile_centroids,
 )
@@ -131,13 +130,6 @@ def test_bytes_hold_the_projection() -> None:
     moved = shard.centroids.to("cpu").projection
     assert moved is not None
     assert moved.nbytes == 4 * 385 * 640
-
-
-def test_nothing_to_project_gives_nothing() -> None:
-    projection = Projection(torch.zeros(4, 8), torch.zeros(8))
-    coordinates, means = project_states(torch.empty(0, 8), projection)
-    assert coordinates.shape == (0, 4)
-    assert means.shape == (0,)
 
 
 @pytest.mark.parametrize("launches", [1, 2])

@@ -43,8 +43,8 @@ def compare(states: torch.Tensor, rows: torch.Tensor, final: FinalLogits, k: int
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("tokens", "size"), [(131, 48), (300, 200), (5, 64), (1, 8)])
-@pytest.mark.parametrize("batch", [1, 3, 8, 20, 70])
+@pytest.mark.parametrize(("tokens", "size"), [(131, 200), (5, 64), (1, 8)])
+@pytest.mark.parametrize("batch", [1, 8, 20, 70])
 def test_kernel_agrees_with_its_twin(
     dtype: torch.dtype, tokens: int, size: int, batch: int
 ) -> None:

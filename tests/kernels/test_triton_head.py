@@ -11,19 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
-from flashhead_kernels import reference, triton_launch, triton_reduce
+from flashhead_kernels import reference, triton_launch
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import EMPTY_KEY, unpack_keys
-from flashhead_kernels.noise import FinalLogits, GumbelNoise
-from flashhead_kernels.noise import gumbel as gumbel_twin
 from flashhead_kernels.quantize import TILE, tile_centroids
 from flashhead_kernels.shard import Candidates, IndexShard
 from flashhead_kernels.triton_reduce import EMPTY_KEY as TRITON_EMPTY_KEY
-from flashhead_kernels.triton_reduce import gumbel_noise, pack_key
-from flashhead_kernels.triton_shapes import CentroidShape, HeadShape
+from flashhead_kernels.triton_shapes import HeadShape
 from tests.kernels.shards import candidates, every_logit, make_shard, random_states
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,49 +129,11 @@ def test_clusters_that_fill_no_tile_are_padded_to_one() -> None:
                                                 need_logsumexp=True))  # fmt: skip
 
 
-@pytest.mark.parametrize("place", [2, 5, 7])
-@pytest.mark.parametrize("batch", [1, 6])
-def test_dots_agree_with_their_twin(place: int, batch: int) -> None:
-    shard = on_device(make_shard(*SHAPES[place]))
-    states = random_states(batch, SHAPES[place][3]).to(DEVICE)
-    found = cuda.centroid_dots(states, shard.centroids)
-    expected = reference.centroid_dots(states, shard.centroids)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-
-
 @LAUNCHES
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4]])
 @pytest.mark.parametrize(("probes", "k"), [(1, 1), (1, 5), (5, 4), (9, 64)])
 def test_probes_and_best(shape: tuple[Any, ...], probes: int, k: int, launches: int) -> None:
     compare(shape, 2, probes, k=k, need_logsumexp=True, launches=launches)
-
-
-@triton.jit
-def noise_kernel(out_ptr, seed, position, sequence, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + ids, gumbel_noise(seed, position, sequence, ids))
-
-
-def test_noise_is_its_twin_s_however_great() -> None:
-    """From a uniform of 24 bits near 1, noise above 12 is off by a hundredth."""
-    count, seed = 1 << 20, (3 << 35) + 1
-    found = torch.empty(count, device=DEVICE)
-    noise_kernel[(16,)](found, seed, 77, 5, BLOCK=count // 16)
-    place = torch.tensor([77], dtype=torch.int32), torch.tensor([5], dtype=torch.int32)
-    expected = gumbel_twin(GumbelNoise(seed, *place), torch.arange(count).unsqueeze(0))[0]
-    assert expected.max() > 12
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=2e-6)
-
-
-def test_noise_draws_from_the_softmax() -> None:
-    """Over many positions the tokens come as often as the softmax says; so the noise is right."""
-    rows = torch.tensor([[1.0], [2.0], [0.0], [-1.0]]).to(DEVICE)
-    states = torch.full((400, 1), 0.7, device=DEVICE)
-    noise = GumbelNoise(11, torch.arange(400, dtype=torch.int32, device=DEVICE))
-    found = cuda.dense_candidates(states, rows, 0, final=FinalLogits(noise=noise))
-    counts = torch.bincount(unpack_keys(found.keys)[1].flatten().cpu(), minlength=4)
-    expected = 400 * torch.softmax(0.7 * rows[:, 0].cpu(), 0)
-    assert ((counts - expected).square() / expected).sum() < 16.3, "chi-squared, 3 degrees, 0.1 %"
 
 
 @LAUNCHES
@@ -294,31 +251,3 @@ def test_a_thousand_repeats_are_identical(batch: int) -> None:
             again = candidates(cuda, shard, states, 16, launches=launches, need_logsumexp=True)
             assert torch.equal(again.keys, first.keys)
             assert torch.equal(again.logsumexp, first.logsumexp)
-
-
-@triton.jit
-def without_complement(logits, token_ids):  # type: ignore[no-untyped-def]
-    """What pack_key would be if it forgot the complement of the id."""
-    keys = pack_key(logits, token_ids)
-    return tl.where(token_ids >= 0, keys ^ 0xFFFFFFFF, keys)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter alone looks functions up by name")
-def test_these_tests_see_keys_packed_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_reduce, "pack_key", without_complement)
-    with pytest.raises(AssertionError):
-        test_ties_go_to_lower_slots_and_smaller_ids(1.0, 1)
-
-
-def test_these_tests_see_a_scale_group_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One word less a group: the int4 edge between two scale groups is off by one."""
-    real = CentroidShape.of
-
-    def short(centroids: Any) -> CentroidShape:
-        shape = real(centroids)
-        return replace(shape, words=shape.words - 1)
-
-    compare(SHAPES[7], 1, 4, k=4, need_logsumexp=True, launches=1)
-    monkeypatch.setattr(triton_launch.CentroidShape, "of", short)
-    with pytest.raises(AssertionError):
-        compare(SHAPES[7], 1, 4, k=4, need_logsumexp=True, launches=1)
