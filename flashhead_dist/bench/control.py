@@ -23,7 +23,7 @@ from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
-from torch.distributed import DistStoreError, Store  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from flashhead_dist.errors import INTERRUPTED, LOST, UserError
 
@@ -32,7 +32,7 @@ PATIENCE = timedelta(days=2)
 
 LOST_AFTER_VARIABLE = "FLASHHEAD_LOST_AFTER_S"
 _LOST_AFTER_S, _LEAST_LOST_AFTER_S = 20.0, 3.0
-_HEARTBEAT_S = 2.0
+_HEARTBEAT_S, _POLL_S = 2.0, 0.25
 _GRACE_S = 3.0
 """How long a message stays to be read, and how long the main thread may clean up."""
 
@@ -251,27 +251,29 @@ class Watch:
         assert self._store is not None
         keys = [f"heartbeat/{number}/{rank}" for rank in range(len(self._hosts))]
         self._store.set(keys[self._rank], "done" if done else "")
-        waited_s = 0
-        while True:
-            self._answered.set()
-            if self._store.check(["failure"]):
-                self._end(self._store.get("failure").decode())
-            try:
-                # Not all of the patience at once: a pause of the whole job is no failure of a rank.
-                self._store.wait(keys, timedelta(seconds=1))
-            except DistStoreError:
-                waited_s += 1
-                if waited_s >= self._patience_s:
-                    missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
-                    if missing:
-                        self._end(
-                            f"{self._name(*missing)} sent no heartbeat for {waited_s} s: stopped, "
-                            f"ended or unreachable."
-                        )
-                continue
-            if number > 1:
-                self._store.delete_key(f"heartbeat/{number - 1}/{self._rank}")
-            return b"done" not in self._store.multi_get(keys)
+        waited_s = 0.0
+        while not self._store.check(keys):
+            self._read_failure()
+            # Time is counted in steps: a pause of the whole job is no failure of a rank.
+            time.sleep(_POLL_S)
+            waited_s += _POLL_S
+            missing = [r for r, key in enumerate(keys) if not self._store.check([key])]
+            if missing and waited_s >= self._patience_s:
+                self._end(
+                    f"{self._name(*missing)} sent no heartbeat for {waited_s:.0f} s: stopped, "
+                    f"ended or unreachable."
+                )
+        self._read_failure()
+        if number > 1:
+            self._store.delete_key(f"heartbeat/{number - 1}/{self._rank}")
+        return b"done" not in self._store.multi_get(keys)
+
+    def _read_failure(self) -> None:
+        """End this process where another rank has published why the run ends."""
+        assert self._store is not None
+        self._answered.set()
+        if self._store.check(["failure"]):
+            self._end(self._store.get("failure").decode())
 
     def _guard_store(self) -> None:
         """Notice that the store does not answer: a call to it may block for ever."""
