@@ -21,22 +21,19 @@ from flashhead_dist.bench.memory import workspace_bytes
 from flashhead_dist.bench.split import (
     RankParts,
     StepSplit,
-    forward_work,
-    replayed_work,
     split_over_ranks,
     time_parts,
 )
 from flashhead_dist.bench.timer import (
     Latency,
-    RankTimes,
     Recording,
     Step,
+    Times,
     can_capture,
     forward_step,
     graphed_step,
-    rank_times,
     record_step,
-    replayed_step,
+    replay_step,
     step_clock,
     summarise,
 )
@@ -143,8 +140,9 @@ def measure_cell(
     if oversubscribed:
         isolated, splits = _time_isolated(heads, batches, recordings, control, effort)
     else:
+        work = {name: partial(_forward, head, batches) for name, head in heads.items()}
         rounds = _split_rounds(next(iter(wall.values())).num_iterations)
-        parts = time_parts(forward_work(heads, batches), rounds, tp.device, clock)
+        parts = time_parts(work, rounds, tp.device, clock)
         splits = split_over_ranks(parts, control, isolated=False)
     batch_size = batches[0].shape[0]
     ranks = control.gather(
@@ -196,7 +194,7 @@ def _time_together(
     Where ranks are oversubscribed the times are shown beside the latency that the isolated rounds
     give, so that few are enough.
     """
-    warm = rank_times(time_steps(steps, max(1, effort.warmup)))
+    warm = time_steps(steps, max(1, effort.warmup))
     limit = int(max(control.gather(_most_rounds(warm, effort, effort.cell_seconds))))
     if oversubscribed:
         limit = min(limit, _ROUNDS_AT_A_TIME)
@@ -213,8 +211,7 @@ def _time_together(
             slowest = {n: np.max([[us for us, _ in r[n]] for r in ranks], axis=0) for n in steps}
             if all(median_is_known(times) for times in slowest.values()):
                 break
-    found = [rank_times(times) for times in ranks]
-    return {name: summarise([rank[name] for rank in found]) for name in steps}
+    return {name: summarise([rank[name] for rank in ranks]) for name in steps}
 
 
 def _time_isolated(
@@ -228,32 +225,37 @@ def _time_isolated(
 
     The first rank decides for all how many rounds there are.
     """
-    steps = {name: replayed_step(head, batches, recordings[name]) for name, head in heads.items()}
-    work = replayed_work(heads, batches, recordings)
-    mine: dict[str, RankTimes] = {}
+    work = {name: partial(_replay, head, batches, recordings[name]) for name, head in heads.items()}
+    clock = HostClock()
+
+    def timed(name: str, iteration: int) -> tuple[float, float]:
+        return clock.time_us(partial(work[name], iteration)), 0.0
+
+    steps = {name: partial(timed, name) for name in heads}
+    mine: dict[str, list[tuple[float, float]]] = {}
     parts: dict[str, RankParts] = {}
     number = 0
     for turn in control.ranks:
         control.barrier()
         if turn == control.rank:
-            warm = rank_times(time_steps(steps, 1))
+            warm = time_steps(steps, 1)
             limit = _most_rounds(warm, effort, effort.cell_seconds / len(control.ranks))
             mine = _until_known(steps, number or limit, stop=control.is_first)
         if turn == control.ranks[0]:
-            chosen = len(next(iter(mine.values())).wall_us) if control.is_first else None
+            chosen = len(next(iter(mine.values()))) if control.is_first else None
             number = int(control.broadcast(chosen))
         if turn == control.rank:
             device = next(iter(heads.values())).tp.device
-            parts = time_parts(work, _split_rounds(number), device, HostClock())
+            parts = time_parts(work, _split_rounds(number), device, clock)
     control.barrier()
-    ranks = control.gather({name: times.as_json() for name, times in mine.items()})
-    latencies = {
-        name: summarise([RankTimes.from_json(rank[name]) for rank in ranks]) for name in heads
-    }
+    ranks = control.gather(mine)
+    latencies = {name: summarise([rank[name] for rank in ranks]) for name in heads}
     return latencies, split_over_ranks(parts, control, isolated=True)
 
 
-def _until_known(steps: Mapping[str, Step], limit: int, *, stop: bool) -> dict[str, RankTimes]:
+def _until_known(
+    steps: Mapping[str, Step], limit: int, *, stop: bool
+) -> dict[str, list[tuple[float, float]]]:
     """`limit` rounds on this rank, or fewer where it may `stop` and the medians are known."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     done = 0
@@ -264,7 +266,18 @@ def _until_known(steps: Mapping[str, Step], limit: int, *, stop: bool) -> dict[s
         done += number
         if stop and all(median_is_known([us for us, _ in found]) for found in times.values()):
             break
-    return rank_times(times)
+    return times
+
+
+def _forward(head: Head, batches: Sequence[Tensor], iteration: int) -> object:
+    return head.forward(batches[iteration % len(batches)])
+
+
+def _replay(
+    head: Head, batches: Sequence[Tensor], recordings: Sequence[Recording], iteration: int
+) -> None:
+    index = iteration % len(recordings)
+    replay_step(head, batches[index], recordings[index])
 
 
 def _split_rounds(num_iterations: int) -> int:
@@ -272,9 +285,9 @@ def _split_rounds(num_iterations: int) -> int:
     return max(MIN_ITERATIONS, num_iterations // 2)
 
 
-def _most_rounds(warm: Mapping[str, RankTimes], effort: Effort, seconds: float) -> int:
+def _most_rounds(warm: Mapping[str, Times], effort: Effort, seconds: float) -> int:
     """Rounds that fit into `seconds`, judged by the last warm-up round."""
-    round_us = sum(times.wall_us[-1] for times in warm.values())
+    round_us = sum(times[-1][0] for times in warm.values())
     fitting = int(seconds * 1e6 / max(round_us, 1.0))
     return min(effort.iterations, max(MIN_ITERATIONS, fitting))
 

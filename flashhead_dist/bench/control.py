@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
@@ -35,19 +35,6 @@ _LOST_AFTER_S, _LEAST_LOST_AFTER_S = 20.0, 3.0
 _HEARTBEAT_S, _POLL_S = 2.0, 0.25
 _GRACE_S = 3.0
 """How long a message stays to be read, and how long the main thread may clean up."""
-
-
-class KeyValueStore(Protocol):
-    """The part of `torch.distributed.Store` used here."""
-
-    def set(self, key: str, value: str, /) -> None:
-        """Store `value` under `key` for every rank."""
-
-    def get(self, key: str, /) -> bytes:
-        """Return the value under a key that exists."""
-
-    def wait(self, keys: list[str], timeout: timedelta, /) -> None:
-        """Block until all keys exist."""
 
 
 class PeerError(UserError):
@@ -69,7 +56,7 @@ class Control:
     """
 
     def __init__(
-        self, store: KeyValueStore, rank: int, ranks: Sequence[int], name: str = "control"
+        self, store: Store, rank: int, ranks: Sequence[int], name: str = "control"
     ) -> None:
         self.rank = rank
         self.ranks = tuple(ranks)

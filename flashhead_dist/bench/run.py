@@ -29,7 +29,7 @@ from flashhead_dist.bench.records import (
     make_run_folder,
     write_environment,
 )
-from flashhead_dist.bench.sweep import Inputs, Plan, Sweep
+from flashhead_dist.bench.sweep import Plan, Sweep
 from flashhead_dist.bench.topology import describe_topology, gather_topology, write_topology
 from flashhead_dist.evaluate.workload import Request, Workload, prepare_workload
 from flashhead_dist.heads.base import HeadShape
@@ -187,14 +187,8 @@ class Run:
             )
             self.sweep = Sweep(
                 plan=plan,
-                inputs=Inputs(
-                    model=model,
-                    index_dir=workload.index_dir,
-                    states=workload.states,
-                    source_ids=workload.source_ids,
-                    sources=workload.sources,
-                    dense_ids=workload.dense_ids,
-                ),
+                model=model,
+                workload=workload,
                 control=control,
                 host=boot_id(),
                 provenance=make_provenance(

@@ -24,11 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from flashhead_dist.bench.control import Control
-from flashhead_dist.bench.timer import Recording, replay_step
-from flashhead_dist.heads.base import Head
 from flashhead_kernels.timing import Clock, time_steps
 from flashhead_profiles.ranges import (
     CANDIDATES,
@@ -99,24 +96,10 @@ class RankParts:
     """One rank's N iterations of one head, in microseconds; exchanges_us: those of each
     iteration, which may have different numbers of them."""
 
-    steps_us: tuple[float, ...]
-    centroids_us: tuple[float, ...]
-    candidates_us: tuple[float, ...]
-    exchanges_us: tuple[tuple[float, ...], ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """The form that passes between ranks."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> RankParts:
-        """Read what `as_json` wrote."""
-        return cls(
-            tuple(value["steps_us"]),
-            tuple(value["centroids_us"]),
-            tuple(value["candidates_us"]),
-            tuple(tuple(exchanges) for exchanges in value["exchanges_us"]),
-        )
+    steps_us: Sequence[float]
+    centroids_us: Sequence[float]
+    candidates_us: Sequence[float]
+    exchanges_us: Sequence[Sequence[float]]
 
 
 def parts_of_steps(steps: Iterable[Sequence[Span]]) -> RankParts:
@@ -276,44 +259,14 @@ def time_parts(
     return {name: parts_of_steps(found) for name, found in steps.items()}
 
 
-def forward_work(
-    heads: Mapping[str, Head], batches: Sequence[Tensor]
-) -> dict[str, Callable[[int], object]]:
-    """One step of each head on the iteration's batch `[B, D]`, with the group."""
-
-    def of(head: Head) -> Callable[[int], object]:
-        return lambda iteration: head.forward(batches[iteration % len(batches)])
-
-    return {name: of(head) for name, head in heads.items()}
-
-
-def replayed_work(
-    heads: Mapping[str, Head],
-    batches: Sequence[Tensor],
-    recordings: Mapping[str, Sequence[Recording]],
-) -> dict[str, Callable[[int], object]]:
-    """One step of each head replayed on this rank; `recordings[name][i]` is that of batch i."""
-
-    def of(name: str) -> Callable[[int], object]:
-        known = recordings[name]
-
-        def step(iteration: int) -> None:
-            index = iteration % len(known)
-            replay_step(heads[name], batches[index], known[index])
-
-        return step
-
-    return {name: of(name) for name in heads}
-
-
 def split_over_ranks(
     mine: Mapping[str, RankParts], control: Control, *, isolated: bool
 ) -> dict[str, StepSplit]:
     """Reduce what every rank of `control` recorded; the same on all of them."""
-    ranks = control.gather({name: parts.as_json() for name, parts in mine.items()})
+    ranks = control.gather({name: asdict(parts) for name, parts in mine.items()})
     splits = {}
     for name in mine:
-        parts = [RankParts.from_json(rank[name]) for rank in ranks]
+        parts = [RankParts(**rank[name]) for rank in ranks]
         splits[name] = (
             split_isolated(parts, _ISOLATED) if isolated else split_together(parts, _TOGETHER)
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -32,6 +31,7 @@ from flashhead_dist.bench.memory import (
 from flashhead_dist.bench.records import Provenance, Record
 from flashhead_dist.bench.timer import capture_note
 from flashhead_dist.bench.wire import WireCounter
+from flashhead_dist.evaluate.workload import Workload
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.flashhead import FlashHeadAuto
 from flashhead_dist.heads.flashhead_escalate import Escalation
@@ -72,22 +72,6 @@ class Plan:
         return sum(self.tp_sizes) * (2 + len(self.batch_sizes))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What to measure on; the same on every rank.
-
-    states `[N, D]`, dense_ids `[N]` (the dense head's best token, or None to leave agreement out),
-    source_ids `[N]` into `sources`.
-    """
-
-    model: ModelSource
-    index_dir: Path | None
-    states: Tensor
-    source_ids: Tensor
-    sources: Sequence[str]
-    dense_ids: Tensor | None
-
-
 class Progress(Protocol):
     """Tells a person how far the sweep is."""
 
@@ -109,7 +93,8 @@ class Sweep:
     """
 
     plan: Plan
-    inputs: Inputs
+    model: ModelSource
+    workload: Workload
     control: Control
     host: str
     provenance: Callable[[], Provenance]
@@ -155,15 +140,15 @@ class Sweep:
         self.costs = _shared_costs(self.costs, self.control)
 
     def _measure_group(self, place: TensorParallel) -> None:
-        plan, inputs, tp_size = self.plan, self.inputs, place.tp_size
+        plan, workload, tp_size = self.plan, self.workload, place.tp_size
         group = self.control.among(range(tp_size), f"tp{tp_size}")
-        states = inputs.states.to(device=place.device, dtype=plan.dtype)
+        states = workload.states.to(device=place.device, dtype=plan.dtype)
         self.progress.stage(f"tp {tp_size}: loading {', '.join(plan.heads)}", tp_size)
-        heads, peaks = load_heads(plan, inputs, place, group, states[:1])
+        heads, peaks = self._load_heads(place, group, states[:1])
         self.progress.stage(
             f"tp {tp_size}: agreement with the dense head, {len(states)} states", tp_size
         )
-        facts = gather_facts(heads, peaks, inputs, group, states)
+        facts = gather_facts(heads, peaks, workload, group, states)
         note = capture_note(list(heads.values()))
         if note is not None and note not in self.notes:
             self.notes.append(note)
@@ -197,6 +182,43 @@ class Sweep:
                     self._record(facts, cells, bandwidth, tp_size, batch_size)
         heads.clear()
         release_memory(place.device)
+
+    def _load_heads(
+        self, place: TensorParallel, control: Control, one_state: Tensor
+    ) -> tuple[dict[str, Head], dict[str, Peak]]:
+        """Build the plan's heads on this rank, and measure what each needs to load and to run once.
+
+        Each head gets weights of its own: shared ones would count in the first head's peak only,
+        and be in the cache for the others.
+
+        Raises:
+            UserError: on every rank of the group, if a head cannot be built on one.
+        """
+        plan = self.plan
+        _start_kernels(plan, one_state)
+        heads: dict[str, Head] = {}
+        peaks: dict[str, Peak] = {}
+        for name in plan.heads:
+            with control.phase():
+                memory = PeakMemory(place.device)
+                # faiss trains while it is built, and only once for a shard: no part of any timing.
+                with compute_threads(plan.num_cores // place.tp_size):
+                    heads[name] = build_head(
+                        name,
+                        tp=place,
+                        model=self.model,
+                        index_dir=self.workload.index_dir,
+                        dtype=plan.dtype,
+                        # For faiss_ivf the word means lists; its default reads as many bytes.
+                        num_probes=plan.num_probes if needs_index(name) else None,
+                        alpha=plan.alpha,
+                        device=place.device,
+                        escalation=plan.escalation,
+                    )
+            with control.phase():
+                heads[name].forward(one_state)
+                peaks[name] = memory.read()
+        return heads, peaks
 
     def _record(
         self,
@@ -250,43 +272,6 @@ def _shared_costs(
     }
 
 
-def load_heads(
-    plan: Plan, inputs: Inputs, place: TensorParallel, control: Control, one_state: Tensor
-) -> tuple[dict[str, Head], dict[str, Peak]]:
-    """Build the plan's heads on this rank, and measure what each needs to load and to run once.
-
-    Each head gets weights of its own, although some could share: else the first of them would show
-    the peak of all, and heads that share weights would find them in the cache.
-
-    Raises:
-        UserError: on every rank of the group, if a head cannot be built on one.
-    """
-    _start_kernels(plan, one_state)
-    heads: dict[str, Head] = {}
-    peaks: dict[str, Peak] = {}
-    for name in plan.heads:
-        with control.phase():
-            memory = PeakMemory(place.device)
-            # faiss trains while it is built, and only once for a shard: no part of any timing.
-            with compute_threads(plan.num_cores // place.tp_size):
-                heads[name] = build_head(
-                    name,
-                    tp=place,
-                    model=inputs.model,
-                    index_dir=inputs.index_dir,
-                    dtype=plan.dtype,
-                    # For faiss_ivf the word means lists; its default reads as many bytes.
-                    num_probes=plan.num_probes if needs_index(name) else None,
-                    alpha=plan.alpha,
-                    device=place.device,
-                    escalation=plan.escalation,
-                )
-        with control.phase():
-            heads[name].forward(one_state)
-            peaks[name] = memory.read()
-    return heads, peaks
-
-
 def _start_kernels(plan: Plan, one_state: Tensor) -> None:
     """Let this process load what compiled code needs, some 100 MB that are no head's own."""
     rows = one_state.new_zeros((64, one_state.shape[1]), dtype=plan.dtype)
@@ -296,7 +281,7 @@ def _start_kernels(plan: Plan, one_state: Tensor) -> None:
 def gather_facts(
     heads: Mapping[str, Head],
     peaks: Mapping[str, Peak],
-    inputs: Inputs,
+    workload: Workload,
     control: Control,
     states: Tensor,
 ) -> dict[str, HeadFacts]:
@@ -306,9 +291,9 @@ def gather_facts(
     facts: dict[str, HeadFacts] = {}
     for name, head in heads.items():
         agreement: Agreement | None = None
-        if inputs.dense_ids is not None:
+        if workload.dense_ids is not None:
             agreement = top1_agreement(
-                best_tokens(head, states), inputs.dense_ids, inputs.source_ids, inputs.sources
+                best_tokens(head, states), workload.dense_ids, workload.source_ids, workload.sources
             )
         reasons = [rank[name][1] for rank in all_peaks if rank[name][0] is None]
         facts[name] = HeadFacts(

@@ -14,10 +14,9 @@ Letters: R ranks of the group, N iterations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,23 +30,8 @@ from flashhead_profiles.ranges import STEP, annotate
 
 Step = Callable[[int], tuple[float, float]]
 """Takes the iteration's number, returns (wall, communication) in microseconds on this rank."""
-
-
-@dataclass(frozen=True)
-class RankTimes:
-    """One rank's times of one head, an entry an iteration."""
-
-    wall_us: tuple[float, ...]
-    communication_us: tuple[float, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """The form that passes between ranks."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Sequence[float]]) -> RankTimes:
-        """Read what `as_json` wrote."""
-        return cls(tuple(value["wall_us"]), tuple(value["communication_us"]))
+Times = Sequence[tuple[float, float]]
+"""What a step returned, by iteration."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +52,16 @@ class Latency:
     num_iterations: int
 
 
-def summarise(ranks: Sequence[RankTimes]) -> Latency:
+def summarise(ranks: Sequence[Times]) -> Latency:
     """Reduce the R ranks' times of the same N iterations.
 
     Raises:
         ValueError: no rank, no iteration, or ranks that differ in their number of iterations.
     """
-    if not ranks or len({len(rank.wall_us) for rank in ranks}) != 1 or not ranks[0].wall_us:
+    if not ranks or len({len(times) for times in ranks}) != 1 or not len(ranks[0]):
         raise ValueError("every rank needs the same number of iterations, one or more")
-    wall = np.array([rank.wall_us for rank in ranks])  # [R, N]
-    compute = wall - np.array([rank.communication_us for rank in ranks])  # [R, N]
+    wall, communication = np.moveaxis(np.array(ranks), 2, 0)  # [R, N] each
+    compute = wall - communication
     slowest = wall.max(axis=0)
     longest_compute = compute.max(axis=0)
     p10, median, p90 = np.percentile(slowest, (10, 50, 90))
@@ -112,14 +96,6 @@ def stream_clock(device: torch.device, tp: TensorParallel | None = None) -> Stre
 def meets_on_stream(tp: TensorParallel) -> bool:
     """Whether collectives of the group are queued on the GPU's stream, without the host."""
     return tp.tp_size == 1 or dist.get_backend(tp.group) == "nccl"
-
-
-def rank_times(times: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, RankTimes]:
-    """What `time_steps` measured of `Step`s on this rank."""
-    return {
-        name: RankTimes(tuple(wall for wall, _ in pairs), tuple(sent for _, sent in pairs))
-        for name, pairs in times.items()
-    }
 
 
 def forward_step(head: Head, batches: Sequence[Tensor], clock: Clock) -> Step:
@@ -214,17 +190,6 @@ def _drive(head: Head, hidden_states: Tensor, answer: Callable[[Exchange], Tenso
             exchange = steps.send(answer(exchange))
     except StopIteration:
         return
-
-
-def replayed_step(head: Head, batches: Sequence[Tensor], recordings: Sequence[Recording]) -> Step:
-    """A step without communication on this rank; `recordings[i]` is that of `batches[i]`."""
-    clock = HostClock()
-
-    def step(iteration: int) -> tuple[float, float]:
-        index = iteration % len(recordings)
-        return clock.time_us(partial(replay_step, head, batches[index], recordings[index])), 0.0
-
-    return step
 
 
 def can_capture(head: Head) -> bool:

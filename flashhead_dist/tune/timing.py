@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashhead_dist.bench.timer import compute_step, rank_times, step_clock, summarise
+from flashhead_dist.bench.timer import compute_step, step_clock, summarise
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.registry import BASELINE, DEFAULT_HEAD, HeadBuilder
 from flashhead_dist.index import build_index
@@ -120,7 +120,7 @@ def _time(
     clock = step_clock(torch.device(device))
     steps = {str(place): compute_step(head, batches, clock) for place, head in enumerate(heads)}
     time_steps(steps, _WARM_UP)
-    times = rank_times(time_steps(steps, iterations))
+    times = time_steps(steps, iterations)
     latencies = [summarise([times[name]]) for name in steps]
     dense = latencies[0].median_us
     return [

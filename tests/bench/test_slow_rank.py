@@ -16,7 +16,8 @@ from flashhead_dist.bench.control import Control
 from flashhead_dist.bench.environment import decide_setup, make_provenance
 from flashhead_dist.bench.records import Record, record_from_json
 from flashhead_dist.bench.split import Quantiles
-from flashhead_dist.bench.sweep import Inputs, Plan, Sweep
+from flashhead_dist.bench.sweep import Plan, Sweep
+from flashhead_dist.evaluate.workload import Workload
 from flashhead_dist.models import open_model
 from flashhead_dist.parallel import split_tensor_parallel
 from flashhead_topology.machine import Machine
@@ -53,8 +54,10 @@ def _rank(
             num_cores=num_cores,
             fit=setup.fit,
         ),
-        inputs=Inputs(
-            model=model,
+        model=model,
+        workload=Workload(
+            index_hash=None,
+            origin="states of a test",
             index_dir=Path(index_dir),
             states=torch.randn(8, 64).to(torch.bfloat16),
             source_ids=torch.zeros(8, dtype=torch.int64),

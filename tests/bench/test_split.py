@@ -150,4 +150,3 @@ def test_parts_are_sums_over_a_step_and_what_is_inside_other_ranges_counts_once(
     ]  # fmt: skip
     parts = parts_of_steps([spans, spans])
     assert parts == RankParts((100.0,) * 2, (30.0,) * 2, (30.0,) * 2, ((5.0, 7.0),) * 2)
-    assert RankParts.from_json(json.loads(json.dumps(parts.as_json()))) == parts

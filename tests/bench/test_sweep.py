@@ -17,9 +17,10 @@ from flashhead_dist.bench.cell import Effort
 from flashhead_dist.bench.control import Control
 from flashhead_dist.bench.environment import decide_setup, make_provenance
 from flashhead_dist.bench.records import Record
-from flashhead_dist.bench.sweep import Inputs, Plan, Sweep, batches_of
+from flashhead_dist.bench.sweep import Plan, Sweep, batches_of
 from flashhead_dist.bench.timer import record_step, replay_step
 from flashhead_dist.errors import UserError
+from flashhead_dist.evaluate.workload import Workload
 from flashhead_dist.heads.registry import build_head
 from flashhead_dist.models import open_model
 from flashhead_dist.parallel import split_tensor_parallel
@@ -69,8 +70,10 @@ def _sweep(
     )
     sweep = Sweep(
         plan=plan,
-        inputs=Inputs(
-            model=model,
+        model=model,
+        workload=Workload(
+            index_hash=None,
+            origin="states of a test",
             index_dir=Path(index_dir),
             states=states,
             source_ids=torch.arange(40) % 2,

@@ -26,7 +26,7 @@ from flashhead_dist.parallel import (
 from flashhead_topology.links import ring_sent_bytes
 
 LARGE_BYTES = 1 << 20
-RANK_MAIN = Path(__file__).with_name("rank_main.py")
+RANK_MAIN = Path(__file__).parents[1] / "rank_main.py"
 
 
 def _rank_count(rank: int, world_size: int, store: str, noisy: bool) -> list[Any]:

@@ -14,7 +14,8 @@ from flashhead_dist.bench.cell import Effort
 from flashhead_dist.bench.control import Control
 from flashhead_dist.bench.environment import decide_setup, make_provenance
 from flashhead_dist.bench.records import Record
-from flashhead_dist.bench.sweep import Inputs, Plan, Sweep
+from flashhead_dist.bench.sweep import Plan, Sweep
+from flashhead_dist.evaluate.workload import Workload
 from flashhead_dist.parallel import TensorParallel
 from flashhead_topology.probe import probe_machine
 from tests.cuda_simulated.conftest import Small
@@ -55,8 +56,9 @@ def sweep(
         num_cores=1,
         fit=setup.fit,
     )
-    inputs = Inputs(
-        model=small.model,
+    workload = Workload(
+        index_hash=None,
+        origin="states of a test",
         index_dir=small.index_dir,
         states=states,
         source_ids=torch.zeros(NUM_STATES, dtype=torch.int64),
@@ -65,7 +67,8 @@ def sweep(
     )
     return Sweep(
         plan=plan,
-        inputs=inputs,
+        model=small.model,
+        workload=workload,
         control=Control(FileStore(str(tmp_path / "store"), 1), 0, range(1)),
         host="here",
         provenance=make_provenance(
