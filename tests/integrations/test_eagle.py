@@ -139,15 +139,6 @@ def test_greedy_text_is_the_targets_own(target: Target, num_drafts: int) -> None
         assert total.passes == len(PROMPTS) * NEW_TOKENS
 
 
-def test_a_retrieval_head_proposes_what_a_dense_one_does(target: Target) -> None:
-    """Where it probes everything."""
-    for prompt in PROMPTS[:2]:
-        dense, of_dense = target.decode(prompt, 4, chooser(target.head("dense_local_max")))
-        found, of_found = target.decode(prompt, 4, chooser(target.head("flashhead")))
-        assert found == dense
-        assert of_found.accepted_at == of_dense.accepted_at
-
-
 def test_drawn_text_is_the_targets_own(target: Target) -> None:
     """Draft and target draw with the same noise, so that proposals are accepted here too."""
     draft_head = chooser(target.head("flashhead"), SAMPLED)

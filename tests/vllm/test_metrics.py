@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from flashhead_dist.integrations.vllm import metrics
 from tests.vllm.servers import NEEDS_VLLM
 
@@ -94,10 +92,3 @@ def test_several_api_servers_read_one_folder(tmp_path: Path) -> None:
     assert unchanged
     assert folder is None
     assert lines == EXPECTED
-
-
-def test_a_head_without_the_plugin_is_our_own_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (metrics.FOLDER_VARIABLE, "PROMETHEUS_MULTIPROC_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(RuntimeError, match="export_counters"):
-        metrics.HeadCounters(0)
