@@ -30,7 +30,7 @@ import pandas as pd
 from flashhead_dist.bench.records import Record
 from flashhead_dist.errors import UserError
 from flashhead_dist.report.columns import COLUMNS
-from flashhead_dist.report.figures import GREY, Chart, Section, style_of
+from flashhead_dist.report.figures import GREY, Chart, Section, head_legend, style_of
 from flashhead_dist.report.runs import RunFolder
 from flashhead_dist.report.tables import MARKED
 
@@ -161,23 +161,13 @@ def comparison_section(runs: Sequence[RunFolder], changes: pd.DataFrame) -> Sect
     latencies = changes[changes["figure"] == "median_us"]
     columns = max(len(run.batch_sizes) for run in others)
     charts = [
-        _comparison_chart(baseline, own, f"{letter}-b{size}", (index % columns) + 1, columns)
+        _comparison_chart(baseline, own, f"{letter}-b{size}", (index % columns + 1, columns))
         for letter, of_run in latencies.groupby("run")
         for index, (size, own) in enumerate(of_run.groupby("batch_size"))
     ]
-    return Section(
-        key="comparison",
-        title=title,
-        notes=tuple(notes),
-        frame=changes,
-        charts=tuple(charts),
-        columns=columns,
-        legend=(
-            *((head, head) for head in baseline.heads),
-            ("o", "beyond the noise"),
-            ("hollow", "within the noise"),
-        ),
-    )
+    legend = head_legend(baseline.heads)
+    legend += [("o", "beyond the noise"), ("hollow", "within the noise")]
+    return Section("comparison", title, notes, changes, charts, columns, legend)
 
 
 def _counts(changes: pd.DataFrame) -> list[str]:
@@ -205,18 +195,13 @@ def _counts(changes: pd.DataFrame) -> list[str]:
 
 
 def _comparison_chart(
-    baseline: RunFolder, changes: pd.DataFrame, key: str, place: int, columns: int
+    baseline: RunFolder, changes: pd.DataFrame, key: str, cell: tuple[int, int]
 ) -> str:
     order = changes["head"].map(baseline.heads.index)
     own = changes.assign(order=order).sort_values(["tp_size", "order"])
     letter, batch_size = own["run"].iloc[0], own["batch_size"].iloc[0]
-    chart = Chart(
-        f"comparison-{key}",
-        f"{letter} against {baseline.letter}, batch {batch_size}",
-        height_px=80 + 18 * len(own),
-        place=place,
-        columns=columns,
-    )
+    title = f"{letter} against {baseline.letter}, batch {batch_size}"
+    chart = Chart(f"comparison-{key}", title, cell, height_px=80 + 18 * len(own))
     rows = own.to_dict("records")
     bars = [noise_bar(row["change"], row["noise"]) for row in rows]
     for y, (row, (low, high)) in enumerate(zip(rows, bars, strict=True)):

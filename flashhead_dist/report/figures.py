@@ -104,17 +104,17 @@ class Section:
 
     key: str
     title: str
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
     frame: pd.DataFrame = field(default_factory=pd.DataFrame)
-    charts: tuple[str, ...] = ()
+    charts: Sequence[str] = ()
     columns: int = 1
-    legend: tuple[tuple[str, str], ...] = ()
+    legend: Sequence[tuple[str, str]] = ()
     missing: str = ""
 
 
-def head_legend(heads: list[str]) -> tuple[tuple[str, str], ...]:
+def head_legend(heads: Sequence[str]) -> list[tuple[str, str]]:
     """Legend entries of heads."""
-    return tuple((head, head) for head in heads)
+    return [(head, head) for head in heads]
 
 
 def column_width(columns: int) -> int:
@@ -125,20 +125,21 @@ def column_width(columns: int) -> int:
 class Chart:
     """A plot while it is drawn; `html()` ends it.
 
-    key: unique on a page, of letters, digits and hyphens. place: its column in a grid of `columns`.
+    key: unique on a page, of letters, digits and hyphens. cell: its column in the section's grid,
+    from 1, and the number of columns.
     """
 
     def __init__(
-        self, key: str, title: str, *, height_px: int = 260, place: int = 1, columns: int = 1
+        self, key: str, title: str, cell: tuple[int, int] = (1, 1), *, height_px: int = 260
     ) -> None:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
-        self.key, self.title, self.place = key, title, place
+        self.key, self.title, self.place = key, title, cell[0]
         self._marks: list[str] = []
         self._rc = _RC | {"svg.hashsalt": key}
         with rc_context(self._rc):
-            inches = (column_width(columns) / _PX_AN_INCH, height_px / _PX_AN_INCH)
+            inches = (column_width(cell[1]) / _PX_AN_INCH, height_px / _PX_AN_INCH)
             self.figure: Figure = Figure(figsize=inches)
             self.axes: Axes = self.figure.subplots()
             self.axes.set_title(title)
@@ -282,15 +283,11 @@ def head_chart(
     frame: pd.DataFrame,
     y: str,
     text: str,
-    *,
     heads: Sequence[str],
     cell: tuple[int, int],
 ) -> Chart:
-    """A chart of `draw_heads`, with bars where the frame has `low` and `high`.
-
-    text: formats a figure for the pointer. cell: place and number of columns in the grid.
-    """
-    chart = Chart(key, title, place=cell[0], columns=cell[1])
+    """A chart of `draw_heads`, with bars if the frame has `low`; text: formats a figure."""
+    chart = Chart(key, title, cell)
     ends = {"low": "low", "high": "high"} if "low" in frame else {}
     draw_heads(chart.axes, frame, y, heads, **ends)
     chart.axes.set_xlabel("tp_size (ranks)")

@@ -7,7 +7,7 @@ sizes on grey. Bytes: the count is filled, the analytic figure a ring around or 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,13 +71,13 @@ def write_plots(records: Sequence[Record], folder: Path) -> list[Path]:
 
 def latency_figure(records: Sequence[Record]) -> Figure:
     """Latency of a step against `tp_size`, logarithmic both, with bars from p10 to p90."""
-    frame = records_frame(records)
-    heads = list(dict.fromkeys(record.head for record in records))
-    figure, panels = _panels(frame)
-    for axes, (_, batch) in zip(panels, frame.groupby("batch_size"), strict=True):
+    frame, heads = records_frame(records), _heads(records)
+
+    def draw(axes: Axes, batch: pd.DataFrame) -> None:
         draw_ideal(axes, batch, BASELINE)
         draw_heads(axes, batch, "median_us", heads, low="p10_us", high="p90_us")
         log_numbers(axes)
+
     notes = ["Bars: p10 to p90 over iterations."]
     kinds = [_key("measured", marker="o", linestyle="-")]
     if over := _oversubscribed(records):
@@ -85,21 +85,16 @@ def latency_figure(records: Sequence[Record]) -> Figure:
         kinds.append(_key("PROJECTED", marker="o", linestyle="--", markerfacecolor="white"))
     if frame["median_us"].isna().any():
         notes.append("Left out: sizes whose communication is unknown.")
-    if ((frame["head"] == BASELINE) & (frame["tp_size"] == 1) & frame["median_us"].notna()).any():
+    if len(frame[(frame["head"] == BASELINE) & (frame["tp_size"] == 1)]["median_us"].dropna()):
         kinds.append(_key(f"ideal: {BASELINE}\nat tp 1, over tp", linestyle=":", color="#777777"))
-    _finish(figure, records, "Latency of the output head", kinds, notes)
-    figure.supylabel("microseconds a step: slowest rank, median", fontsize=10)
-    return figure
+    labels = "Latency of the output head", "microseconds a step: slowest rank, median"
+    return _figure(records, labels, draw, kinds, notes)
 
 
 def bytes_figure(records: Sequence[Record]) -> Figure:
     """Bytes that a rank sends for one row: counted (filled) and analytic (ring)."""
-    frame = records_frame(records)
-    heads = list(dict.fromkeys(record.head for record in records))
+    frame, heads = records_frame(records), _heads(records)
     sizes = sorted(frame.loc[frame["tp_size"] > 1, "tp_size"].unique())
-    figure, panels = _panels(frame)
-    for axes, (_, batch) in zip(panels, frame.groupby("batch_size"), strict=True):
-        draw_bytes(axes, batch, heads, sizes)
     kinds = [
         _key("counted by the\nnetwork interface", marker="o"),
         _key("analytic: operands\nof a ring", marker="o", markersize=9, markerfacecolor="none"),
@@ -110,9 +105,16 @@ def bytes_figure(records: Sequence[Record]) -> Figure:
         notes.append(f"Sends nothing: {', '.join(silent)}.")
     if over := _oversubscribed(records):
         notes.append(f"{over}: bytes are exact all the same.")
-    _finish(figure, records, "Bytes on the wire", kinds, notes)
-    figure.supylabel("bytes that a rank sends for one row", fontsize=10)
-    return figure
+    labels = "Bytes on the wire", "bytes that a rank sends for one row"
+
+    def draw(axes: Axes, batch: pd.DataFrame) -> None:
+        draw_bytes(axes, batch, heads, sizes)
+
+    return _figure(records, labels, draw, kinds, notes)
+
+
+def _heads(records: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(record.head for record in records))
 
 
 def _oversubscribed(records: Sequence[Record]) -> str:
@@ -129,44 +131,47 @@ def _key(label: str, **style: Any) -> Any:
     return Line2D([], [], label=label, **look)
 
 
-def _panels(frame: pd.DataFrame) -> tuple[Figure, list[Axes]]:
-    """A panel a batch size with a shared vertical axis, in rows of four at most."""
+def _figure(
+    records: Sequence[Record],
+    labels: tuple[str, str],
+    draw: Callable[[Axes, pd.DataFrame], None],
+    kinds: list[Any],
+    notes: list[str],
+) -> Figure:
+    """A panel a batch size, in rows of four at most, with legend, notes and provenance.
+
+    labels: of the figure and of its vertical axis. kinds: legend entries besides the heads.
+    """
     from matplotlib.figure import Figure
 
-    batch_sizes = sorted(frame["batch_size"].unique())
-    columns = min(len(batch_sizes), _MAX_COLUMNS)
-    rows = -(-len(batch_sizes) // columns)
+    batches = list(records_frame(records).groupby("batch_size"))
+    columns = min(len(batches), _MAX_COLUMNS)
+    rows = -(-len(batches) // columns)
     figure = Figure(figsize=(max(3.3 * columns, 4.4) + 2.1, 3.6 * rows + 1.3), layout="constrained")
     panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
-    for unused in panels[len(batch_sizes) :]:
+    for unused in panels[len(batches) :]:
         unused.remove()
-    for axes, batch_size in zip(panels, batch_sizes, strict=False):
+    for axes, (batch_size, batch) in zip(panels, batches, strict=False):
+        draw(axes, batch)
         axes.set_title(f"batch {batch_size}", fontsize=10)
         axes.set_xlabel("tp_size (ranks)")
         axes.grid(visible=True, which="major", axis="y", alpha=0.3)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    return figure, panels[: len(batch_sizes)]
-
-
-def _finish(
-    figure: Figure, records: Sequence[Record], title: str, kinds: list[Any], notes: list[str]
-) -> None:
-    """Title, legend of heads and of kinds of marks, notes and provenance below."""
     first = records[0]
     model = f"{first.model} (SYNTHETIC)" if first.synthetic else first.model
-    figure.suptitle(f"{title}: {model}, {first.dtype}", x=0.01, ha="left", fontsize=11)
-    heads = dict.fromkeys(record.head for record in records)
-    handles = [*(_key(head, **style_of(head)) for head in heads), *kinds]
+    figure.suptitle(f"{labels[0]}: {model}, {first.dtype}", x=0.01, ha="left", fontsize=11)
+    figure.supylabel(labels[1], fontsize=10)
+    handles = [*(_key(head, **style_of(head)) for head in _heads(records)), *kinds]
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
-    threads = f"{first.threads_per_rank} thread{'' if first.threads_per_rank == 1 else 's'} a rank"
     origin = (
-        f"{first.system}: {first.device}, {first.backend}, {threads}; commit {first.commit}, "
-        f"{first.time_utc[:10]}."
+        f"{first.system}: {first.device}, {first.backend}, threads a rank: "
+        f"{first.threads_per_rank}; commit {first.commit}, {first.time_utc[:10]}."
     )
     width = round(figure.get_figwidth() * 16)
     lines = [textwrap.fill(text, width) for text in (" ".join(notes), origin)]
     figure.supxlabel("\n".join(lines), fontsize=8, x=0.01, ha="left")
+    return figure
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from flashhead_dist.report.figures import (
     PROJECTED_GREY,
     Chart,
     Section,
+    head_legend,
     log_numbers,
     size_axis,
     style_of,
@@ -225,17 +226,10 @@ def projection_section(
         *([f"Left out: {'; '.join(sorted(left_out))}."] if left_out else []),
     ]
     by_name = {system.name: system for system in systems}
-    return Section(
-        key="projection",
-        title="Projection to other systems",
-        notes=tuple(notes),
-        frame=frame,
-        charts=tuple(
-            _chart(cell, by_name[cell["system"].iloc[0]], run.batch_sizes) for cell in cells
-        ),
-        columns=len(run.batch_sizes),
-        legend=(*((head, head) for head in heads), ("hollow--", "PROJECTED")),
-    )
+    charts = [_chart(cell, by_name[cell["system"].iloc[0]], run.batch_sizes) for cell in cells]
+    legend = [*head_legend(heads), ("hollow--", "PROJECTED")]
+    title, columns = "Projection to other systems", len(run.batch_sizes)
+    return Section("projection", title, notes, frame, charts, columns, legend)
 
 
 def _projected(cost: StepCost, error: ModelError) -> dict[str, Any]:
@@ -280,12 +274,8 @@ def _sentences(cell: pd.DataFrame) -> list[str]:
 def _chart(cell: pd.DataFrame, system: System, batch_sizes: Sequence[int]) -> str:
     batch_size = cell["batch_size"].iloc[0]
     name = "".join(c if c.isalnum() else "-" for c in system.name)
-    chart = Chart(
-        f"projection-{name}-b{batch_size}",
-        f"PROJECTED: {system.name}, batch {batch_size}",
-        place=list(batch_sizes).index(batch_size) + 1,
-        columns=len(batch_sizes),
-    )
+    key, title = f"projection-{name}-b{batch_size}", f"PROJECTED: {system.name}, batch {batch_size}"
+    chart = Chart(key, title, (list(batch_sizes).index(batch_size) + 1, len(batch_sizes)))
     axes = chart.axes
     axes.set_facecolor(PROJECTED_GREY)
     for head, own in cell.groupby("head", sort=False):

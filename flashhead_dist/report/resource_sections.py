@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from flashhead_dist.report.figures import (
     style_of,
 )
 from flashhead_dist.report.runs import RunFolder, table_frame
+from flashhead_dist.report.step_sections import by_batch
 from flashhead_profiles.readers import Profile, read_profile
 from flashhead_profiles.traces import TraceError, medians
 
@@ -47,22 +48,11 @@ def wire_section(run: RunFolder) -> Section:
     notes += _protocol_notes(sending)
     reasons = sending.loc[sending["counted_bytes_per_row"].isna(), "counted_reason"]
     notes += [f"Counted bytes are missing because {reason}." for reason in sorted(set(reasons))]
-    return Section(
-        key="wire",
-        title=title,
-        notes=tuple(notes),
-        frame=table_frame(sending, "wire"),
-        charts=tuple(
-            _wire_chart(run, sending, size, place)
-            for place, size in enumerate(run.batch_sizes, start=1)
-        ),
-        columns=len(run.batch_sizes),
-        legend=(
-            *head_legend([head for head in run.heads if head not in silent]),
-            ("o", "counted by the network interface"),
-            ("hollow", "analytic: what a ring sends"),
-        ),
-    )
+    charts, columns = by_batch(run, partial(_wire_chart, run, sending))
+    legend = head_legend([head for head in run.heads if head not in silent])
+    legend += [("o", "counted by the network interface"), ("hollow", "analytic: what a ring sends")]
+    frame = table_frame(sending, "wire")
+    return Section("wire", title, notes, frame, charts, columns, legend)
 
 
 def _protocol_notes(sending: pd.DataFrame) -> list[str]:
@@ -88,15 +78,13 @@ def _protocol_notes(sending: pd.DataFrame) -> list[str]:
     return notes
 
 
-def _wire_chart(run: RunFolder, sending: pd.DataFrame, batch_size: int, place: int) -> str:
+def _wire_chart(
+    run: RunFolder, sending: pd.DataFrame, batch_size: int, cell: tuple[int, int]
+) -> str:
     sizes = sorted(sending["tp_size"].unique())
     batch = sending[(sending["batch_size"] == batch_size) & (sending["sent_bytes_per_row"] > 0)]
-    chart = Chart(
-        f"wire-{run.letter}-b{batch_size}",
-        f"Bytes sent for a row, batch {batch_size}",
-        place=place,
-        columns=len(run.batch_sizes),
-    )
+    key, title = f"wire-{run.letter}-b{batch_size}", f"Bytes sent for a row, batch {batch_size}"
+    chart = Chart(key, title, cell)
     draw_bytes(chart.axes, batch, run.heads, sizes)
     known = sending[["sent_bytes_per_row", "counted_bytes_per_row"]].replace(0, np.nan)
     if known.notna().any(axis=None):
@@ -138,16 +126,12 @@ def device_counts_section(run: RunFolder) -> Section:
     frame = counts.drop(unknown.index).drop(columns="reason").reset_index(drop=True)
     if frame.empty:
         return Section("device_counts", title, missing=" ".join(reasons))
-    return Section(
-        key="device_counts",
-        title=title,
-        notes=(
-            "Bytes of a step over all ranks, and of anything else that uses the same GPU or link. "
-            "Counters named gpm, and memory, come from rates between two samples.",
-            *reasons,
-        ),
-        frame=frame,
-    )
+    notes = [
+        "Bytes of a step over all ranks, and of anything else that uses the same GPU or link. "
+        "Counters named gpm, and memory, come from rates between two samples.",
+        *reasons,
+    ]
+    return Section("device_counts", title, notes, frame)
 
 
 def roofline_section(run: RunFolder) -> Section:
@@ -158,30 +142,17 @@ def roofline_section(run: RunFolder) -> Section:
         "ranks. Above 100 %: some bytes came from a cache. On grey: isolated compute.",
         *(f"Bandwidth: {method}." for method in methods),
     ]
-    return Section(
-        key="roofline",
-        title="Share of the memory bandwidth",
-        notes=tuple(notes),
-        frame=table_frame(run.frame, "roofline"),
-        charts=tuple(
-            _roofline_chart(run, size, place) for place, size in enumerate(run.batch_sizes, start=1)
-        ),
-        columns=len(run.batch_sizes),
-        legend=head_legend(run.heads),
-    )
+    frame = table_frame(run.frame, "roofline")
+    charts, columns = by_batch(run, partial(_roofline_chart, run))
+    title, legend = "Share of the memory bandwidth", head_legend(run.heads)
+    return Section("roofline", title, notes, frame, charts, columns, legend)
 
 
-def _roofline_chart(run: RunFolder, batch_size: int, place: int) -> str:
+def _roofline_chart(run: RunFolder, batch_size: int, cell: tuple[int, int]) -> str:
     batch = run.frame[run.frame["batch_size"] == batch_size]
-    chart = head_chart(
-        f"roofline-{run.letter}-b{batch_size}",
-        f"Share of bandwidth, batch {batch_size}",
-        batch,
-        "roofline_share",
-        "{:.0%} of a plain read",
-        heads=run.heads,
-        cell=(place, len(run.batch_sizes)),
-    )
+    key, title = f"roofline-{run.letter}-b{batch_size}", f"Share of bandwidth, batch {batch_size}"
+    text = "{:.0%} of a plain read"
+    chart = head_chart(key, title, batch, "roofline_share", text, run.heads, cell)
     chart.axes.axhline(1.0, color=GREY, linestyle=":", linewidth=1.2)
     chart.axes.set_ylim(0, max(1.2, 1.15 * run.frame["roofline_share"].max()))
     chart.axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
@@ -215,18 +186,13 @@ def memory_section(run: RunFolder) -> Section:
         if len(known):
             known = known.assign(measured=True, megabytes=known[column] / 1e6)
             name, text, cell = f"memory-{key}-{run.letter}", "{:,.1f} MB", (place, 2)
-            chart = head_chart(name, title, known, "megabytes", text, heads=run.heads, cell=cell)
+            chart = head_chart(name, title, known, "megabytes", text, run.heads, cell)
             log_numbers(chart.axes)
             chart.axes.set_ylabel("MB")
             charts.append(chart.html())
+    legend = head_legend(run.heads)
     return Section(
-        key="memory",
-        title="Memory of a rank",
-        notes=tuple(notes),
-        frame=table_frame(frame, "memory"),
-        charts=tuple(charts),
-        columns=2,
-        legend=head_legend(run.heads),
+        "memory", "Memory of a rank", notes, table_frame(frame, "memory"), charts, 2, legend
     )
 
 
@@ -253,14 +219,9 @@ def fidelity_section(run: RunFolder) -> Section:
             f"{' and '.join(rounding)}: logits are rounded to {run.first.dtype} and many tie, so "
             f"the misses are ties."
         )
-    return Section(
-        key="fidelity",
-        title=title,
-        notes=tuple(notes),
-        frame=table_frame(frame, "fidelity"),
-        charts=(_fidelity_chart(run, frame),),
-        legend=(("o", "all test states"), ("hollow", "worst source of texts")),
-    )
+    legend = [("o", "all test states"), ("hollow", "worst source of texts")]
+    chart, frame = _fidelity_chart(run, frame), table_frame(frame, "fidelity")
+    return Section("fidelity", title, notes, frame, [chart], 1, legend)
 
 
 def _fidelity_chart(run: RunFolder, frame: pd.DataFrame) -> str:

@@ -170,12 +170,8 @@ def _facts(folder: Path, records: Sequence[ServingRecord]) -> dict[str, str]:
 
 def _chart(summary: pd.DataFrame, tp_size: int, key: str, place: int) -> str:
     name = _FIGURES[key]
-    chart = Chart(
-        f"serving-{key.replace('_', '-')}-tp{tp_size}",
-        f"{name}, tp {tp_size}",
-        place=place,
-        columns=len(_FIGURES),
-    )
+    name_of = f"serving-{key.replace('_', '-')}-tp{tp_size}"
+    chart = Chart(name_of, f"{name}, tp {tp_size}", (place, len(_FIGURES)))
     for head, own in summary.groupby("head", sort=False):
         look = {"color": _COLORS[str(head)], "marker": "s" if head == DENSE else "o"}
         text = f"{head}, concurrency {{}}: {{:,.1f}} {name}"

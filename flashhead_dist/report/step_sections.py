@@ -6,7 +6,8 @@ of that frame. Batch sizes or `tp_size` are the columns of a section's grid of c
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -44,7 +45,7 @@ def latency_chart(run: RunFolder, batch_size: int, key: str, cell: tuple[int, in
     batch = run.frame[run.frame["batch_size"] == batch_size]
     batch = batch.assign(low=batch["p10_us"], high=batch["p90_us"])
     title = f"Latency, batch {batch_size}"
-    chart = head_chart(key, title, batch, "median_us", "{:,.0f} µs", heads=run.heads, cell=cell)
+    chart = head_chart(key, title, batch, "median_us", "{:,.0f} µs", run.heads, cell)
     draw_ideal(chart.axes, batch, BASELINE)
     log_numbers(chart.axes)
     # One scale for all batch sizes, with room for the word above what is projected.
@@ -52,6 +53,12 @@ def latency_chart(run: RunFolder, batch_size: int, key: str, cell: tuple[int, in
     chart.axes.set_ylim(0.7 * known.min().min(), 1.7 * known.max().max())
     chart.axes.set_ylabel("µs a step")
     return chart.html()
+
+
+def by_batch(run: RunFolder, draw: Callable[[int, tuple[int, int]], str]) -> tuple[list[str], int]:
+    """A chart a batch size, side by side, and their number; draw: of a batch size and its cell."""
+    sizes = run.batch_sizes
+    return [draw(size, (place, len(sizes))) for place, size in enumerate(sizes, 1)], len(sizes)
 
 
 def latency_section(run: RunFolder) -> Section:
@@ -66,24 +73,14 @@ def latency_section(run: RunFolder) -> Section:
     if run.frame["median_us"].isna().any():
         notes.append("Sizes whose communication is unknown are left out of the charts.")
     wall_us = run.frame["wall_median_us"].where(~run.frame["measured"])
-    sizes = run.batch_sizes
-    return Section(
-        key="latency",
-        title="Latency of a step",
-        notes=tuple(notes),
-        frame=table_frame(run.frame.assign(wall_median_us=wall_us), "latency"),
-        charts=tuple(
-            latency_chart(run, size, f"latency-{run.letter}-b{size}", (place, len(sizes)))
-            for place, size in enumerate(sizes, start=1)
-        ),
-        columns=len(sizes),
-        legend=(
-            *head_legend(run.heads),
-            ("o-", "measured"),
-            *([("hollow--", "PROJECTED")] if projected else []),
-            (":", f"ideal: {BASELINE} at tp 1, over tp"),
-        ),
+    legend = [*head_legend(run.heads), ("o-", "measured")]
+    legend += [("hollow--", "PROJECTED")] if projected else []
+    legend += [(":", f"ideal: {BASELINE} at tp 1, over tp")]
+    frame = table_frame(run.frame.assign(wall_median_us=wall_us), "latency")
+    charts, columns = by_batch(
+        run, lambda size, cell: latency_chart(run, size, f"latency-{run.letter}-b{size}", cell)
     )
+    return Section("latency", "Latency of a step", notes, frame, charts, columns, legend)
 
 
 def split_section(run: RunFolder) -> Section:
@@ -96,33 +93,25 @@ def split_section(run: RunFolder) -> Section:
         "exchange": "exchange without waiting",
         "waiting": "longest wait of another rank",
     }
-    return Section(
-        key="split",
-        title="Parts of a step",
-        notes=(
-            "Parts of the step of the rank that computes longest. The thin bar is the longest wait "
-            "of another rank. On grey the exchange is not measured, because ranks share cores.",
-            *(f"Method: {method}." for method in methods),
-        ),
-        frame=table_frame(run.frame, "split"),
-        charts=tuple(
-            _split_chart(run, cell, run.tp_sizes.index(int(cell["tp_size"].iloc[0])) + 1)
-            for _, cell in run.frame.groupby(["batch_size", "tp_size"])
-        ),
-        columns=len(run.tp_sizes),
-        legend=tuple((PART_COLORS[part], text) for part, text in names.items()),
-    )
+    notes = [
+        "Parts of the step of the rank that computes longest. The thin bar is the longest wait of "
+        "another rank. On grey the exchange is not measured, because ranks share cores.",
+        *(f"Method: {method}." for method in methods),
+    ]
+    charts = [_split_chart(run, cell) for _, cell in run.frame.groupby(["batch_size", "tp_size"])]
+    legend = [(PART_COLORS[part], text) for part, text in names.items()]
+    frame = table_frame(run.frame, "split")
+    return Section("split", "Parts of a step", notes, frame, charts, len(run.tp_sizes), legend)
 
 
-def _split_chart(run: RunFolder, cell: pd.DataFrame, place: int) -> str:
+def _split_chart(run: RunFolder, cell: pd.DataFrame) -> str:
     first = cell.iloc[0]
+    batch_size, tp_size = first["batch_size"], first["tp_size"]
+    place = run.tp_sizes.index(int(tp_size)) + 1
     chart = Chart(
-        f"split-{run.letter}-b{first['batch_size']}-tp{first['tp_size']}",
-        f"tp {first['tp_size']}, batch {first['batch_size']}",
-        height_px=62 + 25 * len(cell),
-        place=place,
-        columns=len(run.tp_sizes),
-    )
+        f"split-{run.letter}-b{batch_size}-tp{tp_size}", f"tp {tp_size}, batch {batch_size}",
+        (place, len(run.tp_sizes)), height_px=62 + 25 * len(cell),
+    )  # fmt: skip
     axes = chart.axes
     if not first["measured"]:
         axes.set_facecolor(PROJECTED_GREY)
@@ -161,22 +150,18 @@ def scaling_section(run: RunFolder) -> Section:
     if known.empty:
         missing = "nothing was measured at tp 1, which speedups refer to"
         return Section("scaling", title, missing=missing)
-    return Section(
-        key="scaling",
-        title=title,
-        notes=("Each head against its own step at tp 1. Bars: p10 to p90. On grey: PROJECTED.",),
-        frame=table_frame(known, "scaling"),
-        charts=tuple(
-            _scaling_chart(run, known, size, y, place)
-            for y in ("speedup", "scaling_efficiency")
-            for place, size in enumerate(run.batch_sizes, start=1)
-        ),
-        columns=len(run.batch_sizes),
-        legend=(*head_legend(run.heads), (":", "ideal")),
-    )
+    notes = ["Each head against its own step at tp 1. Bars: p10 to p90. On grey: PROJECTED."]
+    charts: list[str] = []
+    for y in ("speedup", "scaling_efficiency"):
+        row, columns = by_batch(run, partial(_scaling_chart, run, known, y))
+        charts += row
+    legend = [*head_legend(run.heads), (":", "ideal")]
+    return Section("scaling", title, notes, table_frame(known, "scaling"), charts, columns, legend)
 
 
-def _scaling_chart(run: RunFolder, frame: pd.DataFrame, batch_size: int, y: str, place: int) -> str:
+def _scaling_chart(
+    run: RunFolder, frame: pd.DataFrame, y: str, batch_size: int, cell: tuple[int, int]
+) -> str:
     batch = frame[frame["batch_size"] == batch_size]
     is_speedup = y == "speedup"
     divisor = 1 if is_speedup else batch["tp_size"]
@@ -192,15 +177,8 @@ def _scaling_chart(run: RunFolder, frame: pd.DataFrame, batch_size: int, y: str,
         if is_speedup
         else ("efficiency", "Efficiency", "{:.0%}")
     )
-    chart = head_chart(
-        f"{key}-{run.letter}-b{batch_size}",
-        f"{name}, batch {batch_size}",
-        batch,
-        y,
-        text,
-        heads=run.heads,
-        cell=(place, len(run.batch_sizes)),
-    )
+    key, title = f"{key}-{run.letter}-b{batch_size}", f"{name}, batch {batch_size}"
+    chart = head_chart(key, title, batch, y, text, run.heads, cell)
     sizes = sorted(batch["tp_size"].unique())
     ideal = sizes if is_speedup else [1.0] * len(sizes)
     chart.axes.plot(sizes, ideal, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
@@ -231,21 +209,13 @@ def ranks_section(run: RunFolder) -> Section:
     head = DEFAULT_HEAD if DEFAULT_HEAD in run.heads else run.heads[0]
     notes.append(f"The charts show {head}. On grey: isolated compute; waiting is PROJECTED.")
     rows = [row for record in records for row in _rank_rows(record)]
+    frame = pd.DataFrame(rows).dropna(axis="columns", how="all")
     drawn = [r for r in records if r.head == head and r.split.by_rank_us["other"]]
     drawn.sort(key=lambda r: (r.batch_size, r.tp_size))
-    sizes = [size for size in run.tp_sizes if size > 1]
-    return Section(
-        key="ranks",
-        title=title,
-        notes=tuple(notes),
-        frame=pd.DataFrame(rows).dropna(axis="columns", how="all"),
-        charts=tuple(
-            _ranks_chart(run, record, slow_at.get((record.batch_size, record.tp_size)), sizes)
-            for record in drawn
-        ),
-        columns=len(sizes),
-        legend=tuple((PART_COLORS[part], part) for part in PARTS),
-    )
+    charts = [_ranks_chart(run, r, slow_at.get((r.batch_size, r.tp_size))) for r in drawn]
+    legend = [(PART_COLORS[part], part) for part in PARTS]
+    columns = sum(size > 1 for size in run.tp_sizes)
+    return Section("ranks", title, notes, frame, charts, columns, legend)
 
 
 def slow_ranks(records: list[Record]) -> pd.DataFrame:
@@ -317,14 +287,13 @@ def _rank_rows(record: Record) -> list[dict[str, object]]:
     ]
 
 
-def _ranks_chart(run: RunFolder, record: Record, slow: int | None, sizes: list[int]) -> str:
+def _ranks_chart(run: RunFolder, record: Record, slow: int | None) -> str:
+    sizes = [size for size in run.tp_sizes if size > 1]
     chart = Chart(
         f"ranks-{run.letter}-tp{record.tp_size}-b{record.batch_size}",
         f"{record.head}, tp {record.tp_size}, batch {record.batch_size}",
-        height_px=200,
-        place=sizes.index(record.tp_size) + 1,
-        columns=len(sizes),
-    )
+        (sizes.index(record.tp_size) + 1, len(sizes)), height_px=200,
+    )  # fmt: skip
     if not record.measured:
         chart.axes.set_facecolor(PROJECTED_GREY)
     tops = [0.0] * record.tp_size
@@ -379,34 +348,24 @@ def crossover_section(run: RunFolder) -> Section:
         ]
     )
     frame["scan_over_retrieval"] = frame["scan_us"] / frame["retrieval_us"]
-    return Section(
-        key="crossover",
-        title=title,
-        notes=(
-            "Compute of the slowest rank, median of 7 rounds. On grey a scan takes less time.",
-            *crossover_notes({size: crossovers[size] for size in sizes}, run.records),
-        ),
-        frame=frame,
-        charts=tuple(
-            _crossover_chart(run, frame[frame["tp_size"] == tp], crossovers[tp], place, len(sizes))
-            for place, tp in enumerate(sizes, start=1)
-        ),
-        columns=len(sizes),
-        legend=((DEFAULT_HEAD, "retrieval"), (BASELINE, "scan of the rank's rows")),
-    )
+    notes = [
+        "Compute of the slowest rank, median of 7 rounds. On grey a scan takes less time.",
+        *crossover_notes({size: crossovers[size] for size in sizes}, run.records),
+    ]
+    charts = [
+        _crossover_chart(run, frame[frame["tp_size"] == tp], crossovers[tp], (place, len(sizes)))
+        for place, tp in enumerate(sizes, start=1)
+    ]
+    legend = [(DEFAULT_HEAD, "retrieval"), (BASELINE, "scan of the rank's rows")]
+    return Section("crossover", title, notes, frame, charts, len(sizes), legend)
 
 
 def _crossover_chart(
-    run: RunFolder, frame: pd.DataFrame, crossover: Crossover, place: int, columns: int
+    run: RunFolder, frame: pd.DataFrame, crossover: Crossover, cell: tuple[int, int]
 ) -> str:
     tp_size = frame["tp_size"].iloc[0]
-    chart = Chart(
-        f"crossover-{run.letter}-tp{tp_size}",
-        f"Retrieval or scan, tp {tp_size}",
-        height_px=220,
-        place=place,
-        columns=columns,
-    )
+    key, title = f"crossover-{run.letter}-tp{tp_size}", f"Retrieval or scan, tp {tp_size}"
+    chart = Chart(key, title, cell, height_px=220)
     sizes = frame["batch_size"].tolist()
     for name, head in (("retrieval", DEFAULT_HEAD), ("scan", BASELINE)):
         text = name + ", batch {}: {:,.0f} µs"
@@ -441,23 +400,15 @@ def pipeline_section(run: RunFolder) -> Section:
             f"{run.folder / PIPELINE_NAME} is damaged ({error!r}): write it again with "
             f"launch/bench_pipeline.py --run-dir, or remove it"
         ) from error
-    return Section(
-        key="pipeline",
-        title=title,
-        notes=(
-            note,
-            "Bubble: mean share of time that a stage is idle. Formula: equal stages, flushed every "
-            "step (GPipe, section 2.3). Free messages: the stages' measured compute, replayed.",
-        ),
-        frame=frame,
-        charts=(chart,),
-        legend=(
-            *((color, schedule) for schedule, color in _SCHEDULE_COLORS.items()),
-            ("o", "measured"),
-            (":", "equal stages, by formula"),
-            ("--", "these stages, free messages"),
-        ),
-    )
+    notes = [
+        note,
+        "Bubble: mean share of time that a stage is idle. Formula: equal stages, flushed every "
+        "step (GPipe, section 2.3). Free messages: the stages' measured compute, replayed.",
+    ]
+    legend = [(color, schedule) for schedule, color in _SCHEDULE_COLORS.items()]
+    legend += [("o", "measured"), (":", "equal stages, by formula")]
+    legend += [("--", "these stages, free messages")]
+    return Section("pipeline", title, notes, frame, [chart], 1, legend)
 
 
 def _pipeline_note(document: Mapping[str, Any]) -> str:
