@@ -11,6 +11,7 @@ like any other. Results are cached by configuration and transformers version.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
@@ -172,8 +173,10 @@ def write_contract(config: str | Path, target: str | Path) -> None:
 
 
 def _without_weights(model_class: Any, config: Any) -> Any:
+    # transformers writes its dtype and attention into the configuration.
+    own = copy.deepcopy(config)
     with torch.device("meta"):
-        model = model_class._from_config(config, dtype=torch.float32, attn_implementation="eager")
+        model = model_class._from_config(own, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
 
 

@@ -124,6 +124,13 @@ def test_contract_is_what_the_class_does(
     assert found.vocab_size == V
 
 
+def test_fitting_leaves_a_models_own_configuration() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=torch.bfloat16)
+    before = model.config.to_dict(), model.config._attn_implementation
+    fit_contract(type(model), model.config)
+    assert (model.config.to_dict(), model.config._attn_implementation) == before
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_nested_text_model(tied: bool) -> None:
     text = SIZES | {"final_logit_softcapping": 5.0}
