@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 _LINE_EVERY_S = 10.0
+_LEAST_SHARE = 0.05
+"""Before this share is done, no estimate is better than a bad one."""
 
 
 class Advance:
@@ -44,9 +46,9 @@ class Advance:
         self._show(self, True)
 
     def times(self) -> str:
-        """Time elapsed, and an estimate of the time left once a part is finished."""
+        """Time elapsed, and an estimate of the time left once some units are finished."""
         elapsed_s = time.perf_counter() - self._start_s
-        if self.done <= 0 or self.done >= self.total or elapsed_s < 1:
+        if self.done < _LEAST_SHARE * self.total or self.done >= self.total or elapsed_s < 1:
             return duration(elapsed_s)
         left_s = elapsed_s * (self.total - self.done) / self.done
         return f"{duration(elapsed_s)}, about {duration(left_s)} left"

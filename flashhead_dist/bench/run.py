@@ -183,7 +183,7 @@ class Run:
                 path = self.folder / RECORDS_NAME if control.is_first else Path(os.devnull)
                 writer = stack.enter_context(RecordWriter(path))
             advance = stack.enter_context(
-                progress("starting", total=plan.total_weight, visible=control.is_first)
+                progress("starting", total=plan.num_stages, visible=control.is_first)
             )
             self.sweep = Sweep(
                 plan=plan,

@@ -7,7 +7,7 @@ before the next group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Protocol
@@ -67,16 +67,16 @@ class Plan:
     """Measure anew what another run kept: where flashhead_auto changes over."""
 
     @property
-    def total_weight(self) -> int:
-        """Sum of the weights with which `Progress.stage` is called."""
-        return sum(self.tp_sizes) * (2 + len(self.batch_sizes))
+    def num_stages(self) -> int:
+        """How often `Progress.stage` is called; each takes about as long."""
+        return len(self.tp_sizes) * (2 + len(self.batch_sizes))
 
 
 class Progress(Protocol):
     """Tells a person how far the sweep is."""
 
-    def stage(self, text: str, weight: float) -> None:
-        """A stage begins that takes time in proportion to its weight; the one before is done."""
+    def stage(self, text: str) -> None:
+        """A stage begins; the one before it is done."""
 
 
 @dataclass(kw_only=True)
@@ -137,17 +137,16 @@ class Sweep:
             group = self.control.among(range(max(fitting)), "exchange-costs")
             self.costs = time_exchange_costs(place, group)
         # The ranks outside that group project with them too.
-        self.costs = _shared_costs(self.costs, self.control)
+        known = self.control.broadcast([[name, asdict(cost)] for name, cost in self.costs.items()])
+        self.costs = {Operation(name): ExchangeCost(**cost) for name, cost in known}
 
     def _measure_group(self, place: TensorParallel) -> None:
         plan, workload, tp_size = self.plan, self.workload, place.tp_size
         group = self.control.among(range(tp_size), f"tp{tp_size}")
         states = workload.states.to(device=place.device, dtype=plan.dtype)
-        self.progress.stage(f"tp {tp_size}: loading {', '.join(plan.heads)}", tp_size)
+        self.progress.stage(f"tp {tp_size}: loading {', '.join(plan.heads)}")
         heads, peaks = self._load_heads(place, group, states[:1])
-        self.progress.stage(
-            f"tp {tp_size}: agreement with the dense head, {len(states)} states", tp_size
-        )
+        self.progress.stage(f"tp {tp_size}: agreement with the dense head, {len(states)} states")
         facts = gather_facts(heads, peaks, workload, group, states)
         note = capture_note(list(heads.values()))
         if note is not None and note not in self.notes:
@@ -167,7 +166,7 @@ class Sweep:
         wire = WireCounter(group, self.host) if counts else None
         bandwidth = measure_bandwidth(place, group, in_turn=self._oversubscribed(tp_size))
         for batch_size in plan.batch_sizes:
-            self.progress.stage(f"tp {tp_size}: batch {batch_size}", tp_size)
+            self.progress.stage(f"tp {tp_size}: batch {batch_size}")
             cells = measure_cell(
                 heads,
                 batches_of(states, batch_size),
@@ -230,7 +229,7 @@ class Sweep:
     ) -> None:
         baseline_us = latency_us(cells[BASELINE])[0] if BASELINE in cells else None
         for name, cell in cells.items():
-            one_rank_us = find_median_us(self.records, name, 1, batch_size)
+            one_rank_us = latency_us(cell)[0] if tp_size == 1 else self._median_us(name, batch_size)
             record = assemble_record(
                 facts[name],
                 cell,
@@ -238,11 +237,20 @@ class Sweep:
                 self.plan.fit(tp_size),
                 self.provenance(),
                 bandwidth=bandwidth,
-                one_rank_us=latency_us(cell)[0] if tp_size == 1 else one_rank_us,
+                one_rank_us=one_rank_us,
                 baseline_us=baseline_us,
             )
             self.records.append(record)
             self.write(record)
+
+    def _median_us(self, head: str, batch_size: int) -> float | None:
+        """Latency on one rank, from an earlier record."""
+        found = [
+            r.median_us
+            for r in self.records
+            if (r.head, r.tp_size, r.batch_size) == (head, 1, batch_size)
+        ]
+        return found[0] if found else None
 
 
 def batches_of(states: Tensor, batch_size: int) -> list[Tensor]:
@@ -255,21 +263,6 @@ def batches_of(states: Tensor, batch_size: int) -> list[Tensor]:
     rows = torch.arange(num_batches * batch_size, device=states.device)
     spread = (rows * max(1, len(states) // len(rows))) % len(states)
     return [states[spread[first::num_batches]] for first in range(num_batches)]
-
-
-def _shared_costs(
-    costs: Mapping[Operation, ExchangeCost], control: Control
-) -> dict[Operation, ExchangeCost]:
-    known = control.broadcast(
-        [
-            [operation.value, cost.us_per_step, cost.us_per_byte, cost.fitted_at_tp_size]
-            for operation, cost in costs.items()
-        ]
-    )
-    return {
-        Operation(name): ExchangeCost(us_per_step, us_per_byte, tp_size)
-        for name, us_per_step, us_per_byte, tp_size in known
-    }
 
 
 def _start_kernels(plan: Plan, one_state: Tensor) -> None:
@@ -415,17 +408,6 @@ def latency_us(cell: HeadCell) -> tuple[float | None, str | None]:
         "the slowest rank's compute measured alone, plus the ring model of exchanges with "
         "constants timed at the largest tp_size that fits this machine"
     )
-
-
-def find_median_us(
-    records: Iterable[Record], head: str, tp_size: int, batch_size: int
-) -> float | None:
-    """Latency of an earlier record of the run, or None."""
-    key = (head, tp_size, batch_size)
-    for record in records:
-        if (record.head, record.tp_size, record.batch_size) == key:
-            return record.median_us
-    return None
 
 
 def _each(total: float | None, senders: int) -> float | None:

@@ -11,7 +11,7 @@ from flashhead_dist.bench.cell import HeadCell
 from flashhead_dist.bench.memory import MemoryBandwidth
 from flashhead_dist.bench.records import Provenance, Record, read_records
 from flashhead_dist.bench.split import RankParts, split_together
-from flashhead_dist.bench.sweep import HeadFacts, assemble_record, find_median_us
+from flashhead_dist.bench.sweep import HeadFacts, assemble_record
 from flashhead_dist.bench.timer import Latency
 from flashhead_profiles.counters import CountedBytes
 from flashhead_topology.machine import Oversubscription
@@ -125,9 +125,3 @@ def test_the_roofline_is_that_of_the_rank_that_computes_longest() -> None:
     assert alone.roofline_share == pytest.approx(400 / 300)
     assert alone.memory_bandwidth_bytes_per_s_by_rank == [1e9, 2e9]
     assert alone.read_bytes_by_rank == [400_000, 300_000]
-
-
-def test_earlier_records_are_found_by_head_size_and_batch() -> None:
-    records = read_records(DATA)
-    assert find_median_us(records, "flashhead", 2, 1) == pytest.approx(2150.0)
-    assert find_median_us(records, "flashhead", 3, 1) is None

@@ -33,10 +33,10 @@ Run = Callable[..., list[Any]]
 
 class _Silent:
     def __init__(self) -> None:
-        self.stages: list[float] = []
+        self.stages: list[str] = []
 
-    def stage(self, text: str, weight: float) -> None:
-        self.stages.append(weight)
+    def stage(self, text: str) -> None:
+        self.stages.append(text)
 
 
 def _sweep(
@@ -96,7 +96,7 @@ def _rank_sweep(
     records = sweep.run(split_tensor_parallel((1, 2, 3)))
     return {
         "records": [asdict(record) for record in records],
-        "weights": (sum(progress.stages), sweep.plan.total_weight),
+        "num_stages": (len(progress.stages), sweep.plan.num_stages),
         "costs": len(sweep.costs),
     }
 
@@ -125,8 +125,8 @@ def test_every_cell_gives_a_record_on_the_first_rank_alone(
     assert swept[1]["records"] == swept[2]["records"] == []
 
 
-def test_the_weights_of_the_stages_add_up_to_the_total(swept: list[dict[str, Any]]) -> None:
-    assert swept[0]["weights"][0] == swept[0]["weights"][1]
+def test_progress_announces_as_many_stages_as_there_are(swept: list[dict[str, Any]]) -> None:
+    assert swept[0]["num_stages"][0] == swept[0]["num_stages"][1]
 
 
 def test_three_ranks_on_two_cores_are_projected_and_fewer_measured(

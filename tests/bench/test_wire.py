@@ -17,12 +17,13 @@ import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from flashhead_dist.bench.control import Control
-from flashhead_dist.bench.wire import WireCounter
+from flashhead_dist.bench.wire import DeviceCount, WireCounter, sum_over_ranks
 from flashhead_dist.parallel import (
     Exchange,
     Operation,
     split_tensor_parallel,
 )
+from flashhead_profiles.counters import MEMORY, NVLINK_SENT, NVLINK_SENT_GPM, PCIE_SENT, Counted
 from flashhead_topology.links import ring_sent_bytes
 
 LARGE_BYTES = 1 << 20
@@ -133,3 +134,24 @@ def test_counted_bytes_are_the_analytic_ones_from_512_kib_on(tmp_path: Path) -> 
         else:
             protocol_bytes = (counted - analytic) / 2
             assert 100 < protocol_bytes < 2000, (operation, size, protocol_bytes)
+
+
+def test_counts_are_bytes_of_one_step_over_all_ranks_beside_the_analytic_ones() -> None:
+    ranks = [
+        {NVLINK_SENT: Counted(4000.0), NVLINK_SENT_GPM: Counted(5000.0), MEMORY: Counted(1e9)},
+        {NVLINK_SENT: Counted(6000.0), NVLINK_SENT_GPM: Counted(7000.0), MEMORY: Counted(3e9)},
+    ]
+    links, totals, memory = sum_over_ranks(ranks, 10, sent_bytes=800.0, read_bytes=300)
+    assert links == DeviceCount(
+        name=NVLINK_SENT, bytes_per_step=1000.0, analytic_bytes_per_step=800.0, reason=None
+    )
+    assert (totals.name, totals.bytes_per_step) == (NVLINK_SENT_GPM, 1200.0)
+    assert totals.analytic_bytes_per_step == 800.0
+    assert (memory.bytes_per_step, memory.analytic_bytes_per_step) == (4e8, 300)
+
+
+def test_a_count_that_one_rank_misses_is_missing_with_its_reason() -> None:
+    """Summing what is known would give half of what two ranks sent."""
+    ranks = [{PCIE_SENT: Counted(4000.0)}, {PCIE_SENT: Counted(None, "wrapped")}]
+    (count,) = sum_over_ranks(ranks, 10, sent_bytes=800.0, read_bytes=300)
+    assert (count.bytes_per_step, count.reason) == (None, "wrapped")

@@ -28,7 +28,7 @@ NUM_STATES = 8
 
 
 class _Silent:
-    def stage(self, text: str, weight: float) -> None:
+    def stage(self, text: str) -> None:
         """Say nothing."""
 
 

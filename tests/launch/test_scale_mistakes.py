@@ -159,10 +159,15 @@ def more_ranks_than_groups(ground: Ground) -> Mistake:
 
 
 WITH_SEVERAL_RANKS = (
-    *(m for m in WITH_ANY_RANKS if m not in (hidden_states_with_infinity, no_index)),
+    index_damaged_in_the_last_group,
+    index_damaged_in_the_last_group_but_one,
+    unknown_head,
+    hidden_states_with_nan,
+    runs_folder_that_is_a_file,
     fewer_tokens_than_ranks,
     more_ranks_than_groups,
 )
+"""What all ranks, the first or another one find."""
 
 
 def test_what_the_mistakes_are_made_in_works(
