@@ -122,22 +122,18 @@ def _ranks(frame: pd.DataFrame, head: str, batch_size: int) -> list[str]:
     ]
     text = _list(parts)
     best = best_size(frame, head, batch_size)
-    after = steps[steps["before"] == best]
-    if after.empty:
-        return [
-            f"{text[0].upper()}{text[1:]}.",
-            f"The step of {head} is shortest at tp {best}, the most ranks of this run.",
-        ]
-    (row,) = after.to_dict("records")
+    is_measured = frame.loc[frame["tp_size"] == best, "measured"].all()
+    shortest = f"The step of {head} is shortest at tp {best}{'' if is_measured else ' (PROJECTED)'}"
+    after = steps[steps["before"] == best].to_dict("records")
+    if not after:
+        return [f"{text[0].upper()}{text[1:]}.", f"{shortest}, the most ranks of this run."]
     reason = (
         "compute does not fall"
-        if row["saved_us"] <= 0
+        if after[0]["saved_us"] <= 0
         else "exchange and waiting cost more than the compute that they save"
     )
-    return [
-        f"{text[0].upper()}{text[1:]}.",
-        f"The step of {head} is shortest at tp {best}; at tp {row['after']} {reason}{_kind(row)}.",
-    ]
+    end = f"at tp {after[0]['after']} {reason}{_kind(after[0])}"
+    return [f"{text[0].upper()}{text[1:]}.", f"{shortest}; {end}."]
 
 
 def _kind(row: Mapping[Hashable, Any]) -> str:

@@ -79,6 +79,11 @@ def test_sentences_hold_the_figures_and_their_kind() -> None:
     assert "99.60 %" in text
 
 
+def test_a_shortest_step_that_is_projected_says_so() -> None:
+    text = " ".join(sentences(records_frame(golden()), 1))
+    assert "shortest at tp 8 (PROJECTED)" in text
+
+
 def test_sentences_of_a_head_that_was_not_measured_claim_nothing() -> None:
     frame = records_frame([r for r in golden() if r.head == "dense_gather"])
     assert sentences(frame, 1) == ["flashhead was not measured at batch 1."]

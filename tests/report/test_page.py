@@ -23,6 +23,7 @@ from flashhead_dist.report.runs import load_runs
 from tests.report.run_folders import changed, faster, pipeline_document, run_of, write_run
 
 pytest.importorskip("matplotlib")
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference_run"
 VOID = {"meta", "link", "br", "img", "input", "path", "use", "line", "rect"}
 
 
@@ -99,6 +100,16 @@ def test_every_figure_names_its_run(one: Report, two: Report) -> None:
     assert {"pipeline", "latency"} <= set(one.frames)
     assert set(two.frames["latency"]["run"]) == {"A", "B"}
     assert set(two.frames["comparison"]["run"]) == {"B"}
+
+
+def test_the_reference_run_opens_with_the_figures_that_are_stored() -> None:
+    frames = make_report(load_runs([REFERENCE])).frames
+    for name in ("latency", "scaling", "split", "wire", "roofline", "fidelity", "memory"):
+        stored = pd.read_csv(REFERENCE / "report" / f"{name}.csv")
+        keys = [key for key in ("batch_size", "tp_size", "head") if key in stored]
+        made = frames[name][list(stored)].sort_values(keys).reset_index(drop=True)
+        stored = stored.sort_values(keys).reset_index(drop=True)
+        pd.testing.assert_frame_equal(made, stored, check_dtype=False, rtol=1e-12)
 
 
 def test_a_name_from_a_record_is_text_and_no_markup(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from flashhead_dist.bench.records import Record, read_records
 from flashhead_dist.errors import UserError
-from flashhead_dist.report.pictures import bytes_figure, latency_figure, write_plots, write_report
+from flashhead_dist.report.pictures import bytes_figure, latency_figure, write_plots
 
 DATA = Path(__file__).parent / "data" / "records.jsonl"
 pytest.importorskip("matplotlib")
@@ -42,24 +42,20 @@ def texts(figure: Any) -> str:
     return " ".join(text.get_text() for text in figure.texts)
 
 
-def test_projected_latencies_are_hollow_and_dashed_and_said(records: list[Record]) -> None:
+def test_projected_latencies_are_hollow_dashed_and_on_grey(records: list[Record]) -> None:
     figure = latency_figure(records)
     assert len(figure.axes) == 2
+    (grey,) = figure.axes[0].patches
+    assert 2.2 < grey.get_x() < 7 < 9 < grey.get_x() + grey.get_width()
     drawn = lines(figure.axes[0])
     assert [line for line in drawn if line[0] == "-"] == [("-", False, [1, 2])] * 3
     assert [line for line in drawn if line[0] == "--"] == [("--", False, [2, 8])] * 3
     assert [line for line in drawn if line[1]] == [("None", True, [8])] * 3
-    assert "OVERSUBSCRIBED at tp 8 (8 ranks on 2 cores)" in texts(figure)
-    assert "PROJECTED" in texts(figure)
     assert "PROJECTED" in legend(figure)
-
-
-def test_projected_sizes_stand_on_grey_that_no_measured_one_touches(records: list[Record]) -> None:
-    axes = latency_figure(records).axes[0]
-    (ground,) = axes.patches
-    left, right = ground.get_x(), ground.get_x() + ground.get_width()
-    assert 2.2 < left < 7 < 9 < right
-    assert [text.get_text() for text in axes.texts] == ["PROJECTED"]
+    measured = latency_figure([record for record in records if record.measured])
+    assert "PROJECTED" not in legend(measured)
+    assert not measured.axes[0].patches
+    assert {line[0] for line in lines(measured.axes[0])} == {"-", ":"}
 
 
 def test_measured_latencies_carry_their_spread(records: list[Record]) -> None:
@@ -80,21 +76,11 @@ def test_ideal_scaling_divides_the_dense_baseline(records: list[Record]) -> None
     assert list(ideal.get_ydata()) == pytest.approx([alone, alone / 2, alone / 8])
 
 
-def test_a_size_without_a_known_latency_is_left_out_and_said(records: list[Record]) -> None:
+def test_a_size_without_a_known_latency_is_left_out(records: list[Record]) -> None:
     unknown = [r if r.measured else dataclasses.replace(r, median_us=None) for r in records]
     figure = latency_figure(unknown)
     assert {line[0] for line in lines(figure.axes[0])} == {"-", ":"}
     assert "Left out" in texts(figure)
-    assert "Left out" not in texts(latency_figure(records))
-
-
-def test_nothing_is_called_projected_where_all_is_measured(records: list[Record]) -> None:
-    measured = [record for record in records if record.measured]
-    figure = latency_figure(measured)
-    assert "OVERSUBSCRIBED" not in texts(figure)
-    assert "PROJECTED" not in legend(figure)
-    assert not figure.axes[0].patches
-    assert {line[0] for line in lines(figure.axes[0])} == {"-", ":"}
 
 
 def byte_points(figure: Any) -> tuple[set[tuple[int, float]], set[tuple[int, float]]]:
@@ -130,15 +116,6 @@ def test_bytes_that_were_not_counted_are_not_drawn(records: list[Record]) -> Non
     filled, rings = byte_points(bytes_figure(uncounted))
     assert filled == set()
     assert len(rings) == 4
-
-
-def test_a_head_that_sends_nothing_is_named(records: list[Record]) -> None:
-    silent = [
-        dataclasses.replace(r, sent_bytes_per_row=0.0) if r.head == "flashhead" else r
-        for r in records
-    ]
-    assert "Sends nothing: flashhead." in texts(bytes_figure(silent))
-    assert "Sends nothing" not in texts(bytes_figure(records))
 
 
 def test_many_batch_sizes_wrap_into_rows(records: list[Record]) -> None:
@@ -197,7 +174,3 @@ def test_missing_matplotlib_is_a_sentence(
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match="--skip-plots"):
         write_plots(records, tmp_path)
-
-
-def test_report_without_plots_is_the_summary(records: list[Record], tmp_path: Path) -> None:
-    assert [path.name for path in write_report(records, tmp_path, plots=False)] == ["summary.csv"]
