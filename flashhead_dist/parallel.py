@@ -124,8 +124,12 @@ class TensorParallel:
     exchange_method, exchange_reason: what carries the maximum of packed keys ("symmetric", "nccl",
         "gloo" or "none"), and why, in one sentence; the same on every rank.
 
-    Without a group and with `tp_size` > 1 it is a place only, for emulation: it can account for
-    nothing and refuses to run.
+    Without a group and with `tp_size` > 1 it names a rank for emulation, and refuses to run.
+
+    >>> import flashhead_dist as fh
+    >>> tp = fh.TensorParallel.single()
+    >>> (tp.tp_rank, tp.tp_size, tp.exchange_method)
+    (0, 1, 'none')
     """
 
     def __init__(

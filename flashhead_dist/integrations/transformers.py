@@ -59,6 +59,17 @@ def replace_head(
     Raises:
         UserError: a model of another kind, an index of other weights or another vocabulary, or an
             option out of range. The model is then as it was.
+
+    >>> import tempfile, torch, flashhead_dist as fh
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = dict(vocab_size=1000, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+    >>> folder = tempfile.mkdtemp()
+    >>> model.save_pretrained(folder)
+    >>> index = fh.build_index(folder, f"{folder}/index", calibrate=False, num_groups=8)
+    >>> model = fh.replace_head(model, index)
+    >>> model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, min_new_tokens=3).shape
+    torch.Size([1, 5])
     """
     if full_logits not in get_args(FullLogits):
         raise UserError(
