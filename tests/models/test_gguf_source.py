@@ -23,13 +23,16 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHHEAD_CACHE", str(tmp_path / "cache"))
 
 
-def write_gguf(path: Path, tensors: dict[str, np.ndarray], kind: Kind) -> None:
+def write_gguf(
+    path: Path, tensors: dict[str, np.ndarray], kind: Kind, *, nested: bool = True
+) -> None:
     writer = gguf.GGUFWriter(path, "gemma2")
     writer.add_final_logit_softcapping(30.0)
     # The header reader must step over arrays of strings and of numbers, and nested ones.
     writer.add_token_list([f"token-{i}" for i in range(V)])
     writer.add_token_scores([float(i) for i in range(V)])
-    writer.add_array("test.nested", [[1, 2], [3, 4]])
+    if nested:
+        writer.add_array("test.nested", [[1, 2], [3, 4]])
     writer.add_bool("test.flag", True)
     for name, values in tensors.items():
         writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
@@ -110,3 +113,8 @@ def test_file_without_an_embedding_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", {"blk.0.attn_q.weight": random_rows(0)}, Kind.F32)
     with pytest.raises(UserError, match=r"no output\.weight and no token_embd"):
         open_model(str(tmp_path / "m.gguf"))
+
+
+def test_contract_is_that_of_transformers_class(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", {"token_embd.weight": random_rows(0)}, Kind.F32, nested=False)
+    assert open_model(str(tmp_path / "m.gguf")).contract.softcap == 30.0
