@@ -170,15 +170,10 @@ def draw_groups(
     logits = score_rows(hidden, shard.cluster_rows, opened.to(torch.int32).unsqueeze(1))[:, 0]
     ids = shard.cluster_token_ids[opened].long()
     # The tokens' own noise: unused so far, and the noise that a dense head's draw has.
-    noisy = final_logits(logits, final) + gumbel(_rows_of(noise, draws), ids)
+    noisy = final_logits(logits, final) + gumbel(noise.rows(draws), ids)
     place = noisy.masked_fill(ids < 0, float("-inf")).argmax(1, keepdim=True)
     found = pack_keys(value[draws], ids.gather(1, place)[:, 0])
     return keys.index_copy(0, draws, torch.maximum(keys[draws], found))
-
-
-def _rows_of(noise: GumbelNoise, rows: Tensor) -> GumbelNoise:
-    sequences = None if noise.sequences is None else noise.sequences[rows]
-    return GumbelNoise(noise.seed, noise.positions[rows], sequences)
 
 
 def _draw_clusters(

@@ -11,6 +11,7 @@ Batch sizes are grids or plain arguments: none is compiled for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flashhead_kernels import reference
-from flashhead_kernels.noise import PLAIN, FinalLogits, GumbelNoise
+from flashhead_kernels.noise import PLAIN, FinalLogits
 from flashhead_kernels.quantize import QuantizedCentroids
 from flashhead_kernels.shard import (
     Candidates,
@@ -303,13 +304,9 @@ def _nothing() -> None:
 
 
 def _rows_of(final: FinalLogits, first: int, count: int) -> FinalLogits:
-    noise = final.noise
-    if noise is None:
+    if final.noise is None:
         return final
-    chosen = slice(first, first + count)
-    sequences = None if noise.sequences is None else noise.sequences[chosen]
-    of_rows = GumbelNoise(noise.seed, noise.positions[chosen], sequences)
-    return FinalLogits(final.softcap, final.temperature, of_rows)
+    return replace(final, noise=final.noise.rows(slice(first, first + count)))
 
 
 def _joined(found: list[Candidates]) -> Candidates:

@@ -55,6 +55,11 @@ class GumbelNoise:
     positions: Tensor
     sequences: Tensor | None = None
 
+    def rows(self, chosen: Tensor | slice) -> GumbelNoise:
+        """The noise of some rows."""
+        sequences = None if self.sequences is None else self.sequences[chosen]
+        return GumbelNoise(self.seed, self.positions[chosen], sequences)
+
     def to(self, device: torch.device) -> GumbelNoise:
         """The same noise, to be made on `device`."""
         sequences = None if self.sequences is None else to_device(self.sequences, device)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashhead_kernels.keys import unpack_keys
 from flashhead_kernels.quantize import quantize_centroids, tile_centroids
 from flashhead_kernels.shard import Candidates, IndexShard, Query
 
@@ -30,6 +31,23 @@ def candidates(
     query = Query(probes, ALPHA, k, need_logsumexp, need_unprobed)
     found: Candidates = ops.candidates(states, shard, query, **options)
     return found
+
+
+def agree(found: Candidates, expected: Candidates) -> None:
+    """The same tokens; logits, log-sum-exp and score within float32 sums in another order."""
+    logits, ids = unpack_keys(found.keys)
+    wanted, wanted_ids = unpack_keys(expected.keys)
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-4)
+    assert torch.equal(ids, wanted_ids)
+    if found.token_ids is not None:
+        assert torch.equal(found.token_ids, ids)
+        assert torch.equal(found.logits, logits)
+    if expected.logsumexp is not None:
+        torch.testing.assert_close(found.logsumexp, expected.logsumexp, rtol=1e-5, atol=1e-4)
+    if expected.unprobed is not None:
+        assert found.unprobed is not None
+        scores, wanted = (unpack_keys(one.unprobed)[0] for one in (found, expected))
+        torch.testing.assert_close(scores, wanted, rtol=1e-5, atol=1e-4)
 
 
 def every_logit(shard: IndexShard, states: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from flashhead_kernels import cpu, reference
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import EMPTY_KEY, pack_keys, unpack_keys
-from tests.kernels.shards import candidates, every_logit, make_shard, random_states
+from tests.kernels.shards import agree, candidates, every_logit, make_shard, random_states
 
 OPERATIONS = {
     "all_finite", "best_keys", "candidates", "dense_candidates", "probed_candidates",
@@ -47,11 +47,7 @@ def test_cpu_agrees_with_reference(shape, batch: int) -> None:  # type: ignore[n
         for probes in {1, (shape[1] + 1) // 2}:
             ours = candidates(cpu, shard, states, probes, k=k, need_logsumexp=True)
             theirs = candidates(reference, shard, states, probes, k=k, need_logsumexp=True)
-            logits, ids = unpack_keys(ours.keys)
-            expected, expected_ids = unpack_keys(theirs.keys)
-            assert torch.equal(ids, expected_ids)
-            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
-            torch.testing.assert_close(ours.logsumexp, theirs.logsumexp, rtol=1e-5, atol=1e-4)
+            agree(ours, theirs)
     scores = cpu.score_centroids(states, shard, 0.05)
     expected = reference.score_centroids(states, shard, 0.05)
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-4)

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from flashhead_kernels import cpu, reference
 from flashhead_kernels.dispatch import ops_for, sampling_ops_for
-from flashhead_kernels.keys import unpack_keys
 from flashhead_kernels.quantize import (
     Projection,
     quantize_centroids,
     tile_centroids,
 )
 from flashhead_kernels.shard import IndexShard, Query
-from tests.kernels.shards import ALPHA, candidates, make_shard, random_states
+from tests.kernels.shards import ALPHA, agree, candidates, make_shard, random_states
 
 BOTH = pytest.mark.parametrize("ops", [cpu, reference], ids=["cpu", "reference"])
+EVERYTHING: Any = {"k": 2, "need_logsumexp": True, "need_unprobed": True}
 # (groups, clusters, tokens, hidden size, bits, scale group, pinned, rows' dtype), columns kept
 SHAPES = [
     ((3, 7, 4, 64, 4, 32, 1, torch.bfloat16), 32),
@@ -78,17 +78,9 @@ def test_scores_are_those_of_whole_centroids(
 def test_cpu_agrees_with_reference(shape: Any, columns: int) -> None:
     shard = projected_shard(shape, columns)
     states = random_states(3, shape[3])
-    given = {"k": 2, "need_logsumexp": True, "need_unprobed": True}
-    for options in (given, given | {"between": lambda: None}):
-        ours = candidates(cpu, shard, states, 3, **options)
-        theirs = candidates(reference, shard, states, 3, **given)
-        logits, ids = unpack_keys(ours.keys)
-        expected, expected_ids = unpack_keys(theirs.keys)
-        assert torch.equal(ids, expected_ids)
-        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(ours.logsumexp, theirs.logsumexp, rtol=1e-5, atol=1e-4)
-        left, expected_left = unpack_keys(ours.unprobed)[0], unpack_keys(theirs.unprobed)[0]
-        torch.testing.assert_close(left, expected_left, rtol=1e-5, atol=1e-4)
+    theirs = candidates(reference, shard, states, 3, **EVERYTHING)
+    for options in ({}, {"between": lambda: None}):
+        agree(candidates(cpu, shard, states, 3, **EVERYTHING, **options), theirs)
 
 
 @pytest.mark.parametrize(("shape", "columns"), SHAPES)
@@ -138,21 +130,12 @@ def test_triton_agrees_with_reference(place: int, batch: int, launches: int) -> 
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape, columns = SHAPES[place]
-    made = projected_shard(shape, columns)
-    shard = made.to(device)
+    shard = projected_shard(shape, columns).to(device)
     states = random_states(batch, shape[3]).to(device)
-    given: dict[str, Any] = {"k": 2, "need_logsumexp": True, "need_unprobed": True}
-    ours = candidates(ops_for("cuda"), shard, states, 3, launches=launches, **given)
-    theirs = candidates(reference, shard, states, 3, **given)
-    logits, ids = unpack_keys(ours.keys)
-    expected, expected_ids = unpack_keys(theirs.keys)
-    assert torch.equal(ids, expected_ids)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(ours.logsumexp, theirs.logsumexp, rtol=1e-5, atol=1e-4)
-    assert ours.unprobed is not None
-    assert theirs.unprobed is not None
-    left, expected_left = unpack_keys(ours.unprobed)[0], unpack_keys(theirs.unprobed)[0]
-    torch.testing.assert_close(left, expected_left, rtol=1e-5, atol=1e-4)
-    again = candidates(ops_for("cuda"), shard, states, 3, launches=3 - launches, **given)
-    assert torch.equal(again.keys, ours.keys), "one launch and two score alike"
-    assert torch.equal(again.unprobed, ours.unprobed)
+    found = [
+        candidates(ops_for("cuda"), shard, states, 3, launches=number, **EVERYTHING)
+        for number in (launches, 3 - launches)
+    ]
+    agree(found[0], candidates(reference, shard, states, 3, **EVERYTHING))
+    assert torch.equal(found[0].keys, found[1].keys), "one launch and two score alike"
+    assert torch.equal(found[0].unprobed, found[1].unprobed)

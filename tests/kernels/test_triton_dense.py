@@ -12,6 +12,7 @@ from flashhead_kernels import cpu, reference
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import pack_keys, unpack_keys
 from flashhead_kernels.noise import PLAIN, FinalLogits, GumbelNoise
+from tests.kernels.shards import agree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 cuda: ModuleType = ops_for("cuda")
@@ -29,17 +30,10 @@ def compare(states: torch.Tensor, rows: torch.Tensor, final: FinalLogits, k: int
         positions, sequences = (place[: len(states)].to(DEVICE) for place in places)
         final = replace(final, noise=GumbelNoise(final.noise.seed, positions, sequences))
     options = {"k": k, "need_logsumexp": True, "final": final}
-    found = cuda.dense_candidates(states, rows, 1000, **options)
-    expected = reference.dense_candidates(states, rows, 1000, **options)
-    logits, ids = unpack_keys(found.keys)
-    wanted, wanted_ids = unpack_keys(expected.keys)
-    assert found.token_ids is not None
-    assert found.logits is not None
-    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-4)
-    assert torch.equal(ids, wanted_ids)
-    assert torch.equal(found.token_ids, ids)
-    assert torch.equal(found.logits, logits)
-    torch.testing.assert_close(found.logsumexp, expected.logsumexp, rtol=1e-5, atol=1e-4)
+    agree(
+        cuda.dense_candidates(states, rows, 1000, **options),
+        reference.dense_candidates(states, rows, 1000, **options),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

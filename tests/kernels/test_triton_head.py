@@ -16,10 +16,10 @@ from flashhead_kernels import reference, triton_launch
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import EMPTY_KEY, unpack_keys
 from flashhead_kernels.quantize import TILE, tile_centroids
-from flashhead_kernels.shard import Candidates, IndexShard
+from flashhead_kernels.shard import IndexShard
 from flashhead_kernels.triton_reduce import EMPTY_KEY as TRITON_EMPTY_KEY
 from flashhead_kernels.triton_shapes import HeadShape
-from tests.kernels.shards import candidates, every_logit, make_shard, random_states
+from tests.kernels.shards import agree, candidates, every_logit, make_shard, random_states
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 cuda: ModuleType = ops_for("cuda")
@@ -41,19 +41,6 @@ SHAPES = [
 
 def on_device(shard: IndexShard) -> IndexShard:
     return shard.to(DEVICE)
-
-
-def agree(found: Candidates, expected: Candidates) -> None:
-    """The same tokens, and logits within float32 sums in another order."""
-    logits, ids = unpack_keys(found.keys)
-    wanted, wanted_ids = unpack_keys(expected.keys)
-    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-4)
-    assert torch.equal(ids, wanted_ids)
-    if found.token_ids is not None:
-        assert torch.equal(found.token_ids, ids)
-        assert torch.equal(found.logits, logits)
-    if expected.logsumexp is not None:
-        torch.testing.assert_close(found.logsumexp, expected.logsumexp, rtol=1e-5, atol=1e-4)
 
 
 def compare(shape: tuple[Any, ...], batch: int, probes: int, **options: Any) -> None:
