@@ -20,7 +20,7 @@ setup: .venv/installed ## Make .venv and install the project with what `scale` a
 		--editable ".[demo,deepspeed,evaluate,faiss,report,test]"
 	@touch $@
 
-scale: setup ## Measure all heads over tensor-parallel ranks on Gemma-3-270M (args: ARGS=...)
+scale: setup ## Measure heads over tensor-parallel ranks on Gemma-3-270M (args: ARGS=...)
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python launch/build_index.py
 	$(BIN)/torchrun --nproc-per-node $(RANKS) launch/scale.py $(ARGS)
 
