@@ -14,7 +14,7 @@ from flashhead_dist import corpus
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.divergence import evaluate_likelihood, predict_tokens
 from flashhead_dist.evaluate.sampling import evaluate_sampling
-from flashhead_dist.heads.closed_form import require_sampling_head
+from flashhead_dist.heads.distribution import require_sampling_head
 from flashhead_dist.heads.registry import BASELINE, build_head, emulate_head, sampling_heads
 from flashhead_dist.index import ensure_index, load_manifest
 from flashhead_dist.models import open_model

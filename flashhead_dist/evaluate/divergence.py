@@ -8,7 +8,7 @@ tokens and every m_c),
     KL(P || Q) = log Z' - log Z + sum over unprobed c of P(c) (L_c - m_c),  P(c) = exp(L_c) / Z
 
 so that one pass over the output embedding, summed by cluster, gives it without a logit vector of
-the vocabulary's length. `heads.closed_form` says what Q is.
+the vocabulary's length. `heads.distribution` says what Q is.
 
 `predict_tokens` runs a model over texts, and `evaluate_likelihood` compares the perplexities of the
 tokens that follow under both distributions.
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
-from flashhead_dist.heads.closed_form import ClosedForm, closed_form
+from flashhead_dist.heads.distribution import ClosedForm, closed_form
 from flashhead_dist.heads.registry import EmulatedHead
 from flashhead_dist.models import ModelSource, OutputContract
 from flashhead_dist.states import HiddenStates, require_finite

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from flashhead_dist.heads.base import Head
-from flashhead_dist.heads.closed_form import ClosedForm, closed_form
+from flashhead_dist.heads.distribution import ClosedForm, closed_form
 from flashhead_dist.heads.registry import EmulatedHead
 from flashhead_dist.models.contract import PLAIN, OutputContract
 from flashhead_kernels.keys import unpack_keys

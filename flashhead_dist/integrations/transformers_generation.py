@@ -35,7 +35,7 @@ from flashhead_dist.integrations.transformers_head import (
     open_session,
     refuse_to_move,
 )
-from flashhead_dist.integrations.transformers_rows import Retrieved
+from flashhead_dist.integrations.transformers_rows import RowParts
 
 _NEVER = float("-inf")
 
@@ -234,7 +234,7 @@ class SettleTokens(LogitsProcessor):
             return self._settle_greedy(work, input_ids, scores)
         return self._settle_drawn(work, input_ids, scores)
 
-    def _take(self, count: int, found: Retrieved) -> Tensor:
+    def _take(self, count: int, found: RowParts) -> Tensor:
         """Numbers int64 `[B]` of the rows that are settled now."""
         session, total = self._session, len(found.hidden_states)
         if self._one_by_one:
@@ -293,7 +293,7 @@ class SettleTokens(LogitsProcessor):
 class _Settling:
     """Rows `[B, V]` on their way: values before the processors, and which of them are exact."""
 
-    def __init__(self, session: Session, found: Retrieved, rows: Tensor, scores: Tensor) -> None:
+    def __init__(self, session: Session, found: RowParts, rows: Tensor, scores: Tensor) -> None:
         assert session.rows is not None
         self.found = found
         self._session = session

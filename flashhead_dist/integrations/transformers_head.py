@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import refuse_non_finite
-from flashhead_dist.integrations.transformers_rows import LogitRows, Retrieved
+from flashhead_dist.integrations.transformers_rows import LogitRows, RowParts
 from flashhead_dist.models.contract import OutputContract
 
 _ROWS_AT_ONCE = 64
@@ -44,7 +44,7 @@ class Session:
     kind: RowKind
     temperature: float
     greedy: bool
-    found: Retrieved | None = None
+    found: RowParts | None = None
     rows: Tensor | None = None
     """Estimated rows `[n, V]` of the last forward pass. Where these were returned, assisted
     decoding writes over a row once its logits processors have had it; `generate` makes a copy."""

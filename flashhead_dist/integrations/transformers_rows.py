@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashhead_dist.heads.distribution import retrieve
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_kernels.dispatch import ops_for, sampling_ops_for
 from flashhead_kernels.noise import PLAIN, FinalLogits
-from flashhead_kernels.shard import Query
 
 
 @dataclass(frozen=True)
-class Retrieved:
+class RowParts:
     """What the head knows of `hidden_states [n, D]`.
 
     token_ids: int64 `[n, R]` of the candidates, V for a pad; logits: float32 `[n, R]`, final, -inf
@@ -75,37 +75,25 @@ class LogitRows:
 
     def retrieve(
         self, hidden_states: Tensor, temperature: float = 1.0, *, greedy: bool = False
-    ) -> Retrieved:
+    ) -> RowParts:
         """Probe, score the candidates, and estimate the mass of every other cluster.
 
         greedy: probe as for the head's own greedy token, not as for a draw.
         """
-        head, shard = self.head, self.head.shard
+        head = self.head
         num_probes = head.num_probes if greedy else head.sampling_probes
-        ops = sampling_ops_for(hidden_states.device)
-        scores = ops.local_scores(
-            hidden_states, shard, Query(-(-num_probes // head.num_groups), head.alpha)
-        )
         final = FinalLogits(self.final.softcap, temperature * self.final.temperature)
-        scored = ops.final_logits(scores.logits, final)
-        log_mass = ops.cluster_log_mass(
-            hidden_states,
-            shard,
-            scores.means,
-            ops.group_log_mass(scored.view(len(scored), len(shard.token_ids), -1)),
-            head.index.manifest.shrinkage,
-            final,
-        )
-        ids = scores.token_ids.long()
-        return Retrieved(
+        found = retrieve(head, hidden_states, final, num_probes)
+        ids = found.token_ids.long()
+        return RowParts(
             hidden_states,
             temperature,
             ids.masked_fill(ids < 0, self.vocab_size),
-            self.final.without_noise(scores.logits),
-            log_mass.flatten(1),
+            self.final.without_noise(found.products),
+            found.log_mass.flatten(1),
         )
 
-    def estimated(self, found: Retrieved, *, below_best: bool) -> Tensor:
+    def estimated(self, found: RowParts, *, below_best: bool) -> Tensor:
         """Estimated rows float32 `[n, V]`; their softmax at found's temperature is that of the
         closed form, the tokens of an unprobed cluster taken together.
 
@@ -121,7 +109,7 @@ class LogitRows:
         rows = padded.index_select(1, self.cluster_of_token)
         return rows.scatter_(1, found.token_ids, found.logits)[:, : self.vocab_size]
 
-    def closed_form(self, found: Retrieved) -> Tensor:
+    def closed_form(self, found: RowParts) -> Tensor:
         """Rows float32 `[n, V]` whose softmax at found's temperature is the closed form there."""
         count = len(found.hidden_states)
         logits = self._every_logit(found.hidden_states)  # [n, K, S]
@@ -131,7 +119,7 @@ class LogitRows:
         return rows.scatter_(1, found.token_ids, found.logits)[:, : self.vocab_size]
 
     def open_clusters(
-        self, found: Retrieved, rows: Tensor, clusters: Tensor, *, exact: bool
+        self, found: RowParts, rows: Tensor, clusters: Tensor, *, exact: bool
     ) -> tuple[Tensor, Tensor]:
         """Score one cluster in each of some rows: tokens and logits `[q, S]`.
 

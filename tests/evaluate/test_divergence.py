@@ -18,7 +18,7 @@ from flashhead_dist.evaluate.divergence import (
     predict_tokens,
 )
 from flashhead_dist.heads.base import Head
-from flashhead_dist.heads.closed_form import closed_form
+from flashhead_dist.heads.distribution import closed_form
 from flashhead_dist.heads.registry import build_head, emulate_head
 from flashhead_dist.heads.sampling import token_log_probs
 from flashhead_dist.models import ModelSource, OutputContract, open_model

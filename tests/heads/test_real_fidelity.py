@@ -8,7 +8,7 @@ import torch
 from flashhead_dist.decode.prompts import held_out_prompts
 from flashhead_dist.evaluate.divergence import evaluate_divergence
 from flashhead_dist.evaluate.texts import TextDecoder, compare_texts, first_difference
-from flashhead_dist.heads.closed_form import closed_form
+from flashhead_dist.heads.distribution import closed_form
 from flashhead_dist.heads.registry import build_head
 from flashhead_dist.index import ensure_index
 from flashhead_dist.models import ModelSource, open_model

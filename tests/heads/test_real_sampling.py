@@ -9,7 +9,7 @@ import torch
 
 from flashhead_dist.evaluate.sampling import evaluate_sampling, top_chi_square
 from flashhead_dist.heads.base import Head
-from flashhead_dist.heads.closed_form import ClosedForm, closed_form
+from flashhead_dist.heads.distribution import ClosedForm, closed_form
 from flashhead_dist.heads.registry import HeadBuilder, emulate_head
 from flashhead_dist.heads.sampling import token_log_probs
 from flashhead_dist.index import ensure_index

@@ -14,7 +14,7 @@ import torch
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import Head
-from flashhead_dist.heads.closed_form import closed_form
+from flashhead_dist.heads.distribution import closed_form
 from flashhead_dist.heads.registry import HEADS, HeadBuilder, emulate_head, sampling_heads
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens, token_log_probs
 from flashhead_dist.models import ModelSource, open_model

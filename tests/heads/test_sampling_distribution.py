@@ -15,11 +15,15 @@ import torch
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.sampling import evaluate_sampling, top_chi_square
 from flashhead_dist.heads.base import Head
-from flashhead_dist.heads.closed_form import ClosedForm, closed_form
+from flashhead_dist.heads.distribution import ClosedForm, closed_form
 from flashhead_dist.heads.flashhead import FlashHead
-from flashhead_dist.heads.nucleus import within_mass
 from flashhead_dist.heads.registry import HeadBuilder, emulate_head
-from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens, token_log_probs
+from flashhead_dist.heads.sampling import (
+    SamplingParameters,
+    choose_tokens,
+    token_log_probs,
+    within_mass,
+)
 from flashhead_dist.models import open_model
 from flashhead_dist.parallel import TensorParallel
 from flashhead_kernels import cpu_sampling
@@ -52,7 +56,7 @@ def test_a_draw_scores_half_as_many_clusters_again_as_a_greedy_step(
     """8 groups: one probe each for the best token; for a draw two, of 4 tokens each, and a pin."""
     flashhead = heads["flashhead"]
     assert isinstance(flashhead, FlashHead)
-    assert flashhead.num_local_probes == 8
+    assert flashhead.num_probes == flashhead.num_groups == 8
     assert closed_form(flashhead, state).logits.shape == (1, 8 * (2 * 4 + 1))
 
 

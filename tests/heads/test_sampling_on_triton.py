@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from flashhead_dist.heads.closed_form import closed_form
 from flashhead_dist.heads.dense import IndexScan
+from flashhead_dist.heads.distribution import closed_form
 from flashhead_dist.heads.registry import build_head, emulate_head
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens, token_log_probs
 from flashhead_dist.integrations.transformers_rows import LogitRows

@@ -17,7 +17,7 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-from flashhead_dist.heads.closed_form import closed_form
+from flashhead_dist.heads.distribution import closed_form
 from flashhead_dist.integrations.transformers_generation import plan_session
 from flashhead_dist.integrations.transformers_head import RowKind
 from tests.integrations.test_transformers_sampling import misfit

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.integrations.transformers_rows import Retrieved
+from flashhead_dist.integrations.transformers_rows import RowParts
 from tests.integrations.transformers_models import PROMPT
 from tests.integrations.transformers_zoo import Pair, Zoo
 
@@ -87,7 +87,7 @@ def test_stopping_criteria_and_streamers(zoo: Zoo) -> None:
 PROMPTS = [[5, 17, place] for place in range(20, 32)]
 
 
-def state_of(pair: Pair, model: Any, prompt: list[int]) -> tuple[Tensor, Retrieved, Tensor]:
+def state_of(pair: Pair, model: Any, prompt: list[int]) -> tuple[Tensor, RowParts, Tensor]:
     """The dense model's logits `[V]`, what the head retrieves, and its estimates `[V]`."""
     ids = torch.tensor([prompt])
     rows = model.retrieval_head.logit_rows

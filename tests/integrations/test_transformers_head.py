@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from flashhead_dist.heads.closed_form import closed_form
+from flashhead_dist.heads.distribution import closed_form
 from flashhead_dist.integrations.transformers import SharedEmbedding, restore_head
 from flashhead_dist.models import OutputContract
 from tests.integrations.transformers_models import PROMPT, VOCAB_SIZE

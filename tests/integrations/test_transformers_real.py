@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashhead_dist.heads.closed_form import closed_form
+from flashhead_dist.heads.distribution import closed_form
 from flashhead_dist.heads.registry import build_head
 from flashhead_dist.index import ensure_index
 from flashhead_dist.integrations.transformers import replace_head

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.heads.closed_form import closed_form
+from flashhead_dist.heads.distribution import closed_form
 from flashhead_dist.heads.sampling import token_log_probs
 from flashhead_dist.integrations import transformers_generation as generation
 from flashhead_dist.integrations.transformers_generation import SettleTokens

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashhead_dist.heads.closed_form import closed_form
+from flashhead_dist.heads.distribution import closed_form
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadAuto
 from flashhead_dist.index import load_shard
 from flashhead_dist.index.whole import read_token_ids

@@ -36,7 +36,7 @@ from flashhead_dist.decode.body import TransformersBody
 from flashhead_dist.decode.loop import decode
 from flashhead_dist.decode.sequences import DecodeState
 from flashhead_dist.errors import UserError
-from flashhead_dist.heads.closed_form import closed_form
+from flashhead_dist.heads.distribution import closed_form
 from flashhead_dist.heads.registry import build_head
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
 from flashhead_dist.index import IndexOptions, build_index

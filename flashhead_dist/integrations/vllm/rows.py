@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashhead_dist.heads.distribution import retrieve
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.integrations.vllm.needs import Rest
 from flashhead_dist.parallel import Exchange, Operation, Steps
-from flashhead_kernels.dispatch import sampling_ops_for
 from flashhead_kernels.noise import FinalLogits
-from flashhead_kernels.shard import Query
 
 _HEAVY = 32
 _BELOW = 2.0**-7
@@ -80,22 +79,11 @@ def know(
     softcap, scale: what becomes of logits, in this order. draws: probe as for a draw, not as for
     the best token.
     """
-    shard, ops = head.shard, sampling_ops_for(hidden_states.device)
-    probes = head.sampling_probes if draws else head.num_probes
-    query = Query(-(-probes // head.num_groups), head.alpha)
-    scores = ops.local_scores(hidden_states, shard, query)
-    groups = (len(shard.token_ids), -1)
-    ids, logits = scores.token_ids.unflatten(1, groups), scores.logits.unflatten(1, groups)
+    shard = head.shard
     final = FinalLogits(softcap=softcap, temperature=temperature / scale)
-    capped = ops.final_logits(scores.logits, final).masked_fill(scores.token_ids < 0, -torch.inf)
-    mass = ops.cluster_log_mass(
-        hidden_states,
-        shard,
-        scores.means,
-        ops.group_log_mass(capped.unflatten(1, groups)),
-        head.index.manifest.shrinkage,
-        final,
-    )
+    found = retrieve(head, hidden_states, final, head.sampling_probes if draws else head.num_probes)
+    groups, mass = (len(hidden_states), len(shard.token_ids), -1), found.log_mass
+    ids, logits = found.token_ids.reshape(groups), found.products.reshape(groups)
     heavy_mass, heavy = mass.topk(min(_HEAVY, mass.shape[2]), dim=2)
     rest = mass.scatter(2, heavy, -torch.inf)
     tokens = shard.num_tokens.expand_as(mass)

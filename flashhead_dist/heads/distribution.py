@@ -43,6 +43,21 @@ _OPEN_LOGITS = 1 << 18
 
 
 @dataclass(frozen=True)
+class Retrieved:
+    """What one rank knows of `hidden_states [B, D]`.
+
+    token_ids: int32 `[B, R]` of scored tokens, -1 for a pad. products: float32 `[B, R]`, of states
+    and rows; logits: float32 `[B, R]`, final; both -inf for a pad. log_mass: float32 `[B, N, M]` of
+    each unprobed cluster, -inf where probed.
+    """
+
+    token_ids: Tensor
+    products: Tensor
+    logits: Tensor
+    log_mass: Tensor
+
+
+@dataclass(frozen=True)
 class ClosedForm:
     """One rank's part of the distribution of `hidden_states [B, D]`.
 
@@ -215,26 +230,34 @@ def form_of(head: Head, hidden_states: Tensor, final: FinalLogits) -> ClosedForm
         groups = scores.means.flatten(1)
         return ClosedForm(hidden_states, final, logits, ids, scores.means, groups, None)
     assert isinstance(head, FlashHead)
-    shard = head.shard
-    query = Query(-(-head.sampling_probes // head.num_groups), head.alpha)
+    found = retrieve(head, hidden_states, final, head.sampling_probes)
+    groups = ops.group_log_mass(found.log_mass)
+    return ClosedForm(
+        hidden_states, final, found.logits, found.token_ids, found.log_mass, groups, head.index
+    )
+
+
+def retrieve(
+    head: FlashHead, hidden_states: Tensor, final: FinalLogits, num_probes: int
+) -> Retrieved:
+    """Probe `num_probes` clusters in all, score their tokens, and estimate every other's mass."""
+    ops, shard = sampling_ops_for(hidden_states.device), head.shard
+    query = Query(-(-num_probes // head.num_groups), head.alpha)
     with annotate(CANDIDATES):  # one operation, centroids included
         scores = ops.local_scores(hidden_states, shard, query)
     logits = ops.final_logits(scores.logits, final)
     if final.softcap:
         # A cap makes a number of a pad's -inf.
         logits = logits.masked_fill(scores.token_ids < 0, float("-inf"))
-    groups = len(shard.token_ids)
     mass = ops.cluster_log_mass(
         hidden_states,
         shard,
         scores.means,
-        ops.group_log_mass(logits.unflatten(1, (groups, -1))),
+        ops.group_log_mass(logits.unflatten(1, (len(shard.token_ids), -1))),
         head.index.manifest.shrinkage,
         final,
     )
-    return ClosedForm(
-        hidden_states, final, logits, scores.token_ids, mass, ops.group_log_mass(mass), head.index
-    )
+    return Retrieved(scores.token_ids, scores.logits, logits, mass)
 
 
 def draw_scanning(head: ScanningHead, hidden_states: Tensor, final: FinalLogits) -> Tensor:
