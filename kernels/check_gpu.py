@@ -5,7 +5,7 @@
     python3 kernels/check_gpu.py --budget-s 120              what fits in two minutes
     python3 kernels/check_gpu.py --simulate                  no GPU: the same code, tiny and slow
 
-Needs torch, Triton, numpy and this folder; the project need not be installed. The stages:
+Needs torch, Triton, numpy and this repository; the project need not be installed. The stages:
 
     compile    all kernels for the card, in parallel processes, into one cache          about 60 s
     correct    real shapes of four models, batch 1 and 8, tp 1 and 8, one launch and
@@ -102,7 +102,10 @@ def run_stage(name: str, limit_s: float, options: argparse.Namespace) -> Outcome
     """Run one stage in a process group of its own, and end it where it does not end itself."""
     result_path = options.out / f"{name}.json"
     result_path.unlink(missing_ok=True)
+    # The exchange of keys is in flashhead_dist, which need not be installed.
+    paths = [str(_HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "TRITON_CACHE_DIR": str(options.out.resolve() / "triton_cache"),
         "TRITON_DEFAULT_FP_FUSION": os.environ.get("TRITON_DEFAULT_FP_FUSION", "1"),
         "TRITON_INTERPRET": "1" if options.simulate and name != "compile" else "0",

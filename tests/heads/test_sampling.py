@@ -138,5 +138,5 @@ def test_other_heads_name_those_that_sample(
 ) -> None:
     greedy = choose_tokens(heads[name], states, *places(), SamplingParameters())
     assert torch.equal(greedy, heads[name](states).token_ids[:, 0])
-    with pytest.raises(UserError, match="choose one of flashhead, flashhead_replicated, dense_"):
+    with pytest.raises(UserError, match=r"choose one of .*flashhead"):
         choose_tokens(heads[name], states, *places(), KINDS["temperature"])
