@@ -27,7 +27,7 @@ from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.registry import DEFAULT_HEAD, needs_index
 from flashhead_dist.heads.registry import build_head as build_registered_head
 from flashhead_dist.index import IndexOptions, LoadedShard, ensure_index, load_shard
-from flashhead_dist.index.locate import default_states
+from flashhead_dist.index.build import default_states
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.parallel import TensorParallel
 

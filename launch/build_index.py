@@ -39,8 +39,13 @@ from flashhead_dist.index import (
     load_manifest,
     load_shard,
 )
-from flashhead_dist.index.build import build_index
-from flashhead_dist.index.locate import States, default_index_path, default_states
+from flashhead_dist.index.build import (
+    BuildInputs,
+    States,
+    build_from,
+    default_index_path,
+    default_states,
+)
 from flashhead_dist.index.options import CENTROID_BITS, CentroidKind, Method
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.states import (
@@ -191,22 +196,17 @@ def _build(arguments: argparse.Namespace) -> Path:
         return path
     if arguments.out is None:
         raise UserError("an index of states of your own has no place in the cache: give --out DIR")
-    calibration, test, notes = _states(arguments, model)
-    return build_index(
+    return build_from(
         model,
         options,
-        calibration=calibration,
-        test=test,
-        out=arguments.out,
+        _inputs(arguments, model),
+        arguments.out,
         device=arguments.device,
         replace_existing=arguments.force,
-        notes=notes,
     )
 
 
-def _states(
-    arguments: argparse.Namespace, model: ModelSource
-) -> tuple[HiddenStates | None, HiddenStates | None, dict[str, Any]]:
+def _inputs(arguments: argparse.Namespace, model: ModelSource) -> BuildInputs:
     """Calibration and test states, files where given, else those of a corpus; what is held out."""
     if arguments.hold_out:
         if model.synthetic or arguments.calibration or arguments.test:
@@ -214,8 +214,10 @@ def _states(
         documents = read_texts(arguments.texts) if arguments.texts else shipped_texts()
         hold_out = parse_hold_out(arguments.hold_out, documents)
         parts = set_aside(*collect_hidden_states(model, arguments.texts), documents, hold_out)
-        return parts.calibration, parts.held_out, {"held_out": list(hold_out.names)}
-    return *_all_states(arguments, model), {}
+        return BuildInputs(
+            parts.calibration, parts.held_out, notes={"held_out": list(hold_out.names)}
+        )
+    return BuildInputs(*_all_states(arguments, model))
 
 
 def _all_states(arguments: argparse.Namespace, model: ModelSource) -> States:

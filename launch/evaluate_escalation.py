@@ -18,7 +18,7 @@ from flashhead_dist.evaluate.escalation import escalation_points
 from flashhead_dist.evaluate.truth import dense_truth
 from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.index import ensure_index, load_manifest
-from flashhead_dist.index.escalation import write_escalation
+from flashhead_dist.index.calibrate import write_escalation
 from flashhead_dist.models import open_model
 from flashhead_dist.parallel import TensorParallel
 from flashhead_dist.states import collect_hidden_states, synthetic_hidden_states

@@ -7,8 +7,8 @@
     python launch/tune.py --quick --skip-times                    three families, in a minute or two
 
 Runs the body over the corpus (or --texts) once and the dense head once, clusters once, and takes
-clusters of every other size from that tree. For each number of columns, bits, scale groups and
-levels it finds how many clusters go before the right one in each state's probing group: what any
+clusters of every other size from that tree. For each number of columns, bits and scale groups
+it finds how many clusters go before the right one in each state's probing group: what any
 number of probes finds follows. Points on the front that the head can run are then timed beside the
 dense head, interleaved; the others are marked as simulated and have no time.
 
@@ -40,15 +40,24 @@ from typing import Any
 from rich.console import Console
 
 from flashhead_dist.errors import INTERRUPTED, UserError
-from flashhead_dist.index.progress import progress_bars
 from flashhead_dist.progress import progress
 from flashhead_dist.states import save_hidden_states
-from flashhead_dist.tune import default, grid
 from flashhead_dist.tune.front import Record, Target, choose, parse_target, undominated
-from flashhead_dist.tune.inputs import Inputs, frequent_of, gather, open_journal
-from flashhead_dist.tune.prepare import Prepared, prepare
-from flashhead_dist.tune.run import runnable, simulate_all, time_front
-from flashhead_dist.tune.timing import layout_of
+from flashhead_dist.tune.run import (
+    Inputs,
+    Prepared,
+    apply_default,
+    build_default,
+    evidence,
+    fitting,
+    frequent_of,
+    gather,
+    open_journal,
+    prepare,
+    simulate_all,
+)
+from flashhead_dist.tune.settings import families, search_space
+from flashhead_dist.tune.timing import TimingPlan, layout_of, time_front
 from flashhead_topology.probe import probe_machine
 from tune_output import TABLE_WIDTH, show, write_outputs
 
@@ -93,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--groups", type=int, default=128, metavar="G", help="probing groups (default: %(default)s)"
     )
-    what.add_argument("--quick", action="store_true", help="three families instead of some thirty")
+    what.add_argument("--quick", action="store_true", help="three families instead of some twenty")
     what.add_argument(
         "--only", default="", metavar="REGEX",
         help="families whose name it finds, such as S4_int4g64 (names: points.csv, column family)",
@@ -175,21 +184,23 @@ def _tune(arguments: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     journal = open_journal(arguments.out, inputs, quick=arguments.quick)
     prepared, frequent, records = _simulate(arguments, inputs, journal, threads)
-    scene = prepared.scene
-    ours = runnable(records, scene.shape)
+    data = prepared.data
+    ours = [record for record in records if layout_of(record, data.shape) is not None]
     front, ours_front = undominated(records), undominated(ours)
     timed: list[Record] = []
     if not arguments.skip_times:
         likely, _ = _choose(arguments, target, records, ours, [])
         if likely is not None and likely in ours and likely not in ours_front:
             ours_front = [*ours_front, likely]
-        layouts = {layout_of(record, scene.shape) for record in ours_front}
+        layouts = {layout_of(record, data.shape) for record in ours_front}
         with progress("starting", total=len(layouts), visible=True) as advance:
             timed = time_front(
                 [*ours_front, *(r for r in front if r not in ours_front)],
-                scene, inputs.model, journal,
-                batch_sizes=arguments.batch_sizes, iterations=arguments.iters,
-                threads=arguments.timed_threads, device=arguments.device,
+                data, inputs.model, journal,
+                TimingPlan(
+                    arguments.batch_sizes, arguments.iters, arguments.timed_threads,
+                    arguments.device,
+                ),
                 on_layout=lambda name: advance.stage(f"timing {name}"),
             )  # fmt: skip
     chosen, refusal = _choose(arguments, target, records, ours, timed)
@@ -213,17 +224,15 @@ def _tune(arguments: argparse.Namespace) -> dict[str, Any]:
     show(wide, document, front, ours_front, timed, paths)
     if chosen is None:
         raise UserError(refusal)
-    notes = default.evidence(
-        chosen, target, inputs.hold_out.names, inputs.choose_by.names, len(records)
-    )
+    notes = evidence(chosen, target, inputs, len(records))
     if arguments.build:
-        default.build_default(
+        build_default(
             chosen, notes, prepared, inputs.model, frequent, arguments.build,
             replace_existing=arguments.force,
         )  # fmt: skip
         print(f"built {arguments.build}", file=sys.stderr)
     if arguments.apply:
-        default.apply_default(arguments.apply, chosen, notes)
+        apply_default(arguments.apply, chosen, notes)
         print(f"wrote probes and alpha into {arguments.apply}", file=sys.stderr)
     return document
 
@@ -245,18 +254,20 @@ def _choose(
 def _simulate(
     arguments: argparse.Namespace, inputs: Inputs, journal: Any, threads: int
 ) -> tuple[Prepared, list[int], list[Record]]:
-    with progress_bars(True) as report:
-        prepared = prepare(inputs, arguments.out, report, threads)
-    scene = prepared.scene
-    families = grid.families(scene.shape, quick=arguments.quick)
-    families = [family for family in families if re.search(arguments.only, family.key)]
-    if not families:
+    prepared = prepare(inputs, arguments.out, threads)
+    shape = prepared.data.shape
+    chosen = [
+        family
+        for family in families(shape, quick=arguments.quick)
+        if re.search(arguments.only, family.key)
+    ]
+    if not chosen:
         raise UserError(f"--only {arguments.only!r} finds no family: leave it out to see them all")
-    choices = grid.choices(scene.num_groups, quick=arguments.quick)
-    frequent = frequent_of(inputs.model, max(count for _, count in choices.pins))
-    with progress("starting", total=len(families), visible=True) as advance:
+    space = search_space(shape.num_groups, quick=arguments.quick)
+    frequent = frequent_of(inputs.model, max(count for _, count in space.pins))
+    with progress("starting", total=len(chosen), visible=True) as advance:
         records = simulate_all(
-            scene, families, choices, frequent, journal, threads,
+            prepared.data, chosen, space, frequent, journal, threads,
             on_family=lambda name: advance.stage(f"simulating {name}"),
         )  # fmt: skip
     return prepared, frequent, records
@@ -268,7 +279,7 @@ def _eligible(
     """What may be chosen: with times where there are any, of the smallest batch size."""
     points = records if arguments.simulated and not arguments.apply else ours
     if arguments.apply:
-        return default.fitting(points, arguments.apply)
+        return fitting(points, arguments.apply)
     smallest = min(arguments.batch_sizes)
     measured = [r for r in timed if r["measured"] and r["batch_size"] == smallest]
     return [*measured, *points] if measured else points

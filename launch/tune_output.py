@@ -15,7 +15,7 @@ from rich.table import Table
 from flashhead_dist.errors import UserError
 from flashhead_dist.report.pictures import FRONT_NAME, Mark, write_front
 from flashhead_dist.tune.front import Record, curve
-from flashhead_dist.tune.timing import point_of
+from flashhead_dist.tune.settings import Setting
 
 _MOST_ROWS = 14
 TABLE_WIDTH = 136
@@ -131,7 +131,7 @@ def _key(record: Record) -> tuple[Any, ...]:
 
 def _cells(record: Record, time: Record | None, *, held: bool) -> list[str]:
     cells = [
-        point_of(record).label + (", int8 rows" if record["row_bits"] == 8 else ""),
+        Setting.of_record(record).label + (", int8 rows" if record["row_bits"] == 8 else ""),
         f"{record['alpha']:g}",
         f"{record['candidates']:,}",
         f"{record['learned_pins']}+{record['frequent_pins']}",

@@ -25,7 +25,7 @@ from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.heads.registry import HeadBuilder
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens
 from flashhead_dist.index import IndexOptions, ensure_index
-from flashhead_dist.index.locate import default_states
+from flashhead_dist.index.build import default_states
 from flashhead_dist.integrations.deepspeed import drop_head
 from flashhead_dist.integrations.eagle import (
     DraftCounts,

@@ -21,7 +21,7 @@ from flashhead_dist.evaluate.fidelity import DENSE_BYTES_PER_WEIGHT, evaluate_ag
 from flashhead_dist.evaluate.truth import DenseTruth
 from flashhead_dist.heads.flashhead_escalate import Escalation, FlashHeadEscalate
 from flashhead_dist.heads.registry import HeadBuilder
-from flashhead_dist.index.shrinkage import spread_over_sources
+from flashhead_dist.index.calibrate import spread_over_sources
 from flashhead_dist.states import HiddenStates
 from flashhead_kernels.dispatch import ops_for
 

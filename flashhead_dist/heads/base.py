@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.index import IndexManifest, IndexOptions
-from flashhead_dist.index.escalation import USUAL_SHARE
+from flashhead_dist.index.calibrate import USUAL_SHARE
 from flashhead_dist.models import ModelSource
 from flashhead_dist.parallel import Exchange, Operation, Steps, TensorParallel
 from flashhead_kernels.dispatch import ops_for

@@ -40,7 +40,7 @@ from flashhead_dist.heads.base import (
 from flashhead_dist.heads.dense import IndexScan
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.index import IndexManifest, LoadedShard
-from flashhead_dist.index.escalation import USUAL_SHARE
+from flashhead_dist.index.calibrate import USUAL_SHARE
 from flashhead_dist.parallel import Steps, TensorParallel
 from flashhead_kernels.shard import Candidates
 from flashhead_topology.cost import HeadWork, Part
@@ -84,7 +84,7 @@ class Escalation:
 
 
 def usual_escalation(manifest: IndexManifest) -> Escalation:
-    """What was chosen for the index (`index.escalation.write_escalation`), else the margin that
+    """What was chosen for the index (`index.calibrate.write_escalation`), else the margin that
     USUAL_SHARE of its calibration states lie below, else 0.
     """
     chosen = manifest.calibration.get("escalation", {}).get("chosen")

@@ -33,7 +33,7 @@ from flashhead_dist.heads.flashhead import (
 )
 from flashhead_dist.heads.flashhead_escalate import Escalation, FlashHeadEscalate
 from flashhead_dist.index import IndexManifest, LoadedShard, load_manifest, load_shard
-from flashhead_dist.index.row_block import with_row_dtype
+from flashhead_dist.index.shard import with_row_dtype
 from flashhead_dist.measured_choices import keep_launches
 from flashhead_dist.models import ModelSource
 from flashhead_dist.parallel import TensorParallel, run_in_lock_step

@@ -1,38 +1,57 @@
 """From clusters in tree order to the tensors of an index, group by group.
 
 Tree cluster t goes to group t % G, slot t // G: neighbours in the tree, which compete for the same
-hidden states, land in different groups, so that equal shares of probes serve every state.
-G groups of M clusters of S tokens; D hidden size.
+hidden states, are in different groups, so that equal shares of probes serve every state.
+
+*Fewer columns.* The score of a centroid c for a hidden state h is h . c. Over states of second
+moment A and centroids of covariance K, the m-term bilinear form x(h) . y(c) that comes closest
+to it in the mean square (up to h . mean, which is the same for every cluster) takes the m leading
+eigenvectors of A^(1/2) K A^(1/2): the optimal rank-m approximation of Eckart and Young
+(https://doi.org/10.1007/BF02288367) in the metric of the states. Coordinates are scaled so that
+centroids vary alike along each of them, and rotated at random, so that one scale serves a group of
+columns well.
+
+*Rounding* after GPTQ (Frantar et al., https://arxiv.org/abs/2210.17323), so that errors cancel in
+the directions hidden states take: columns are rounded one after another, the column with the most
+energy first, and what a column loses is made up by those still to come, as the second moment of the
+hidden states says. All centroids share that moment, so one factorization serves them all. Plain
+rounding hurts states of great norm along few directions most, as Indic scripts have.
+
+G groups of M clusters of S tokens; D hidden size, m centroid columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from flashhead_dist.index.axes import centroid_covariance, leading_axes
-from flashhead_dist.index.compensate import quantize_for_states
-from flashhead_dist.index.metric import moment_root, score_deviations
+from flashhead_dist.index.cluster import moment_root, score_deviations
 from flashhead_dist.index.options import IndexOptions
 from flashhead_kernels.quantize import (
     Projection,
     QuantizedCentroids,
+    centroid_scales,
+    integer_limit,
+    pack_centroids,
     quantize_centroids,
     tile_centroids,
 )
 from flashhead_kernels.shard import IndexShard
 
 _CHUNK_CLUSTERS = 8192
+_RELATIVE_FLOOR = 1e-7
+_DAMPING = 0.01
+_BLOCK_COLUMNS = 64
 
 
-def deal(slots: Tensor, num_groups: int) -> Tensor:
-    """Deal clusters in tree order `[C, ...]` round-robin: `[G, M, ...]`."""
-    dealt = slots.reshape(len(slots) // num_groups, num_groups, *slots.shape[1:])
+def round_robin(slots: Tensor, num_groups: int) -> Tensor:
+    """Assign clusters in tree order `[C, ...]` to groups: `[G, M, ...]`."""
+    assigned = slots.reshape(len(slots) // num_groups, num_groups, *slots.shape[1:])
     # A clone has plain strides even where a dimension is 1, which contiguous() may leave odd.
-    return dealt.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    return assigned.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def lay_out(
@@ -48,17 +67,14 @@ def lay_out(
     moment: `second_moment` of the calibration states, which rounds centroids to suit them; None
         rounds to nearest.
     """
-    token_ids = deal(slots, options.num_groups).to(torch.int32)
+    token_ids = round_robin(slots, options.num_groups).to(torch.int32)
     shape = token_ids.shape[:2]
     centroids, spread = describe_clusters(
         weights, token_ids.flatten(0, 1), moment, unit_norm=options.centroid_kind == "unit_norm"
     )
     centroids, spread = centroids.reshape(*shape, -1), spread.reshape(shape)
-    quantized = _quantize(centroids, spread, moment, options)
-    if quantized.projection is not None:
-        stored = quantized.dequantize()
-        spread = with_left_out(spread, centroids, stored, quantized.projection, moment)
-    pinned = _deal_pinned(pinned_token_ids, options.num_groups, weights.device)
+    quantized, spread = quantize(centroids, spread, options, moment)
+    pinned = _pinned_by_group(pinned_token_ids, options.num_groups, weights.device)
     return IndexShard(
         rows=_take(weights, token_ids),
         token_ids=token_ids,
@@ -70,19 +86,21 @@ def lay_out(
     )
 
 
-def _quantize(
-    centroids: Tensor, spread: Tensor, moment: Tensor | None, options: IndexOptions
-) -> QuantizedCentroids:
-    """Store `centroids [G, M, D]`, in the columns that the options leave them."""
+def quantize(
+    centroids: Tensor, spread: Tensor, options: IndexOptions, moment: Tensor | None
+) -> tuple[QuantizedCentroids, Tensor]:
+    """Centroids `[..., D]` in the bits and columns of `options`, and the spread `[...]` to store.
+
+    With fewer columns the spread also counts what they leave out (`_with_left_out`).
+    """
     bits, group_size, columns = options.centroid_bits, options.group_size, options.centroid_columns
-    projection = None
+    exact, exact_moment, projection = centroids, moment, None
     if columns is not None:
         real = ~torch.isneginf(spread)
         mean, covariance = centroid_covariance(centroids[real])
         axes = leading_axes(covariance, moment, columns, seed=options.seed)
         device = centroids.device
-        to_state = axes.to_state.T.contiguous().to(device)
-        projection = Projection(to_state, mean.to(device))
+        projection = Projection(axes.to_state.T.contiguous().to(device), mean.to(device))
         centred = (centroids - projection.mean) * real.unsqueeze(-1)
         centroids = centred @ axes.to_centroid.to(device)
         moment = None if moment is None else axes.moment(moment)
@@ -90,7 +108,11 @@ def _quantize(
         quantized = quantize_centroids(centroids, bits, group_size)
     else:
         quantized = quantize_for_states(centroids, moment, bits, group_size)
-    return replace(quantized, projection=projection)
+    if projection is None:
+        return quantized, spread
+    stored = quantized.dequantize()
+    spread = _with_left_out(spread, exact, stored, projection, exact_moment)
+    return replace(quantized, projection=projection), spread
 
 
 def describe_clusters(
@@ -123,7 +145,7 @@ def describe_clusters(
     return centroids, spread
 
 
-def with_left_out(
+def _with_left_out(
     spread: Tensor,
     centroids: Tensor,
     stored: Tensor,
@@ -132,10 +154,10 @@ def with_left_out(
 ) -> Tensor:
     """`spread [...]` with what fewer columns leave out: the root of the sum of both squares.
 
-    centroids `[..., D]`, of which `stored [..., m]` are kept in the columns of `projection`. What
-    is left out is, as the spread, an rms over hidden states of norm 1 and second moment `moment`:
-    of a centroid's logit less its probing score. It is as good a reason to doubt a score as rows
-    that stray, and a pair of near rows may have little else.
+    centroids `[..., D]`, stored as `[..., m]` in the columns of `projection`. What is left out is,
+    as the spread, an rms over hidden states of norm 1 and second moment `moment`: of a centroid's
+    logit less its probing score. A score is as doubtful for that as for rows that stray, and a pair
+    of similar rows may have little else.
     """
     size = centroids.shape[-1]
     root = moment_root(moment, size).to(centroids.device)
@@ -146,8 +168,8 @@ def with_left_out(
     )
     left_out = torch.cat(
         [
-            score_deviations(exact - projection.mean - kept @ projection.to_state, root)
-            for exact, kept in flat
+            score_deviations(exact - projection.mean - columns @ projection.to_state, root)
+            for exact, columns in flat
         ]
     )
     wider = torch.hypot(spread, left_out.reshape(spread.shape))
@@ -157,11 +179,11 @@ def with_left_out(
 def keep_spread(tensors: IndexShard, before: Tensor) -> Tensor:
     """The spread `[G, M]` of `tensors`, whose clusters have lost tokens to pins since `before`.
 
-    A cluster left with one row has none, and alpha raises the scores of all others above its own:
-    the token that pins left alone would seldom be found. It keeps the spread that it had.
+    A cluster with a single row has no spread, and alpha raises the scores of all others above its
+    own: the last token would seldom be found. Such a cluster keeps the spread that it had.
     """
-    alone = (tensors.token_ids >= 0).sum(-1) == 1
-    return torch.where(alone, torch.maximum(before, tensors.spread), tensors.spread)
+    single = (tensors.token_ids >= 0).sum(-1) == 1
+    return torch.where(single, torch.maximum(before, tensors.spread), tensors.spread)
 
 
 def cohesion(weights: Tensor, slots: Tensor) -> float:
@@ -181,8 +203,138 @@ def _take(weights: Tensor, ids: Tensor) -> Tensor:
     return rows.masked_fill_((ids < 0).unsqueeze(-1), 0)
 
 
-def _deal_pinned(token_ids: Sequence[int], num_groups: int, device: torch.device) -> Tensor:
-    """Deal pinned ids over groups: int32 `[G, n]`, -1 where a group has one fewer."""
+def _pinned_by_group(token_ids: Sequence[int], num_groups: int, device: torch.device) -> Tensor:
+    """Pinned ids assigned to groups: int32 `[G, n]`, -1 where a group has one fewer."""
     pads = [-1] * (-len(token_ids) % num_groups)
     padded = torch.tensor([*token_ids, *pads], dtype=torch.int32, device=device)
-    return deal(padded, num_groups)
+    return round_robin(padded, num_groups)
+
+
+@dataclass(frozen=True)
+class LeadingAxes:
+    """Coordinates of centroids and of hidden states, float32 `[D, m]` each.
+
+    `(h @ to_state) . (c @ to_centroid)` approximates h . c for centroids c less their mean.
+    """
+
+    to_centroid: Tensor
+    to_state: Tensor
+
+    def moment(self, second_moment: Tensor) -> Tensor:
+        """Second moment `[m, m]` of states in these coordinates, from theirs `[D, D]`."""
+        projection = self.to_state.to(second_moment)
+        return projection.T @ second_moment @ projection
+
+
+def leading_axes(
+    covariance: Tensor, second_moment: Tensor | None, num_axes: int, *, seed: int = 0
+) -> LeadingAxes:
+    """The best `num_axes` coordinates for scoring centroids.
+
+    covariance: of the centroids, `[D, D]`. second_moment: `metric.second_moment` of calibration
+    states, `[D, D]`; None counts states in every direction alike. Double precision inside.
+
+    Raises:
+        ValueError: `num_axes` outside 1..D.
+    """
+    hidden_size = len(covariance)
+    if not 1 <= num_axes <= hidden_size:
+        raise ValueError(f"{num_axes} axes must lie between 1 and the hidden size {hidden_size}")
+    covariance = covariance.double().cpu()
+    moment = torch.eye(hidden_size, dtype=torch.float64)
+    if second_moment is not None:
+        moment = second_moment.double().cpu()
+    energies, directions = torch.linalg.eigh(moment)
+    energies = _above_floor(energies)
+    root = (directions * energies.sqrt()) @ directions.T
+    inverse_root = (directions / energies.sqrt()) @ directions.T
+    variances, axes = torch.linalg.eigh(root @ covariance @ root)
+    axes = axes.flip(1)[:, :num_axes]
+    deviations = _above_floor(variances).flip(0)[:num_axes].sqrt()
+    # The sign of an eigenvector is arbitrary: fixed by the largest entry of what it makes.
+    to_state = inverse_root @ axes
+    sign = to_state.gather(0, to_state.abs().argmax(0, keepdim=True)).sign()
+    rotation = _rotation(num_axes, seed)
+    return LeadingAxes(
+        to_centroid=((root @ axes) * sign / deviations @ rotation).float(),
+        to_state=(to_state * sign * deviations @ rotation).float(),
+    )
+
+
+def centroid_covariance(centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean float32 `[D]` and covariance float64 `[D, D]` of `centroids [..., D]`."""
+    flat = centroids.flatten(0, -2).float()
+    mean = flat.mean(0, dtype=torch.float64)
+    total = torch.zeros(flat.shape[1], flat.shape[1], dtype=torch.float64, device=flat.device)
+    for part in torch.split(flat, 1 << 15):
+        centred = part - mean.float()
+        total += centred.T @ centred
+    return mean.float(), total / max(1, len(flat))
+
+
+def _above_floor(values: Tensor) -> Tensor:
+    """`values`, ascending, none below a small part of the greatest; ones where all are zero."""
+    greatest = float(values[-1])
+    return values.clamp(min=greatest * _RELATIVE_FLOOR) if greatest > 0 else torch.ones_like(values)
+
+
+def _rotation(size: int, seed: int) -> Tensor:
+    """A random orthogonal matrix, float64 `[size, size]`."""
+    generator = torch.Generator().manual_seed(seed)
+    rotation: Tensor = torch.linalg.qr(
+        torch.randn(size, size, generator=generator, dtype=torch.float64)
+    )[0]
+    return rotation
+
+
+def quantize_for_states(
+    centroids: Tensor, second_moment: Tensor, bits: int, group_size: int
+) -> QuantizedCentroids:
+    """Quantize float32 `centroids [..., D]` to 4 or 8 bits with least expected error of a score.
+
+    second_moment: `[D, D]`, mean of h h^T over (unit-normed) hidden states.
+    Scales are those of `quantize_centroids`; only the rounding differs.
+
+    Raises:
+        ValueError: what `centroid_scales` refuses, or centroids that are not finite.
+    """
+    if not bool(torch.isfinite(centroids).all()):
+        raise ValueError("centroids must be finite: the output embedding holds NaN or inf")
+    shape = centroids.shape
+    flat = centroids.reshape(-1, shape[-1]).float()
+    scales = centroid_scales(flat, bits, group_size)
+    order, factor = _elimination(second_moment.to(flat.device))
+    remaining = flat.T[order].contiguous()
+    integers = torch.empty(remaining.shape, dtype=torch.int8, device=flat.device)
+    limit = integer_limit(bits)
+    # Columns are rows here, so that each step works on contiguous memory.
+    column_scales = scales.float().T
+    for start in range(0, shape[-1], _BLOCK_COLUMNS):
+        stop = min(start + _BLOCK_COLUMNS, shape[-1])
+        losses = torch.empty(stop - start, flat.shape[0], dtype=torch.float32, device=flat.device)
+        for column in range(start, stop):
+            scale = column_scales[int(order[column]) // group_size]
+            quotient = torch.where(scale > 0, remaining[column] / scale, scale)
+            rounded = quotient.round_().clamp_(-limit, limit)
+            integers[column] = rounded.to(torch.int8)
+            loss = (remaining[column] - rounded * scale) / factor[column, column]
+            losses[column - start] = loss
+            remaining[column + 1 : stop] -= factor[column, column + 1 : stop, None] * loss
+        remaining[stop:] -= factor[start:stop, stop:].T @ losses
+    restored = torch.empty_like(integers)
+    restored[order] = integers
+    return pack_centroids(
+        restored.T.contiguous().reshape(shape),
+        scales.reshape(*shape[:-1], -1),
+        bits,
+    )
+
+
+def _elimination(second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Column order `[D]` and the upper Cholesky factor of the inverse moment in that order."""
+    moment = second_moment.double()
+    damping = _DAMPING * moment.diagonal().mean().clamp(min=1e-30)
+    moment = moment + damping * torch.eye(len(moment), device=moment.device, dtype=moment.dtype)
+    order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+    inverse = torch.linalg.inv(moment[order][:, order])
+    return order, torch.linalg.cholesky(inverse, upper=True).float()

@@ -36,7 +36,7 @@ class IndexOptions:
     """Columns that share a scale."""
     centroid_columns: int | None = None
     """Columns that a stored centroid keeps, of the axes in which hidden states tell clusters apart
-    (`index.axes`); whole groups of them, integers only. None: all D, as they are."""
+    (`index.layout`); whole groups of them, integers only. None: all D, as they are."""
     num_groups: int = 128
     """Probing groups, G: the greatest tp_size that can use the index."""
     pinned_token_ids: tuple[int, ...] = ()
@@ -151,6 +151,10 @@ class IndexOptions:
             return self.num_probes
         per_group = -(-self.num_clusters(vocab_size) // (PROBED_SHARE * self.num_groups))
         return per_group * self.num_groups
+
+    def probes_per_group(self, vocab_size: int) -> int:
+        """Clusters that each group probes."""
+        return -(-self.probes(vocab_size) // self.num_groups)
 
     def max_learned_pins(self, vocab_size: int) -> int:
         """The most tokens that calibration may pin: a small part of what is probed."""

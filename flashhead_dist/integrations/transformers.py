@@ -23,7 +23,7 @@ from flashhead_dist.errors import UserError
 from flashhead_dist.heads.base import HIDDEN_DTYPES
 from flashhead_dist.heads.flashhead import FlashHead
 from flashhead_dist.index import IndexManifest, LoadedShard, load_manifest, load_shard
-from flashhead_dist.index.row_block import with_row_dtype
+from flashhead_dist.index.shard import with_row_dtype
 from flashhead_dist.integrations.transformers_generation import (
     RetrievalGeneration,
     retrieval_class,

@@ -1,4 +1,4 @@
-"""The points that no other beats, and the one that serves a target."""
+"""The Pareto front of measured settings, and the choice of one that reaches a target."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flashhead_dist.errors import UserError
 Record = dict[str, Any]
 _AGREEMENTS = ("top1_worst", "top1")
 HALF = "top1_half_probes"
-"""Of a record: the share of selection states that half of its probes find, pinned tokens too."""
+"""Key of the share of selection states that half of a record's probes or its pins find."""
 _NORMAL_95 = 1.96
 
 
@@ -25,12 +25,12 @@ def undominated(
 
     Of equal ones the first stays.
     """
-    kept: list[Record] = []
+    front: list[Record] = []
     ordered = sorted(records, key=lambda r: (r[cost], *(-r[name] for name in agreements)))
     for record in ordered:
-        if not any(all(other[n] >= record[n] for n in agreements) for other in kept):
-            kept.append(record)
-    return kept
+        if not any(all(other[n] >= record[n] for n in agreements) for other in front):
+            front.append(record)
+    return front
 
 
 def curve(records: Iterable[Record], agreement: str, cost: str = "bytes_share") -> list[Record]:

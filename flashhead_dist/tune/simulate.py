@@ -1,33 +1,171 @@
-"""How many clusters go before the right one, for a setting that need not have a kernel.
+"""What settings find, without building their indexes or needing a kernel.
 
-Groups probe their own share, so only the group that holds a state's dense argmax decides whether it
-is found, and what a setting finds with any number of probes follows from one rank a state. N states
-`[N, D]`, C clusters of S tokens, G groups of M clusters, m centroid columns.
+Probing is local to a group, so only the group that holds a state's dense argmax decides whether it
+is found, and what a setting finds with any number of probes follows from one rank per state: how
+many clusters of that group score higher than the right one. Clusters of every size are halves and
+unions of the clusters of one tree.
+
+V vocabulary, D hidden size, N states of all parts; C clusters of S tokens in tree order, -1 for
+pads; G groups of M clusters, m centroid columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from flashhead_dist.index.axes import centroid_covariance, leading_axes
-from flashhead_dist.index.compensate import quantize_for_states
-from flashhead_dist.index.layout import deal, describe_clusters, with_left_out
-from flashhead_dist.tune.nested import resize
-from flashhead_dist.tune.points import BLOCK_EDGES, Family
-from flashhead_dist.tune.scene import Scene
-from flashhead_kernels.quantize import Projection, quantize_centroids, quantize_hidden_states
+from flashhead_dist.index.calibrate import missed_tokens
+from flashhead_dist.index.layout import describe_clusters, quantize
+from flashhead_dist.index.options import IndexOptions
+from flashhead_dist.index.refine import splits
+from flashhead_dist.states.hold_out import Parts
+from flashhead_dist.tune.front import HALF, Record, undominated
+from flashhead_dist.tune.settings import (
+    MAX_BYTES_SHARE,
+    RESCORED,
+    ROW_GROUP,
+    Family,
+    SearchSpace,
+    Setting,
+    Shape,
+)
+from flashhead_kernels.quantize import quantize_centroids, quantize_hidden_states
 
 _CHUNK_STATES = 2048
 _CHUNK_CLUSTERS = 8192
-_KEPT_ROUNDED = 3
+_LARGEST_HALVED = 8
+_COMPARED = ("top1_worst", "top1", HALF)
 
 
 @dataclass(frozen=True)
-class Described:
+class Shares:
+    """Of states whose dense argmax is a candidate: over all, and in the worst source."""
+
+    overall: float
+    num_states: int
+    worst: float
+    worst_source: str
+    num_worst_states: int
+
+
+@dataclass(frozen=True)
+class StateRange:
+    """States `rows` of all, with the source of each."""
+
+    rows: slice
+    source_ids: Tensor
+    sources: tuple[str, ...]
+
+    def shares(self, found: Tensor) -> Shares:
+        """Shares of `found` bool `[N]`, of all states, in this range."""
+        mine = found[self.rows].double().cpu()
+        totals = torch.bincount(self.source_ids, minlength=len(self.sources))
+        hits = torch.bincount(self.source_ids, weights=mine, minlength=len(self.sources))
+        shares = torch.where(totals > 0, hits / totals.clamp(min=1), torch.inf)
+        worst = int(shares.argmin())
+        return Shares(
+            float(mine.mean()),
+            len(mine),
+            float(shares[worst]),
+            self.sources[worst],
+            int(totals[worst]),
+        )
+
+
+@dataclass(frozen=True)
+class TuningData:
+    """What all settings are simulated on.
+
+    weights `[V, D]`; slots int64 `[C, S]`; vectors `[V, d]`, rows in the metric that clusters form
+    in; moment float64 `[D, D]` of the calibration states, or None; states `[N, D]`; top_tokens
+    int64 `[N, t]`, the dense head's best tokens, best first.
+    """
+
+    weights: Tensor
+    slots: Tensor
+    vectors: Tensor
+    moment: Tensor | None
+    num_groups: int
+    states: Tensor
+    top_tokens: Tensor
+    calibration: StateRange
+    selection: StateRange
+    held_out: StateRange | None
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.weights.shape[0], self.weights.shape[1], self.num_groups)
+
+    def clusters(self, options: IndexOptions) -> Tensor:
+        """Slots of the size that `options` say, without the tokens that they pin."""
+        slots = resize(self.slots, self.vectors, options.cluster_size)
+        pinned = torch.tensor(options.pinned_token_ids, dtype=slots.dtype)
+        return slots.masked_fill(torch.isin(slots, pinned), -1)
+
+
+def join(parts: Parts) -> tuple[Tensor, list[StateRange]]:
+    """States `[N, D]` of all parts, one after another, and the range of each part."""
+    given = [parts.calibration, parts.selection]
+    if parts.held_out is not None:
+        given.append(parts.held_out)
+    ranges, start = [], 0
+    for part in given:
+        ranges.append(StateRange(slice(start, start + len(part)), part.source_ids, part.sources))
+        start += len(part)
+    return torch.cat([part.states for part in given]), ranges
+
+
+def resize(slots: Tensor, vectors: Tensor, cluster_size: int) -> Tensor:
+    """Slots `[C * S / cluster_size, cluster_size]` in tree order, from `slots [C, S]`.
+
+    vectors: `[V, d]`, rows in the metric that clusters form in. Larger clusters are neighbours in
+    the tree, a smaller one is the better half of one; both sizes are powers of two.
+
+    Raises:
+        ValueError: clusters that do not pair up evenly.
+    """
+    while slots.shape[1] > cluster_size:
+        slots = halve(slots, vectors)
+    count = cluster_size // slots.shape[1]
+    if len(slots) % count:
+        raise ValueError(f"{len(slots)} clusters do not make unions of {count}")
+    return slots.reshape(-1, cluster_size)
+
+
+def halve(slots: Tensor, vectors: Tensor) -> Tensor:
+    """Divide each cluster into the two halves of least summed squared distance to their means.
+
+    Returns slots `[2C, S / 2]`; the halves of a cluster are neighbours. A pad counts as a row at
+    the mean of all rows, as in `index.refine`.
+
+    Raises:
+        ValueError: S above 8, which has too many halves.
+    """
+    count, size = slots.shape
+    if size > _LARGEST_HALVED:
+        raise ValueError(f"clusters of {size} have too many halves")
+    orders = splits(size // 2).to(slots.device)
+    halves = torch.empty_like(slots)
+    for part in torch.split(torch.arange(count, device=slots.device), _CHUNK_CLUSTERS):
+        ids = slots[part]
+        rows = torch.index_select(vectors, 0, ids.clamp(min=0).flatten())
+        rows = rows.view(*ids.shape, -1) * (ids >= 0).unsqueeze(2)
+        gram = rows @ rows.transpose(1, 2)
+        # The fall of the distance is linear in the Gram matrix: see `index.refine`.
+        gains = sum(
+            gram[:, half[:, :, None], half[:, None, :]].sum((2, 3)) for half in orders.chunk(2, 1)
+        )
+        halves[part] = ids.gather(1, orders[torch.as_tensor(gains).argmax(1)])
+    return halves.view(2 * count, size // 2)
+
+
+@dataclass(frozen=True)
+class Clusters:
     """Clusters in tree order: token_ids `[C, S]`, centroids `[C, D]`, spread `[C]`."""
 
     token_ids: Tensor
@@ -35,197 +173,201 @@ class Described:
     spread: Tensor
 
 
-@dataclass(frozen=True)
-class _Level:
-    """What scores a level's clusters: centroids `[C, m]`, states `[N, m]`, empty bool `[C]`.
-
-    deviations(rows, clusters) gives what alpha multiplies, `[n, c]`.
-    """
-
-    centroids: Tensor
-    states: Tensor
-    empty: Tensor
-    deviations: Callable[[Tensor, Tensor], Tensor]
-
-    def scores(self, rows: Tensor, clusters: Tensor, alphas: Sequence[float]) -> Iterator[Tensor]:
-        """Probing scores `[n, c]` for each of `alphas`."""
-        dots = self.states[rows] @ self.centroids[clusters].T
-        dots = dots.masked_fill(self.empty[clusters], float("-inf"))
-        deviations = self.deviations(rows, clusters) if any(alphas) else None
-        for alpha in alphas:
-            yield dots if deviations is None or not alpha else dots + alpha * deviations
-
-
 class Simulator:
-    """Ranks of right clusters in a scene; clusters and centroids last used are kept."""
+    """Ranks of right clusters in the groups of `data`, for settings that need not have a kernel."""
 
-    def __init__(self, scene: Scene) -> None:
-        self._scene = scene
-        self._described: dict[int, Described] = {}
-        self._rounded_last: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
-        self._norms = torch.linalg.vector_norm(scene.states.float(), dim=1)
+    def __init__(self, data: TuningData) -> None:
+        self.data = data
+        self._clusters: dict[int, Clusters] = {}
 
-    def clusters(self, cluster_size: int) -> Described:
-        """The tree's clusters of that size; ValueError where it has none."""
-        if cluster_size not in self._described:
-            scene = self._scene
-            ids = resize(scene.slots, scene.vectors, cluster_size)
-            centroids, spread = describe_clusters(scene.weights, ids, scene.moment)
-            self._described[cluster_size] = Described(ids, centroids, spread)
-        return self._described[cluster_size]
+    def clusters(self, cluster_size: int) -> Clusters:
+        """The tree's clusters of that size, computed once; ValueError where it has none."""
+        if cluster_size not in self._clusters:
+            data = self.data
+            ids = resize(data.slots, data.vectors, cluster_size)
+            described = describe_clusters(data.weights, ids, data.moment)
+            self._clusters[cluster_size] = Clusters(ids, *described)
+        return self._clusters[cluster_size]
 
-    def forget(self, cluster_size: int) -> None:
-        """Let go of the clusters of a size: hundreds of megabytes."""
-        self._described.pop(cluster_size, None)
+    def home_clusters(self, cluster_size: int, tokens: Tensor) -> Tensor:
+        """Cluster int64 of each of `tokens`, in their shape; -1 for a pinned token.
 
-    def home_groups(self, family: Family, tokens: Tensor) -> Tensor:
-        """Probing group int64 of each of `tokens`, in their shape; -1 for one in no cluster."""
-        home = self._home(family, tokens)
-        unit = home // (family.coarse_size // family.cluster_size) if family.coarse_size else home
-        groups: Tensor = torch.where(home < 0, -1, unit % self._scene.num_groups)
-        return groups
-
-    def ranks(
-        self,
-        family: Family,
-        alphas: Sequence[float],
-        advance: Callable[[float], None] = lambda share: None,
-    ) -> Tensor:
-        """Clusters of its group that go before the dense argmax's, int32 `[alphas, N]`.
-
-        -1 for a token in no cluster; M where its coarse cluster was not kept. Ties go to the lower
-        slot.
-
-        Raises:
-            ValueError: clusters that do not deal evenly, or centroids that scales do not fit.
+        Cluster t is in group t % G, at slot t // G of it.
         """
-        scene, groups = self._scene, self._scene.num_groups
-        tokens = scene.top_tokens[:, 0]
-        leaves = self._level(family, family.cluster_size)
-        coarse = self._level(family, family.coarse_size) if family.coarse_size else None
-        children = family.coarse_size // family.cluster_size if family.coarse_size else 1
-        units = len(leaves.centroids) // children
-        if len(leaves.centroids) % (children * groups):
-            raise ValueError(f"{len(leaves.centroids)} clusters do not deal over {groups} groups")
-        unit_ids = deal(torch.arange(units), groups)
-        home = self._home(family, tokens)
-        group_of = self.home_groups(family, tokens)
-        ranks = torch.full((len(alphas), len(tokens)), -1, dtype=torch.int32)
-        for group in range(groups):
-            own_units = unit_ids[group]
-            clusters = (own_units[:, None] * children + torch.arange(children)).flatten()
-            slot_of = torch.full((len(leaves.centroids),), -1)
-            slot_of[clusters] = torch.arange(len(clusters))
-            members = torch.nonzero(group_of == group).flatten()
-            for rows in torch.split(members, _CHUNK_STATES):
-                own = slot_of[home[rows]]
-                found = leaves.scores(rows, clusters, alphas)
-                if coarse is not None:
-                    of_units = coarse.scores(rows, own_units, alphas)
-                    found = _among_kept(found, of_units, family.kept_share, children)
-                for place, scores in enumerate(found):
-                    ranks[place, rows] = _ranks_of(scores, own)
-            advance(1 / groups)
-        return ranks
-
-    def _home(self, family: Family, tokens: Tensor) -> Tensor:
-        ids = self.clusters(family.cluster_size).token_ids
-        home = torch.full((len(self._scene.weights),), -1, dtype=torch.int64)
+        ids = self.clusters(cluster_size).token_ids
+        home = torch.full((len(self.data.weights),), -1, dtype=torch.int64)
         real = ids >= 0
         home[ids[real]] = torch.arange(len(ids)).unsqueeze(1).expand_as(ids)[real]
         found: Tensor = home[tokens]
         return found
 
-    def _level(self, family: Family, cluster_size: int) -> _Level:
-        described = self.clusters(cluster_size)
-        key = (cluster_size, family.centroid_bits, family.group_size, family.centroid_columns)
-        if key not in self._rounded_last:
-            while len(self._rounded_last) >= _KEPT_ROUNDED:
-                self._rounded_last.pop(next(iter(self._rounded_last)))
-            self._rounded_last[key] = self._rounded(described, family)
-        centroids, states, spread = self._rounded_last[key]
-        norms = self._norms
-        empty = (described.token_ids < 0).all(1)
+    def ranks(self, family: Family, alphas: Sequence[float]) -> Tensor:
+        """Clusters of its group that come before the dense argmax's, int32 `[alphas, N]`.
 
-        def deviations(rows: Tensor, clusters: Tensor) -> Tensor:
-            product: Tensor = norms[rows, None] * spread[clusters].clamp(min=0)
-            return product
+        -1 for a token in no cluster. Ties go to the lower slot.
 
-        blocks = family.second_order == "blocks"
-        chosen = self._block_deviations(described) if blocks else deviations
-        return _Level(centroids, states, empty, chosen)
-
-    def _rounded(self, described: Described, family: Family) -> tuple[Tensor, Tensor, Tensor]:
-        """Centroids `[C, m]` and spread `[C]` as stored, states `[N, m]` as the kernels round them.
-
-        In the order: centroids, states, spread.
+        Raises:
+            ValueError: clusters that do not fill the groups evenly, or centroids that scales do not
+                fit.
         """
-        scene = self._scene
-        centroids, states, moment = described.centroids, scene.states.float(), scene.moment
-        bits, group_size = family.centroid_bits, family.group_size
-        projection = None
-        if family.centroid_columns < centroids.shape[1]:
-            real = (described.token_ids >= 0).any(1)
-            mean, covariance = centroid_covariance(centroids[real])
-            axes = leading_axes(covariance, moment, family.centroid_columns)
-            projection = Projection(axes.to_state.T.contiguous(), mean)
-            centroids = (centroids - mean) * real.unsqueeze(1) @ axes.to_centroid
-            states = states @ axes.to_state
-            moment = None if moment is None else axes.moment(moment)
-        if bits == 16 or moment is None:
-            stored = quantize_centroids(centroids, bits, group_size).dequantize()
-        else:
-            stored = quantize_for_states(centroids, moment, bits, group_size).dequantize()
-        if bits < 16:
-            integers, scales = quantize_hidden_states(states, group_size)
-            states = integers * scales.repeat_interleave(group_size, dim=1)
-        spread = described.spread
-        if projection is not None:
-            spread = with_left_out(spread, described.centroids, stored, projection, scene.moment)
-        return stored, states, spread
+        data, groups = self.data, self.data.num_groups
+        clusters = self.clusters(family.cluster_size)
+        centroids, spread, states = self._stored(family)
+        if len(centroids) % groups:
+            raise ValueError(f"{len(centroids)} clusters do not fill {groups} groups evenly")
+        norms = torch.linalg.vector_norm(data.states.float(), dim=1, keepdim=True)
+        empty = (clusters.token_ids < 0).all(1)
+        home = self.home_clusters(family.cluster_size, data.top_tokens[:, 0])
+        slots = torch.arange(len(centroids) // groups)
+        ranks = torch.full((len(alphas), len(home)), -1, dtype=torch.int32)
+        for group in range(groups):
+            members = torch.nonzero((home >= 0) & (home % groups == group)).flatten()
+            for rows in torch.split(members, _CHUNK_STATES):
+                dots = states[rows] @ centroids[group::groups].T
+                dots = dots.masked_fill(empty[group::groups], float("-inf"))
+                deviations = norms[rows] * spread[group::groups].clamp(min=0)
+                own = (home[rows] // groups).unsqueeze(1)
+                for place, alpha in enumerate(alphas):
+                    scores = dots + alpha * deviations if alpha else dots
+                    mine = scores.gather(1, own)
+                    before = (scores > mine) | ((scores == mine) & (slots < own))
+                    ranks[place, rows] = before.sum(1).to(torch.int32)
+        return ranks
 
-    def _block_deviations(self, described: Described) -> Callable[[Tensor, Tensor], Tensor]:
-        """Root of the sum over blocks of axes of |h_b|^2 times a row's mean square along an axis.
+    @cached_property
+    def int8_logits(self) -> Tensor:
+        """Logits float32 `[N, t]` of the dense head's best tokens with rows rounded to int8.
 
-        A bound on a cluster that looks at where a state's energy lies: axes are the eigenvectors of
-        the states' second moment, and of a cluster's rows the one that strays most counts.
+        A scale for each ROW_GROUP columns, states rounded alike: as centroids of 8 bits are scored.
         """
-        scene = self._scene
-        moment = torch.eye(scene.weights.shape[1]) if scene.moment is None else scene.moment
-        axes = torch.linalg.eigh(moment)[1].flip(1).float()
-        edges = [edge for edge in BLOCK_EDGES if edge < len(axes)]
-        energies = _block_sums((scene.states.float() @ axes).square(), edges)
-        blocks = torch.zeros(len(described.token_ids), len(edges))
-        sizes = torch.tensor([*edges[1:], len(axes)]) - torch.tensor(edges)
-        for part in torch.split(torch.arange(len(blocks)), _CHUNK_CLUSTERS):
-            ids = described.token_ids[part]
-            rows = scene.weights[ids.clamp(min=0)].float() - described.centroids[part].unsqueeze(1)
-            strays = _block_sums(((rows * (ids >= 0).unsqueeze(2)) @ axes).square(), edges)
-            blocks[part] = strays.amax(1) / sizes
-        return lambda rows, clusters: (energies[rows] @ blocks[clusters].T).sqrt()
+        data = self.data
+        hidden_size = data.weights.shape[1]
+        group_size = ROW_GROUP if hidden_size % ROW_GROUP == 0 else hidden_size
+        logits = torch.empty(data.top_tokens.shape)
+        for part in torch.split(torch.arange(len(logits)), 2 * _CHUNK_STATES):
+            rows = data.weights[data.top_tokens[part]]
+            rounded = quantize_centroids(rows, 8, group_size).dequantize()
+            hidden = _rounded(data.states[part], group_size)
+            logits[part] = (rounded @ hidden.unsqueeze(2)).squeeze(2)
+        return logits
+
+    def _stored(self, family: Family) -> tuple[Tensor, Tensor, Tensor]:
+        """Centroids `[C, m]` and spread `[C]` as stored, states `[N, m]` as kernels round them."""
+        clusters, data = self.clusters(family.cluster_size), self.data
+        options = family.index_options(data.shape)
+        quantized, spread = quantize(clusters.centroids, clusters.spread, options, data.moment)
+        states = data.states.float()
+        if quantized.projection is not None:
+            states = states @ quantized.projection.to_state.T
+        if family.centroid_bits < 16:
+            states = _rounded(states, family.group_size)
+        return quantized.dequantize(), spread, states
 
 
-def _among_kept(
-    leaves: Iterator[Tensor], coarse: Iterator[Tensor], share: float, children: int
-) -> Iterator[Tensor]:
-    """Scores `[n, M]` of leaves, -inf but for children of the best `share` of coarse clusters."""
-    for scores, of_units in zip(leaves, coarse, strict=True):
-        count = max(1, round(share * of_units.shape[1]))
-        best = of_units.topk(count, dim=1).indices
-        kept = torch.zeros_like(of_units, dtype=torch.bool).scatter_(1, best, True)
-        yield scores.masked_fill(~kept.repeat_interleave(children, dim=1), float("-inf"))
+def _rounded(states: Tensor, group_size: int) -> Tensor:
+    """States as the kernels round them to int8."""
+    integers, scales = quantize_hidden_states(states, group_size)
+    return integers * scales.repeat_interleave(group_size, dim=1)
 
 
-def _ranks_of(scores: Tensor, own: Tensor) -> Tensor:
-    """Slots `[n, M]` that go before slot `own [n]`; M where its score is -inf."""
-    mine = scores.gather(1, own.unsqueeze(1))
-    slots = torch.arange(scores.shape[1])
-    before = ((scores > mine) | ((scores == mine) & (slots < own.unsqueeze(1)))).sum(1)
-    return torch.where(mine[:, 0] == float("-inf"), scores.shape[1], before).to(torch.int32)
+def survives(logits: Tensor, groups: Tensor) -> Tensor:
+    """Whether int8 rows still lead to the dense argmax: bool `[N]`.
+
+    Each group scores its RESCORED best candidates by int8 rows again by their exact rows, so the
+    first token is lost where as many others of its group look better in int8. Only the dense head's
+    best tokens can: the others are further away than rounding reaches.
+
+    logits: `[N, t]`. groups: int64 `[N, t]`, -1 for a pinned token, which is scored by its own row.
+    """
+    rivals = (groups == groups[:, :1]) & (logits > logits[:, :1])
+    return (groups[:, 0] < 0) | (rivals.sum(1) < RESCORED)
 
 
-def _block_sums(values: Tensor, edges: Sequence[int]) -> Tensor:
-    """Sums `[..., B]` of `values [..., D]` over the blocks that start at `edges`."""
-    ends = [*edges[1:], values.shape[-1]]
-    parts = [values[..., a:b].sum(-1) for a, b in zip(edges, ends, strict=True)]
-    return torch.stack(parts, dim=-1)
+def measure_family(
+    simulator: Simulator, family: Family, space: SearchSpace, frequent: Sequence[int]
+) -> list[Record]:
+    """Records of the family's settings that no other with the same alpha and row bits dominates.
+
+    Not across alphas: the choice weighs them against a few states (`front.choose`).
+    frequent: token ids, most frequent first.
+
+    Raises:
+        ValueError: as `Simulator.ranks`.
+    """
+    data = simulator.data
+    ranks = simulator.ranks(family, space.alphas)
+    home = simulator.home_clusters(family.cluster_size, data.top_tokens)
+    groups = torch.where(home < 0, -1, home % data.num_groups)
+    exact = torch.ones(len(groups), dtype=torch.bool)
+    survivors = {16: exact, 8: survives(simulator.int8_logits, groups)}
+    records: dict[tuple[int, float], list[Record]] = defaultdict(list)
+    for setting, found, by_half in _found(data, family, space, frequent, ranks):
+        for bits in space.row_bits:
+            with_bits = replace(setting, row_bits=bits)
+            if data.shape.bytes_share(with_bits) <= MAX_BYTES_SHARE:
+                both = found & survivors[bits], by_half & survivors[bits]
+                records[bits, setting.alpha].append(_record(with_bits, *both, data))
+    return [
+        record for alike in records.values() for record in undominated(alike, agreements=_COMPARED)
+    ]
+
+
+def _found(
+    data: TuningData, family: Family, space: SearchSpace, frequent: Sequence[int], ranks: Tensor
+) -> Iterator[tuple[Setting, Tensor, Tensor]]:
+    """Settings with 16-bit rows, and the states `[N]` that all and half of their probes find."""
+    tokens = data.top_tokens[:, 0]
+    calibrating = data.calibration.rows
+    is_frequent = {
+        count: _among(tokens, frequent[:count], len(data.weights)) for _, count in space.pins
+    }
+    for probes in space.probes(family, data.shape):
+        for alpha, of_alpha in zip(space.alphas, ranks, strict=True):
+            ranked = of_alpha[calibrating], tokens[calibrating]
+            is_learned = {
+                count: _among(tokens, missed_tokens(*ranked, probes, count), len(data.weights))
+                for count in {learned for learned, _ in space.pins}
+            }
+            for learned, count in space.pins:
+                pinned = is_learned[learned] | is_frequent[count]
+                setting = Setting.of(
+                    family,
+                    alpha=alpha,
+                    probes_per_group=probes,
+                    learned_pins=learned,
+                    frequent_pins=min(count, len(frequent)),
+                )
+                yield setting, (of_alpha < probes) | pinned, (2 * of_alpha < probes) | pinned
+
+
+def _record(setting: Setting, found: Tensor, by_half: Tensor, data: TuningData) -> Record:
+    """One flat record: the choices, the bytes, and the shares found in each part of the states.
+
+    found, by_half: bool `[N]`, states whose dense argmax is a candidate with all of the probes and
+    with half of them.
+    """
+    record: Record = {
+        "family": setting.key,
+        **asdict(setting),
+        "candidates": setting.probes_per_group * data.num_groups * setting.cluster_size,
+        "bytes_share": data.shape.bytes_share(setting),
+        HALF: data.selection.shares(by_half).overall,
+    }
+    for prefix, part in (("", data.selection), ("held_out_", data.held_out)):
+        if part is not None:
+            shares = part.shares(found)
+            record |= {
+                f"{prefix}top1": shares.overall,
+                f"{prefix}top1_worst": shares.worst,
+                f"{prefix}worst_source": shares.worst_source,
+                f"{prefix}worst_states": shares.num_worst_states,
+                f"{prefix}states": shares.num_states,
+            }
+    return record
+
+
+def _among(tokens: Tensor, chosen: Sequence[int], vocab_size: int) -> Tensor:
+    """Which of `tokens [N]` are among `chosen`: bool `[N]`."""
+    table = torch.zeros(vocab_size, dtype=torch.bool)
+    table[torch.tensor(chosen, dtype=torch.int64)] = True
+    return table[tokens]

@@ -1,14 +1,15 @@
-"""What a real head takes at a point: only points that the head can run are timed.
+"""Latency of settings that the head can run, beside the dense head.
 
-A layout decides the time, not what is in it, so an index is laid out with the tree's clusters and
-a few hidden states, timed, and thrown away.
+The layout of an index determines the time, not its contents. So an index is laid out with the
+tree's clusters and a few hidden states, timed, and deleted.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from torch import Tensor
 from flashhead_dist.bench.timer import compute_step, step_clock, summarise
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.registry import BASELINE, DEFAULT_HEAD, HeadBuilder
-from flashhead_dist.index import build_index
+from flashhead_dist.index.build import BuildInputs, build_from
 from flashhead_dist.index.options import IndexOptions
 from flashhead_dist.models import ModelSource
 from flashhead_dist.parallel import TensorParallel
 from flashhead_dist.states import HiddenStates
-from flashhead_dist.tune.nested import resize
-from flashhead_dist.tune.points import Point, Shape, index_options
-from flashhead_dist.tune.scene import Scene
+from flashhead_dist.tune.front import Record
+from flashhead_dist.tune.run import Journal
+from flashhead_dist.tune.settings import Setting, Shape
+from flashhead_dist.tune.simulate import TuningData
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_kernels.timing import time_steps
 
@@ -33,94 +35,123 @@ _WARM_UP = 3
 _NUM_STATES = 256
 
 
-def point_of(record: dict[str, Any]) -> Point:
-    """The point that a record describes."""
-    return Point(**{field.name: record[field.name] for field in fields(Point)})
+@dataclass(frozen=True)
+class TimingPlan:
+    """How settings are timed: `iterations` steps each, interleaved, by `threads` on `device`."""
+
+    batch_sizes: list[int]
+    iterations: int
+    threads: int
+    device: str = "cpu"
 
 
-def layout_of(record: dict[str, Any], shape: Shape) -> IndexOptions | None:
+def layout_of(record: Record, shape: Shape) -> IndexOptions | None:
     """Options of the index that a record needs; None where no head runs it.
 
-    Records with the same options differ in probes, alpha and the number of pinned tokens alone.
+    Records with the same options differ in probes, alpha and the number of pinned tokens only.
     """
-    point = point_of(record)
-    options = index_options(point, shape.hidden_size, shape.num_groups)
-    if options is None:
+    setting = Setting.of_record(record)
+    if setting.row_bits != 16:
         return None
-    choices = {field.name: getattr(options, field.name) for field in fields(IndexOptions)}
-    pinned = point.learned_pins + point.frequent_pins
-    # Any tokens take as long as the right ones.
-    choices |= {
-        "pinned_token_ids": tuple(range(pinned)),
-        "learned_pins_per_group": 0,
-        "pin_special_tokens": False,
-        "alpha": 1.0,
-    }
-    return IndexOptions(**choices)
+    return setting.index_options(
+        shape,
+        # Any tokens take as long as the right ones.
+        pinned_token_ids=tuple(range(setting.learned_pins + setting.frequent_pins)),
+        learned_pins_per_group=0,
+        pin_special_tokens=False,
+        alpha=1.0,
+    )
 
 
-def time_points(
-    records: Sequence[dict[str, Any]],
-    layout: IndexOptions,
-    scene: Scene,
+def time_front(
+    front: Sequence[Record],
+    data: TuningData,
     model: ModelSource,
-    *,
-    batch_sizes: Sequence[int],
-    iterations: int,
-    threads: int,
-    device: str = "cpu",
-    on_step: Callable[[], None] = lambda: None,
+    journal: Journal,
+    plan: TimingPlan,
+    on_layout: Callable[[str], None] = lambda name: None,
+) -> list[Record]:
+    """`front` once per batch size, with latencies where a real head runs the setting.
+
+    Others have `measured` false and no time.
+    """
+    by_layout: dict[IndexOptions, list[Record]] = defaultdict(list)
+    timed: list[Record] = []
+    for record in front:
+        layout = layout_of(record, data.shape)
+        if layout is None:
+            timed += [record | {"batch_size": b, "measured": False} for b in plan.batch_sizes]
+        else:
+            by_layout[layout].append(record)
+    for layout, records in by_layout.items():
+        on_layout(records[0]["family"])
+        probed = [(record["probes_per_group"], record["alpha"]) for record in records]
+        name = f"times {layout.fingerprint()} {probed} {astuple(plan)}"
+        if name not in journal:
+            journal.add(name, time_layout(records, layout, data, model, plan))
+        repeated = [record for _ in plan.batch_sizes for record in records]
+        timed += [
+            record | time | {"measured": True}
+            for record, time in zip(repeated, journal[name], strict=True)
+        ]
+    return sorted(timed, key=lambda r: (r["batch_size"], r["bytes_share"]))
+
+
+def time_layout(
+    records: Sequence[Record],
+    layout: IndexOptions,
+    data: TuningData,
+    model: ModelSource,
+    plan: TimingPlan,
 ) -> list[dict[str, Any]]:
     """Latency of each of `records`, all of `layout`, interleaved with the dense head.
 
-    Returns a dict a record and batch size: `median_us`, `p10_us`, `p90_us`, `dense_median_us` of
-    the same rounds, `times_dense`, and the batch size.
+    Returns a dict per batch size and record: `batch_size`, `median_us`, `p10_us`, `p90_us`,
+    `dense_median_us` of the same rounds, and `times_dense`.
     """
-    vectors = scene.vectors
-    slots = resize(scene.slots, vectors, layout.cluster_size)
-    taken = torch.isin(slots, torch.tensor(layout.pinned_token_ids, dtype=slots.dtype))
     with tempfile.TemporaryDirectory(prefix="flashhead-tune-") as scratch:
-        folder = build_index(
+        folder = build_from(
             model,
             layout,
-            calibration=_some(scene.states),
-            test=None,
-            out=Path(scratch) / "index",
-            device=device,
+            BuildInputs(_few(data.states), clusters=(data.clusters(layout), 0)),
+            Path(scratch) / "index",
+            device=plan.device,
             progress=False,
-            clusters=(slots.masked_fill(taken, -1), 0),
         )
         builder = HeadBuilder(
-            tp=TensorParallel.single(device), model=model, index_dir=folder, device=device
+            tp=TensorParallel.single(plan.device),
+            model=model,
+            index_dir=folder,
+            device=plan.device,
         )
         heads: list[Head] = [builder.build(BASELINE)]
         for record in records:
-            probes = record["probes_per_group"] * scene.num_groups
+            probes = record["probes_per_group"] * data.num_groups
             heads.append(builder.build(DEFAULT_HEAD, num_probes=probes, alpha=record["alpha"]))
     results = []
-    with compute_threads(threads):
-        for size in batch_sizes:
-            results += _time(heads, scene.states.to(model.dtype), size, iterations, device)
-            on_step()
+    with compute_threads(plan.threads):
+        for size in plan.batch_sizes:
+            results += _time(heads, data.states.to(model.dtype), size, plan)
     return results
 
 
-def _some(states: Tensor) -> HiddenStates:
+def _few(states: Tensor) -> HiddenStates:
     """A few of `states`, of no source in particular."""
     few = states[:: -(-len(states) // _NUM_STATES)]
-    nowhere = torch.zeros(len(few), dtype=torch.int64)
-    return HiddenStates(few, nowhere, ("all",), "some states, for a layout to be timed")
+    source_ids = torch.zeros(len(few), dtype=torch.int64)
+    return HiddenStates(few, source_ids, ("all",), "a few states, to lay out an index for timing")
 
 
 def _time(
-    heads: Sequence[Head], states: Tensor, batch_size: int, iterations: int, device: str
+    heads: Sequence[Head], states: Tensor, batch_size: int, plan: TimingPlan
 ) -> list[dict[str, Any]]:
     """Latencies of all heads but the first, beside the first's."""
-    batches = [batch.to(device) for batch in torch.split(states, batch_size)[: iterations + 1]]
-    clock = step_clock(torch.device(device))
-    steps = {str(place): compute_step(head, batches, clock) for place, head in enumerate(heads)}
+    batches = torch.split(states, batch_size)[: plan.iterations + 1]
+    on_device = [batch.to(plan.device) for batch in batches]
+    clock = step_clock(torch.device(plan.device))
+    steps = {str(n): compute_step(head, on_device, clock) for n, head in enumerate(heads)}
     time_steps(steps, _WARM_UP)
-    times = time_steps(steps, iterations)
+    times = time_steps(steps, plan.iterations)
     latencies = [summarise([times[name]]) for name in steps]
     dense = latencies[0].median_us
     return [

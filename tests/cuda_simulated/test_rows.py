@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadAuto
-from flashhead_dist.index.whole import read_token_ids
+from flashhead_dist.index.shard import read_token_ids
 from flashhead_dist.integrations.transformers_rows import LogitRows
 from flashhead_dist.integrations.vllm.head import Finish, RowsHead
 from flashhead_dist.integrations.vllm.needs import Rest, RowNeed

@@ -10,7 +10,7 @@ import torch
 
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadAuto
 from flashhead_dist.heads.sampling import SamplingParameters, choose_tokens, token_log_probs
-from flashhead_dist.index.whole import read_token_ids
+from flashhead_dist.index.shard import read_token_ids
 from flashhead_dist.integrations.transformers_rows import LogitRows
 from flashhead_dist.integrations.vllm.head import Finish, RowsHead
 from flashhead_dist.integrations.vllm.needs import Rest, RowNeed

@@ -20,10 +20,11 @@ from flashhead_dist.heads.base import HeadOutput, HeadShape, Want
 from flashhead_dist.heads.flashhead_escalate import Escalation, FlashHeadEscalate
 from flashhead_dist.heads.registry import HEADS, build_head, emulate_head
 from flashhead_dist.index import load_manifest
-from flashhead_dist.index.escalation import SHARES, USUAL_SHARE, margins
+from flashhead_dist.index.calibrate import SHARES, USUAL_SHARE, margins
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.parallel import TensorParallel
 from flashhead_kernels import reference
+from flashhead_kernels.shard import Query
 
 WANTS = (Want(), Want(k=3), Want(logsumexp=True), Want(k=2, logsumexp=True, candidate_mass=True))
 
@@ -234,7 +235,7 @@ def test_an_index_keeps_the_margins_of_its_calibration_states(
     head = escalating(model, build_one("again"), None)  # type: ignore[arg-type]
     assert head.escalation.margin == by_share[USUAL_SHARE]
     shard, calibration = head.shard, index_states[0]
-    found = margins(shard, calibration.states, manifest.alpha, 2)
+    found = margins(shard, calibration.states, Query(2, manifest.alpha))
     for share in (0.1, 0.2, 0.5):
         below = float((found < by_share[share]).double().mean())
         assert below == pytest.approx(share, abs=0.02), "drawn evenly from two sources"

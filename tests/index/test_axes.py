@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashhead_dist.index.axes import LeadingAxes, centroid_covariance, leading_axes
-from flashhead_dist.index.metric import second_moment
+from flashhead_dist.index.cluster import second_moment
+from flashhead_dist.index.layout import LeadingAxes, centroid_covariance, leading_axes
 
 D, C, N = 24, 400, 300
 

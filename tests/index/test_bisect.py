@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashhead_dist.index import bisect as module
-from flashhead_dist.index.bisect import bisect
+from flashhead_dist.index import cluster as module
+from flashhead_dist.index.cluster import bisect
 
 AWKWARD_SHAPES = (
     (1024, 256, 4),
@@ -133,6 +133,6 @@ def test_the_same_seed_gives_the_same_slots_however_nodes_are_batched(
 
 
 def test_levels_are_reported_up_to_the_last() -> None:
-    levels: list[tuple[int, int]] = []
-    bisect(_rows(90, 8), 24, 4, on_level=lambda level, of: levels.append((level, of)))
-    assert levels == [(level, 5) for level in range(1, 6)]
+    percents: list[float] = []
+    bisect(_rows(90, 8), 24, 4, advance=percents.append)
+    assert percents == [20.0] * 5

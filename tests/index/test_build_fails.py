@@ -22,7 +22,7 @@ def stored_bytes(index: Path) -> bytes:
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("stage", ["cluster_tokens", "measure_fidelity", "cohesion"])
+@pytest.mark.parametrize("stage", ["cluster_tokens", "calibrate_escalation", "cohesion"])
 def test_a_build_that_fails_leaves_nothing_and_what_was_there(
     build_one: Build,
     tmp_path: Path,

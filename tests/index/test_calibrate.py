@@ -34,13 +34,13 @@ def test_of_equal_logits_the_smallest_token_is_the_dense_argmax(
     states[0] = 0
     monkeypatch.setattr(calibrate, "_CHUNK_TOKENS", 100)
     monkeypatch.setattr(calibrate, "_CHUNK_STATES", 40)
-    shares: list[float] = []
-    found = dense_argmax(weights, states, shares.append)
+    counted: list[float] = []
+    found = dense_argmax(weights, states, counted.append)
     logits = states.double() @ weights.double().T
     ties = logits == logits.amax(1, keepdim=True)
     assert int(ties.sum(1).max()) > 1
     assert torch.equal(found, ties.int().argmax(1))
-    assert sum(shares) == pytest.approx(1)
+    assert sum(counted) == pytest.approx(len(states))
 
 
 def _among_candidates(index: Path, states: Tensor, tokens: Tensor, alpha: float) -> list[bool]:

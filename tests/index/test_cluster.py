@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashhead_dist.index import HeadIndexError, IndexOptions, faiss_cells
-from flashhead_dist.index.cluster import cluster_tokens
-from flashhead_dist.index.metric import second_moment
+from flashhead_dist.index import HeadIndexError, IndexOptions, cluster
+from flashhead_dist.index.cluster import cluster_tokens, second_moment
 
 
 def _draw(*shape: int, seed: int = 0) -> Tensor:
@@ -75,7 +74,7 @@ def test_unit_norm_clusters_ignore_norms() -> None:
 def test_the_same_seed_gives_the_same_clusters(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faiss_cells, "CLUSTERS_A_CELL", 50)
+    monkeypatch.setattr(cluster, "CLUSTERS_PER_CELL", 50)
     weights, moment = _draw(1013, 24), second_moment(_draw(50, 24, seed=1))
     options = _options(method=method, seed=7)
     torch.manual_seed(1)
@@ -84,47 +83,32 @@ def test_the_same_seed_gives_the_same_clusters(
     assert torch.equal(cluster_tokens(weights, options, moment=moment)[0], first)
 
 
-@pytest.mark.parametrize("method", ["bisect", "faiss"])
-def test_every_stage_is_reported_from_start_to_end(method: str) -> None:
-    stages: dict[str, list[float]] = {}
-    cluster_tokens(
-        _draw(500, 16),
-        _options(method=method),
-        report=lambda stage, done: stages.setdefault(stage, []).append(done),
-    )
-    assert len(stages) == 3
-    for shares in stages.values():
-        assert shares == sorted(shares)
-        assert shares[0] >= 0
-        assert shares[-1] == 1.0
-
-
 @pytest.mark.parametrize(("num_rows", "num_clusters", "size"), [(1013, 256, 4), (1000, 125, 8)])
 def test_cells_are_filled_and_divided_evenly(
     num_rows: int, num_clusters: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faiss_cells, "CLUSTERS_A_CELL", 9)
+    monkeypatch.setattr(cluster, "CLUSTERS_PER_CELL", 9)
     rows = _draw(num_rows, 12)
-    slots = faiss_cells.faiss_cells(rows, num_clusters, size, seed=0)
+    slots = cluster.faiss_cells(rows, num_clusters, size, seed=0)
     assert torch.equal(slots[slots >= 0].sort().values, torch.arange(num_rows))
     filled = (slots >= 0).sum(1)
     assert set(filled.tolist()) <= {num_rows // num_clusters, -(-num_rows // num_clusters)}
-    assert torch.equal(faiss_cells.faiss_cells(rows, num_clusters, size, seed=0), slots)
+    assert torch.equal(cluster.faiss_cells(rows, num_clusters, size, seed=0), slots)
 
 
 def test_cells_are_those_of_k_means(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three blobs of 40 rows: each is a cell, where halves of the whole would cut one in two."""
-    monkeypatch.setattr(faiss_cells, "CLUSTERS_A_CELL", 10)
+    monkeypatch.setattr(cluster, "CLUSTERS_PER_CELL", 10)
     blob = torch.arange(3).repeat(40)
     rows = 5 * torch.eye(3, 12)[blob] + 0.5 * _draw(120, 12, seed=1)
-    cells = faiss_cells.faiss_cells(rows, 30, 4, seed=0).reshape(3, 40)
+    cells = cluster.faiss_cells(rows, 30, 4, seed=0).reshape(3, 40)
     assert bool((blob[cells] == blob[cells[:, :1]]).all())
 
 
 def test_full_cells_keep_the_nearest_rows_and_pass_on_the_others() -> None:
     rows = torch.tensor([[0.5], [6.5], [1.0], [3.9], [4.2], [9.0]])
     cells = torch.tensor([[0.0], [10.0], [4.0]])
-    filled = faiss_cells._fill(rows, cells, torch.tensor([3, 3, 1]))
+    filled = cluster._fill(rows, cells, torch.tensor([3, 3, 1]))
     # 3.9, 4.2 and 6.5 are all nearest to the third cell, which has room for 3.9 alone.
     assert [members.tolist() for members in filled] == [[0, 2, 4], [1, 5], [3]]
 
@@ -132,10 +116,10 @@ def test_full_cells_keep_the_nearest_rows_and_pass_on_the_others() -> None:
 def test_similar_cells_are_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen cells along a line, which k-means gives in any order."""
     mixed = (torch.arange(16) * 7 % 16).unsqueeze(1)
-    monkeypatch.setattr(faiss_cells, "CLUSTERS_A_CELL", 8)
-    monkeypatch.setattr(faiss_cells, "_k_means", lambda vectors, cells, seed: (mixed + 0.5) / 16)
+    monkeypatch.setattr(cluster, "CLUSTERS_PER_CELL", 8)
+    monkeypatch.setattr(cluster, "_k_means", lambda vectors, cells, seed: (mixed + 0.5) / 16)
     line = torch.linspace(0, 1, 512).unsqueeze(1)
-    means = line[faiss_cells.faiss_cells(line, 128, 4, seed=0)].mean((1, 2))
+    means = line[cluster.faiss_cells(line, 128, 4, seed=0)].mean((1, 2))
     assert float((means[1:] - means[:-1]).abs().max()) < 3 / 16
 
 

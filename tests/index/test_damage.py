@@ -114,13 +114,6 @@ def test_a_group_in_the_place_of_another_is_noticed(index: Path) -> None:
     _refused(index, DATA)
 
 
-def test_damage_goes_unnoticed_only_where_nobody_asks(index: Path) -> None:
-    begin, _ = _stored_tensors(index)["rows"]
-    with _flipped(index / DATA, begin):
-        load_shard(index, verify=False)
-        _refused(index, DATA)
-
-
 def test_one_byte_of_the_manifest_is_noticed(index: Path) -> None:
     size = (index / MANIFEST).stat().st_size
     for offset in [*range(0, size, 3), size - 1]:

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashhead_dist.index import compensate, metric
-from flashhead_dist.index.compensate import quantize_for_states
-from flashhead_dist.index.layout import describe_clusters
-from flashhead_dist.index.metric import cluster_space, second_moment
+from flashhead_dist.index import cluster, layout
+from flashhead_dist.index.cluster import cluster_space, second_moment
+from flashhead_dist.index.layout import describe_clusters, quantize_for_states
 from flashhead_kernels.quantize import integer_limit, quantize_centroids
 
 SHAPES = ((64, 64), (96, 32), (200, 40), (48, 2), (128, 128))
@@ -48,7 +47,7 @@ def test_second_moment_weighs_directions_not_norms(
     for state in states.double():
         expected += torch.outer(state, state) / state.square().sum().clamp(min=1e-300)
     expected /= 50
-    monkeypatch.setattr(metric, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(cluster, "_CHUNK_ROWS", 7)
     moment = second_moment(states)
     assert moment.dtype == torch.float64
     assert torch.allclose(moment, expected, rtol=1e-12, atol=1e-14)
@@ -72,7 +71,7 @@ def test_without_states_or_exponent_distances_are_euclidean(exponent: float) -> 
 def test_distances_are_those_of_the_metric(
     exponent: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metric, "_CHUNK_ROWS", 70)
+    monkeypatch.setattr(cluster, "_CHUNK_ROWS", 70)
     rows = (_draw(200, 40) + 1).to(torch.bfloat16)
     moment = second_moment(_anisotropic(500, 40))
     values, vectors = torch.linalg.eigh(moment)
@@ -90,13 +89,13 @@ def test_distances_are_those_of_the_metric(
 
 def test_wide_rows_keep_their_leading_directions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of 300 columns that hardly vary in 44 directions, in one of which they lie far off."""
-    monkeypatch.setattr(metric, "_CHUNK_ROWS", 90)
+    monkeypatch.setattr(cluster, "_CHUNK_ROWS", 90)
     scales = torch.cat([torch.ones(256), torch.full((44,), 1e-3)])
     rows = _draw(400, 300) * scales
     rows[:, 299] += 20
     rows = rows @ torch.linalg.qr(_draw(300, 300, seed=1)).Q
     placed = cluster_space(rows, None, 0.7)
-    assert placed.shape == (400, metric.CLUSTER_DIMENSIONS)
+    assert placed.shape == (400, cluster.CLUSTER_DIMENSIONS)
     assert torch.allclose(_distances(placed), _distances(rows), rtol=1e-4)
 
 
@@ -180,7 +179,7 @@ def _one_column_after_another(centroids: Tensor, moment: Tensor, scales: Tensor)
 def test_integers_are_those_of_the_rule(
     block_columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compensate, "_BLOCK_COLUMNS", block_columns)
+    monkeypatch.setattr(layout, "_BLOCK_COLUMNS", block_columns)
     centroids = _draw(80, 96)
     moment = second_moment(_anisotropic(2000, 96) * torch.linspace(0.3, 2, 96))
     quantized = quantize_for_states(centroids, moment, 4, 32)
@@ -235,15 +234,15 @@ def test_spread_is_the_rms_difference_of_logits_of_the_row_that_strays_most() ->
     ids[3, 2:] = -1
     ids[5] = -1
     means, spread = describe_clusters(rows, ids, second_moment(states))
-    for cluster, members in enumerate(ids):
+    for number, members in enumerate(ids):
         real = rows[members[members >= 0]]
         if not len(real):
-            assert float(spread[cluster]) == -torch.inf
+            assert float(spread[number]) == -torch.inf
             continue
-        assert torch.allclose(means[cluster], real.mean(0), atol=1e-6)
+        assert torch.allclose(means[number], real.mean(0), atol=1e-6)
         differences = unit @ (real - real.mean(0)).T
         expected = differences.double().square().mean(0).sqrt().max()
-        assert float(spread[cluster]) == pytest.approx(float(expected), rel=1e-4)
+        assert float(spread[number]) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_without_states_spread_is_euclidean() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashhead_dist.index import divide, near, refine
-from flashhead_dist.index.bisect import bisect
+from flashhead_dist.index import refine
+from flashhead_dist.index.cluster import bisect
 
 
 def _rows(num_rows: int, hidden_size: int, seed: int = 0) -> Tensor:
@@ -45,7 +45,7 @@ def _purity(number: Tensor, slots: Tensor) -> float:
     return float((number[slots] == number[slots[:, :1]]).all(1).double().mean())
 
 
-def _divisions(size: int) -> list[tuple[int, ...]]:
+def _splitter(size: int) -> list[tuple[int, ...]]:
     """Positions of the first cluster, for every division that is considered."""
     if size <= 4:
         return list(combinations(range(2 * size), size))
@@ -64,16 +64,16 @@ def test_the_best_division_is_that_of_brute_force(size: int, pads: int) -> None:
     slots[5, size - pads // 3 :] = -1
     clustered = _gathered(rows, slots)
     pairs = torch.tensor(list(combinations(range(6), 2)))
-    divisions = divide.Divisions(clustered)
-    gains = divisions.gains(pairs)
-    divided = divisions.divide(pairs, slots[pairs].flatten(1))
+    splitter = refine.PairSplitter(clustered)
+    gains = splitter.gains(pairs)
+    divided = splitter.split(pairs, slots[pairs].flatten(1))
     assert divided.shape == (15, 2, size)
     for pair, gain, result in zip(pairs, gains, divided, strict=True):
         pooled = clustered[pair].flatten(0, 1)
         everything = set(range(2 * size))
         distances = [
             _distance(torch.stack([pooled[list(left)], pooled[sorted(everything - set(left))]]))
-            for left in _divisions(size)
+            for left in _splitter(size)
         ]
         before = _distance(clustered[pair])
         assert float(gain) == pytest.approx(before - min(distances), abs=1e-4)
@@ -86,11 +86,11 @@ def test_a_pair_that_is_divided_at_its_best_stays() -> None:
     slots = bisect(rows, 2, 4)
     pair = torch.tensor([[0, 1]])
     for _ in range(2):
-        divisions = divide.Divisions(_gathered(rows, slots))
-        slots = divisions.divide(pair, slots[pair].flatten(1))[0]
-    divisions = divide.Divisions(_gathered(rows, slots))
-    assert float(divisions.gains(pair)) == 0.0
-    assert torch.equal(divisions.divide(pair, slots[pair].flatten(1))[0], slots)
+        splitter = refine.PairSplitter(_gathered(rows, slots))
+        slots = splitter.split(pair, slots[pair].flatten(1))[0]
+    splitter = refine.PairSplitter(_gathered(rows, slots))
+    assert float(splitter.gains(pair)) == 0.0
+    assert torch.equal(splitter.split(pair, slots[pair].flatten(1))[0], slots)
 
 
 def test_gains_follow_changes_that_are_told_and_chunks_do_not_matter(
@@ -98,17 +98,17 @@ def test_gains_follow_changes_that_are_told_and_chunks_do_not_matter(
 ) -> None:
     clustered = _rows(40, 6).reshape(10, 4, 6)
     pairs = torch.tensor(list(combinations(range(10), 2)))
-    divisions = divide.Divisions(clustered)
+    splitter = refine.PairSplitter(clustered)
     clustered[[2, 7]] = _rows(8, 6, seed=1).reshape(2, 4, 6)
-    divisions.update(torch.tensor([2, 7]))
-    fresh = divide.Divisions(clustered.clone())
-    assert torch.allclose(divisions.gains(pairs), fresh.gains(pairs), atol=1e-5)
+    splitter.update(torch.tensor([2, 7]))
+    fresh = refine.PairSplitter(clustered.clone())
+    assert torch.allclose(splitter.gains(pairs), fresh.gains(pairs), atol=1e-5)
     slots = torch.arange(40).reshape(10, 4)[pairs].flatten(1)
-    gains, divided = fresh.gains(pairs), fresh.divide(pairs, slots)
-    monkeypatch.setattr(divide, "_CHUNK_FLOATS", 150)
-    few = divide.Divisions(clustered.clone())
+    gains, divided = fresh.gains(pairs), fresh.split(pairs, slots)
+    monkeypatch.setattr(refine, "_CHUNK_FLOATS", 150)
+    few = refine.PairSplitter(clustered.clone())
     assert torch.allclose(few.gains(pairs), gains, atol=1e-5)
-    assert torch.equal(few.divide(pairs, slots), divided)
+    assert torch.equal(few.split(pairs, slots), divided)
 
 
 @pytest.mark.parametrize("num_clusters", [2, 9, 65, 300])
@@ -124,13 +124,13 @@ def test_near_pairs_are_the_nearest_neighbours(num_clusters: int) -> None:
         for other in others
     }
     # Ascending, so neither a pair twice nor both orders of one; and no cluster with itself.
-    assert near.near_pairs(clustered).tolist() == [list(pair) for pair in sorted(expected)]
+    assert refine.neighbour_pairs(clustered).tolist() == [list(pair) for pair in sorted(expected)]
 
 
 def test_near_pairs_need_few_of_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near, "_BLOCKS_SEARCHED", 3)
+    monkeypatch.setattr(refine, "_BLOCKS_SEARCHED", 3)
     line = torch.linspace(0, 100, 1000).reshape(1000, 1, 1)
-    pairs = near.near_pairs(line)
+    pairs = refine.neighbour_pairs(line)
     assert bool((pairs[:, 0] < pairs[:, 1]).all())
     found = {tuple(pair) for pair in pairs.tolist()}
     assert {(place, place + 1) for place in range(999)} <= found
@@ -141,7 +141,7 @@ def test_no_round_raises_the_distance(size: int) -> None:
     rows = _rows(317 * size - 5, 12)
     slots = bisect(rows, 317, size)
     shares: list[float] = []
-    _, rounds = refine.refine(rows, slots, on_round=lambda done, share: shares.append(share))
+    _, rounds = refine.refine(rows, slots, on_round=shares.append)
     assert 3 < rounds == len(shares) < refine.MAX_ROUNDS
     distances = [_distance(_gathered(rows, slots))]
     for limit in range(1, rounds + 1):

@@ -15,7 +15,7 @@ from torch import Tensor
 from flashhead_dist.heads.distribution import closed_form
 from flashhead_dist.heads.flashhead import FlashHead, FlashHeadAuto
 from flashhead_dist.index import load_shard
-from flashhead_dist.index.whole import read_token_ids
+from flashhead_dist.index.shard import read_token_ids
 from flashhead_dist.integrations.vllm import rows as rows_module
 from flashhead_dist.integrations.vllm.head import Finish, RowsHead
 from flashhead_dist.integrations.vllm.needs import Rest, RowNeed

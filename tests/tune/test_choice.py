@@ -10,8 +10,7 @@ import pytest
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.tune.front import choose, curve, parse_target, undominated
-from flashhead_dist.tune.journal import Journal
-from flashhead_dist.tune.pins import frequent_tokens
+from flashhead_dist.tune.run import Journal, frequent_tokens
 
 
 def record(share: float, top1: float, worst: float, **more: Any) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class Engine:
     def load(self, device: torch.device, dtype: torch.dtype) -> LoadedShard:
         """This rank's part of the index, once."""
         from flashhead_dist.index import load_shard
-        from flashhead_dist.index.row_block import with_row_dtype
+        from flashhead_dist.index.shard import with_row_dtype
 
         if self.index is None:
             group = get_tp_group()
@@ -109,7 +109,7 @@ class Engine:
     def rows_head(self, dtype: torch.dtype | None, softcap: float | None, scale: float) -> RowsHead:
         """The head over this rank's shard; dtype, softcap and scale are those of vLLM's layer."""
         from flashhead_dist.heads.flashhead import FlashHeadAuto
-        from flashhead_dist.index.whole import read_token_ids
+        from flashhead_dist.index.shard import read_token_ids
         from flashhead_dist.integrations.vllm.head import Finish, GroupControl, RowsHead, start
         from flashhead_dist.integrations.vllm.rows import VocabularyMap
 

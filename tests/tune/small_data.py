@@ -1,4 +1,4 @@
-"""A small scene of tuning, whose states are calibration and selection at once."""
+"""Small data for tuning, whose states are calibration and selection at once."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from flashhead_dist.index import IndexOptions
-from flashhead_dist.index.cluster import cluster_tokens
-from flashhead_dist.index.metric import cluster_space, second_moment
-from flashhead_dist.tune.scene import Part, Scene
+from flashhead_dist.index.cluster import cluster_space, cluster_tokens, second_moment
+from flashhead_dist.tune.simulate import StateRange, TuningData
 
 
-def make_scene(weights: Tensor, states: Tensor, options: IndexOptions) -> Scene:
-    """The scene of `weights [V, D]` and `states [N, D]`, clustered as `options` say."""
+def make_data(weights: Tensor, states: Tensor, options: IndexOptions) -> TuningData:
+    """The data of `weights [V, D]` and `states [N, D]`, clustered as `options` say."""
     moment = second_moment(states)
-    part = Part(slice(0, len(states)), torch.zeros(len(states), dtype=torch.int64), ("all",))
-    return Scene(
+    part = StateRange(slice(0, len(states)), torch.zeros(len(states), dtype=torch.int64), ("all",))
+    return TuningData(
         weights=weights,
         slots=cluster_tokens(weights, options, moment=moment)[0],
         vectors=cluster_space(weights, moment, options.metric_exponent),
