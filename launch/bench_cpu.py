@@ -17,7 +17,7 @@ and ratios of medians.
                        the rows' dtype, top p over all, gather of their rows, product, argmax
 
 The published scheme's clusters are here four neighbouring clusters of our index, which has the same
-sizes and so the same time; its fidelity is measured in docs/decisions.md on an index of its own.
+sizes and so the same time; its fidelity is measured in docs/decisions on an index of its own.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ interleaved: *continuous*, a micro-batch goes on as soon as its token is back; *
 of all micro-batches ends before the next begins, as in DeepSpeed's own engine. For each the median
 run is shown: tokens a second; each stage's idle share; their mean, the measured bubble; the bubble
 of equal stages by formula, (p-1)/(m+p-1) where flushed; and the bubble of these stages' measured
-compute times if messages took no time (docs/pipeline.md).
+compute times if messages took no time (docs/concepts/pipeline.md).
 
 Each rank needs a core or a GPU of its own: with fewer, stages wait for each other's cores, the
 shares mean nothing, and the table says so. With --sleep-ms the stages are synthetic: each sleeps

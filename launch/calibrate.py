@@ -9,7 +9,8 @@ all-gather, a message from rank to rank, and on CUDA the exchange through symmet
 among the ranks of the first host (level `host`) and once among the first ranks of all hosts (level
 `network`), in pairs and all together. Fits latency and bandwidth to each level, and writes the
 system with its sources and errors, every point beside the fit as CSV, and a picture. A host whose
-link is much slower than the others' is named. docs/network.md says what is fitted, and how well.
+link is much slower than the others' is named. docs/guides/several-hosts.md says what is fitted, and
+how well.
 
 The file can be given wherever a shipped system can. Ranks must not share cores or GPUs: what they
 wait for each other would pass for latency. Exit codes: as of launch/scale.py.

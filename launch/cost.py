@@ -6,9 +6,9 @@
     python launch/cost.py --system l40-ethernet --sources         where each figure comes from
 
 Nothing is measured: bytes over bandwidth, launches, collectives by their steps, from the figures of
-the system (docs/cost_model.md says what is left out and how far it is off). --shape V,D stands for
-an index as it is built by default; --index takes one that was built. To project from a run of your
-own, see launch/report.py --project.
+the system (docs/concepts/cost-model.md says what is left out and how far it is off). --shape V,D
+stands for an index as it is built by default; --index takes one that was built. To project from a
+run of your own, see launch/report.py --project.
 
 Exit codes: 0, 2 for a mistake in what was given.
 """

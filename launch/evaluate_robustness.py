@@ -30,7 +30,7 @@ def add_commands(commands: Any) -> None:
         description="Makes output embeddings after published figures of Llama-3 and Qwen-3, with "
         "uneven vocabularies, huge, equal and all-zero rows, builds the default index of each, and "
         "says how faithful it is on made-up states, how balanced, and whether ids are equal at "
-        f"every tp size (docs/robustness.md). The heads: {names}. Indexes stay in the cache.",
+        f"every tp size (docs/results/robustness.md). Heads: {names}. Indexes stay in the cache.",
     )
     robustness.add_argument("--cases", nargs="+", metavar="NAME", help="default: all heads")
     robustness.add_argument(

@@ -37,8 +37,8 @@ take turns, and writes a record an item: prompts, both answers, the final answer
 same command again goes on where it was ended; a higher --limit adds items.
 
 --data has a folder a task with one .jsonl file: gsm8k/, math500/, mmlu_pro/, ifeval/, mt_bench/;
-docs/tasks.md says where each is published and what its lines hold. Items that are in the shipped
-corpus, over which default indexes are calibrated, are left out. ifeval needs lm-eval:
+docs/guides/evaluation.md says where each is published and what its lines hold. Items that are in
+the shipped corpus, over which default indexes are calibrated, are left out. ifeval needs lm-eval:
 pip install 'flashhead-dist[lm-eval]'.
 
 examples:

@@ -16,7 +16,7 @@
 #   --torch         torch.profiler instead: the same ranges as a Chrome trace, with or without a GPU
 #   --help
 #
-# At the end launch/profile_table.py prints what was found. docs/profiles.md says how to read it.
+# At the end launch/profile_table.py prints what was found. docs/guides/profiling.md says how to read it.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

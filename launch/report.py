@@ -8,8 +8,8 @@
 A RUN is a folder that launch/scale.py wrote, or one (alone) that launch/serve_bench.py wrote.
 Writes report.html, which needs no network, and the same figures as CSV files to --output (default:
 `report` in the last RUN). An earlier report there is replaced; nothing else is, and nothing is
-written where a run cannot be read. docs/report.md explains every part of the page, the noise of a
-comparison and what --fail-if can ask.
+written where a run cannot be read. docs/guides/reports.md explains every part of the page, the
+noise of a comparison and what --fail-if can ask.
 
 Exit codes: 0; 1 where a condition of --fail-if holds, with the figure on standard error; 2 for a
 mistake in what was given.

@@ -12,7 +12,7 @@ each rank's compute is measured in isolation, and what follows from it is labell
 Without --index the model's default index is used, and built first where it is missing. Writes
 records.jsonl, summary.csv, environment.json, plots and report/report.html (see launch/report.py) to
 RUNS_DIR/<date>_<host class>_<commit>/ and prints a summary; --verbose prints all tables.
-docs/measuring.md says how everything is measured and what each key means.
+docs/concepts/measurement.md says how everything is measured and what each key means.
 
 Exit codes of a rank: 0, 2 for a mistake in the options, 1 where another rank failed, 130 after
 Ctrl-C. torchrun reports them, and itself exits with 1 for any but 0.

@@ -11,7 +11,8 @@ environment that has vLLM (.venv-vllm); this script itself runs with or without 
 Writes serving.jsonl (a line a call of the client), environment.json, the servers' logs and
 report/report.html to RUNS_DIR/<date>_<host class>_<commit>/ and prints a table: tokens a second,
 TTFT and TPOT (p50, p99), and the share of greedy texts equal to the dense server's. Ctrl-C ends the
-servers and keeps the records; launch/report.py FOLDER makes their page. Protocol: docs/vllm.md.
+servers and keeps the records; launch/report.py FOLDER makes their page. Protocol:
+docs/guides/vllm.md.
 
 Exit codes: 0, 2 for a mistake in what was given or a server that does not start, 130 after Ctrl-C.
 """

@@ -59,7 +59,7 @@ def _run_ranks(
             "RANK_TIMEOUT_S": str(timeout_s),
             # As pytest has it: a test's helpers are found by their place under the root.
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            # Large tensors of many sizes leave the heap in gaps: docs/decisions.md.
+            # Large tensors of many sizes leave the heap in gaps: docs/decisions.
             "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
         }
         file = function.__code__.co_filename

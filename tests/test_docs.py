@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README_LINES = 120
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-_SCRIPT = re.compile(r"(?:launch|kernels|profiles)/\w+\.(?:py|sh)")
+_SCRIPT = re.compile(r"(?<!tests/)\b(?:launch|kernels|profiles)/\w+\.(?:py|sh)(?: [a-z]+\b)?")
+"""A script, and a subcommand of it."""
 
 
 def anchors(page: Path) -> set[str]:
@@ -40,22 +41,24 @@ def broken_links(page: Path) -> list[str]:
 def commands(page: Path) -> Iterator[str]:
     """Shell commands of a page: indented or fenced lines, and inline code, that run a script."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    inline = [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", text)]
-    for line in [*text.splitlines(), *inline]:
-        if re.match(r"\s*(?:\S+=\S+ )*(?:sudo )?(?:\S*python3?|\S*torchrun|launch/profile)", line):
+    prose = re.sub(r"^( {4}|```).*$", "", text, flags=re.MULTILINE)
+    inline = [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", prose)]
+    for line in [*re.findall(r"^ {4}(.+)$", text, re.MULTILINE), *inline]:
+        if re.match(r"(?:\S+=\S+ )*(?:sudo )?(?:\S*python3?|\S*torchrun|launch/profile)", line):
             yield re.split(r"\s{3,}", line.strip())[0]
 
 
 @cache
 def flags_of(script: str) -> set[str]:
-    if script.endswith(".sh"):
-        done = subprocess.run(["bash", script, "--help"], cwd=ROOT, capture_output=True, text=True)
-    else:
-        done = subprocess.run(
-            [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True
-        )
-    assert done.returncode == 0, done.stderr
-    return set(re.findall(r"--[\w-]+", done.stdout))
+    """The flags that --help lists; of a subcommand too, if the script has it."""
+    path, *rest = script.split()
+    interpreter = "bash" if path.endswith(".sh") else sys.executable
+    asked = [[*rest, "--help"], ["--help"]]
+    for words in asked if rest else asked[1:]:
+        done = subprocess.run([interpreter, path, *words], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode == 0:
+            return set(re.findall(r"--[\w-]+", done.stdout))
+    pytest.fail(f"{script} --help fails: {done.stderr}")
 
 
 def test_every_link_leads_somewhere() -> None:
@@ -76,7 +79,7 @@ def test_commands_name_scripts_and_flags_that_exist(page: Path) -> None:
             script = _SCRIPT.search(part)
             if script is None:
                 continue
-            assert (ROOT / script[0]).is_file(), command
+            assert (ROOT / script[0].split()[0]).is_file(), command
             own = part[script.end() :].split("#")[0]
             given = {word.split("=")[0] for word in shlex.split(own) if word.startswith("--")}
             assert given <= flags_of(script[0]), command

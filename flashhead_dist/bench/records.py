@@ -1,6 +1,6 @@
 """The record of one measurement, the folder of a run, and their reader.
 
-`docs/measuring.md` explains every key.
+`docs/concepts/measurement.md` explains every key.
 
 A run appends one line of JSON a record to `records.jsonl` and flushes it to the disk, so whatever
 ends the run leaves every earlier record readable.

@@ -3,8 +3,9 @@
 Embeddings follow published figures of Llama-3 and Qwen-3. Rows are unit directions times log-normal
 norms. A direction is a sum of shared codes (clusters of clusters, as in `models.synthetic`) and
 noise of its own, of a covariance whose eigenvalues fall as a power law in a random basis, plus a
-common vector (anisotropy). docs/robustness.md says which numbers are published, where, and which
-are assumed. `try_head` builds the index of one and measures its fidelity, balance and exactness.
+common vector (anisotropy). docs/results/robustness.md says which numbers are published, where, and
+which are assumed. `try_head` builds the index of one and measures its fidelity, balance and
+exactness.
 """
 
 from __future__ import annotations

@@ -138,7 +138,8 @@ class FlashHead(IndexHead):
         """Clusters probed, over every rank, where a token is drawn or its probability asked for.
 
         Half as many again as for the best token, whose cluster scores high: a draw falls on others
-        too, and what is not scored has an estimated probability (docs/sampling.md has figures).
+        too, and what is not scored has an estimated probability (docs/concepts/distribution.md has
+        figures).
         """
         return min(-(-3 * self.num_probes // 2), self.index.manifest.num_clusters)
 

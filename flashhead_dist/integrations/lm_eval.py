@@ -7,7 +7,7 @@ https://github.com/EleutherAI/lm-evaluation-harness
         --model_args pretrained=MODEL,index=INDEX,likelihood=dense --tasks gsm8k,ifeval
 
 Takes the same command line as `lm_eval`, which does not know the model by itself. Texts come from
-the retrieval head through `replace_head`; docs/tasks.md says what likelihoods are.
+the retrieval head through `replace_head`; docs/guides/evaluation.md says what likelihoods are.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     replace_head(model, "path/of/its/index")
     model.generate(...)
 
-See docs/transformers.md for what a retrieval head gives exactly and what it estimates. The head
-itself is in `transformers_head`, what `generate` does with it in `transformers_generation`.
+See docs/guides/transformers.md for what a retrieval head gives exactly and what it estimates. The
+head itself is in `transformers_head`, what `generate` does with it in `transformers_generation`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Every column of every table of the project, declared once.
 
-A column of a table, a CSV file, the page or docs/columns.md is one entry of `COLUMNS`. To add one
-to a table of records, declare it here: its key is a field of a record or it has a `value`, and
-`tables` names the tables. Frames that are made elsewhere show any key that they have.
+A column of a table, a CSV file, the page or docs/reference/columns.md is one entry of `COLUMNS`. To
+add one to a table of records, declare it here: its key is a field of a record or it has a `value`,
+and `tables` names the tables. Frames that are made elsewhere show any key that they have.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def table_keys(table: str) -> list[str]:
 
 
 def glossary() -> str:
-    """docs/columns.md: every column with its key, unit, tables and meaning."""
+    """docs/reference/columns.md: every column with its key, unit, tables and meaning."""
     lines = [
         "# Columns",
         "",

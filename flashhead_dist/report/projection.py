@@ -1,9 +1,9 @@
 """Projections of a run's heads to other systems by the cost model, and tables of that model.
 
 Nothing here is measured. A projection carries a band: what the model was off by where it was
-compared with measurements (docs/network.md), which were on other machines. The exchange's error is
-shipped with the model (`flashhead_topology/validation.yaml`); that of compute comes from the run
-itself where its system is described to the model, and else is unknown.
+compared with measurements (docs/guides/several-hosts.md), which were on other machines. The
+exchange's error is shipped with the model (`flashhead_topology/validation.yaml`); that of compute
+comes from the run itself where its system is described to the model, and else is unknown.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def projection_section(
     frame = pd.DataFrame(rows)
     cells = [cell for _, cell in frame.groupby(["system", "batch_size"], sort=False)]
     notes = [
-        "PROJECTED by the cost model (docs/cost_model.md) from the shape of the heads: no figure "
+        "PROJECTED by the cost model (docs/concepts/cost-model.md) from shapes of heads: no figure "
         "here was measured.",
         error.source,
         *(text for cell in cells for text in _sentences(cell)),
@@ -321,7 +321,7 @@ def cost_table(
     """Microseconds of a step by part for each (head, tp_size), in the order given."""
     stages = f", last of {pp_size} pipeline stages" if pp_size > 1 else ""
     title = f"{system.name}: PROJECTED by the cost model, batch {batch_size}{stages}"
-    table = _table(title, f"{system.device}. {system.description}. docs/cost_model.md")
+    table = _table(title, f"{system.device}. {system.description}. docs/concepts/cost-model.md")
     parts = _PARTS | ({"back": "pipeline/send"} if pp_size > 1 else {})
     table.add_column("head", no_wrap=True)
     for name in ["tp", "us a step", *parts, "MB read", "B sent", "MB held"]:

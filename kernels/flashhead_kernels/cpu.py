@@ -169,7 +169,7 @@ def _unpack(keys: Any, bits: Any, ids: Any) -> None:
 
 _SMALLEST_BATCH = {torch.bfloat16: 12, torch.float32: 16}
 """Where the product overtakes the fused scan, with one thread and with two, on an AMD EPYC (Zen 4)
-at V=262,144, D=640: `docs/decisions.md` has the times."""
+at V=262,144, D=640: `docs/decisions` has the times."""
 
 _RELATIVE_MARGIN = {torch.bfloat16: 2.0**-6, torch.float32: 2.0**-12}
 _LONGEST = 64

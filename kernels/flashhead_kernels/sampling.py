@@ -9,8 +9,9 @@ the group's candidates:
     w   = shrinkage * x / (x + HALF_WAY)       x = |h| * spread / T
 
 Why not the next cumulant, x^2 / 2: the spreads of a cluster's logits have heavy tails, and a few
-clusters of great spread would take all the mass of a hidden state of great norm (docs/sampling.md).
-With soft-capping, m is capped and the spread shrinks by the slope there.
+clusters of great spread would take all the mass of a hidden state of great norm
+(docs/concepts/distribution.md). With soft-capping, m is capped and the spread shrinks by the slope
+there.
 
 Letters: `B` rows, `N` groups of `M` clusters of `S` tokens, `R` candidates, `n` draws.
 """

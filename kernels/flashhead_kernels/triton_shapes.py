@@ -2,7 +2,7 @@
 
 Besides the counters nothing outlives a launch: what it leaves its parts in comes from torch's
 allocator, is counted there, and belongs to the pool of the graph that a launch is captured in. A
-launch serves at most `MAX_ROWS` rows, which bounds it (`docs/kernels.md` has figures).
+launch serves at most `MAX_ROWS` rows, which bounds it (`docs/concepts/kernels.md` has figures).
 
 Letters: `N` probing groups of `M` clusters of `S` tokens, of which `p` are probed; `D` hidden size,
 `B` rows.

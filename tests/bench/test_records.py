@@ -17,7 +17,7 @@ from flashhead_dist.bench.records import Record, RecordWriter, make_run_folder, 
 from flashhead_dist.errors import UserError
 
 DATA = Path(__file__).parents[1] / "report" / "data" / "records.jsonl"
-DOCUMENT = Path(__file__).parents[2] / "docs" / "measuring.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "records.md"
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 

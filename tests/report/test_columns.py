@@ -14,7 +14,7 @@ from flashhead_dist.report.columns import COLUMNS, Column, column_of, glossary, 
 from flashhead_dist.report.tables import by_kind, run_tables
 from tests.report.run_folders import golden, run_of
 
-GLOSSARY = Path(__file__).parents[2] / "docs" / "columns.md"
+GLOSSARY = Path(__file__).parents[2] / "docs" / "reference" / "columns.md"
 
 
 def test_one_declaration_adds_a_column_to_terminal_csv_page_and_glossary(

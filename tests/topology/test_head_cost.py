@@ -36,7 +36,7 @@ def cost(name: str, tp_size: int = 1, batch: int = 1, system: System = SYSTEM) -
 
 
 def test_the_default_index_is_that_of_the_docs() -> None:
-    """docs/decisions.md: C 65,536, p 2,048; 22.3 MB of centroids, 0.3 of spread, 10.7 of rows."""
+    """docs/decisions: C 65,536, p 2,048; 22.3 MB of centroids, 0.3 of spread, 10.7 of rows."""
     assert (GEMMA.num_clusters, GEMMA.num_probes, GEMMA.cluster_size) == (65_536, 2_048, 4)
     read = cost("flashhead").read_bytes
     assert read == pytest.approx(22.3e6 + 0.3e6 + 10.7e6, rel=0.01)

@@ -60,6 +60,6 @@ def test_no_published_all_reduce_is_off_by_more_than_two(
 
 
 def test_the_shipped_figures_are_those_of_a_good_machine() -> None:
-    """What docs/cost_model.md says of them: most are faster than what was published."""
+    """What docs/concepts/cost-model.md says of them: most are faster than what was published."""
     ratios = [ratio(*row[:4]) for row in PUBLISHED]
     assert 0.6 < median(ratios) < 0.9

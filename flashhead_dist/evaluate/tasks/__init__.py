@@ -1,4 +1,4 @@
-"""Tasks whose answers a dense head and a retrieval head are compared on; see docs/tasks.md."""
+"""Tasks that compare the answers of heads; see docs/guides/evaluation.md."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def read_items(task: Task, data: Path) -> tuple[list[Item], int]:
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(
                     f"line {number + 1} of {path} is no item of {task.name} ({error}): "
-                    f"docs/tasks.md gives its fields"
+                    f"docs/guides/evaluation.md gives its fields"
                 ) from error
     random.Random(0).shuffle(items)
     fresh = [item for item in items if _squeeze(item.turns[0]) not in _shipped()]
@@ -129,7 +129,7 @@ def _find_file(task: Task, data: Path) -> Path:
     if len(found) != 1:
         raise UserError(
             f"{data / task.folder} holds {len(found)} .jsonl files: give --data a folder with one "
-            f"in {task.folder}/ (docs/tasks.md says where it is published), or leave {task.name} "
+            f"in {task.folder}/ (docs/guides/evaluation.md names its source), or leave {task.name} "
             f"out of --tasks"
         )
     return found[0]

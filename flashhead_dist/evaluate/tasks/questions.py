@@ -1,4 +1,4 @@
-"""The tasks: GSM8K, MATH-500, MMLU-Pro, IFEval and MT-Bench; docs/tasks.md describes each."""
+"""GSM8K, MATH-500, MMLU-Pro, IFEval and MT-Bench; docs/guides/evaluation.md describes each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlashHead inside vLLM, through vLLM's own extension points: see docs/vllm.md.
+"""FlashHead inside vLLM, through vLLM's own extension points: see docs/guides/vllm.md.
 
 plugin      vLLM calls it in each of its processes; registers the layers
 options     the user's options, and the configurations that are refused at start
