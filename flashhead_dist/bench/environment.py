@@ -158,15 +158,12 @@ def make_provenance(
     environment: Mapping[str, Any],
     setup: Setup,
     model: ModelSource,
-    *,
-    index_hash: str | None,
-    num_probes: int | None,
-    alpha: float | None,
-    escalate_below: float | None = None,
-    seed: int,
-    world_size: int,
+    **given: Any,
 ) -> Callable[[], Provenance]:
-    """Return what gives each record its provenance, with the time at which it is called."""
+    """Return what gives each record its provenance, with the time at which it is called.
+
+    given: the fields of `Provenance` that depend on neither machine nor model.
+    """
 
     def provenance() -> Provenance:
         return Provenance(
@@ -178,17 +175,12 @@ def make_provenance(
             backend=setup.placement.backend,
             dtype=str(model.dtype).removeprefix("torch."),
             threads_per_rank=setup.threads_per_rank,
-            world_size=world_size,
             versions=environment["versions"],
             commit=environment["commit"],
             model=model.name,
             model_hash=model.weight_hash,
             synthetic=model.synthetic,
-            index_hash=index_hash,
-            num_probes=num_probes,
-            alpha=alpha,
-            escalate_below=escalate_below,
-            seed=seed,
+            **given,
         )
 
     return provenance
