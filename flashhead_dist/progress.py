@@ -1,6 +1,6 @@
 """Progress of a long task, with an estimate of the time left, on stderr.
 
-A bar on a terminal; elsewhere a line every ten seconds, and one for each named stage:
+A bar on a terminal; elsewhere a line after two seconds and then every ten, and one a named stage:
 
     with progress("collecting hidden states", total=len(texts), unit="texts") as advance:
         for text in texts:
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-_LINE_EVERY_S = 10.0
+_FIRST_LINE_S, _LINE_EVERY_S = 2.0, 10.0
 _LEAST_SHARE = 0.05
 """Before this share is done, no estimate is better than a bad one."""
 
@@ -100,7 +100,7 @@ class _Lines:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._last_s = time.perf_counter()
+        self._last_s = time.perf_counter() + _FIRST_LINE_S - _LINE_EVERY_S
 
     def show(self, advance: Advance, at_once: bool) -> None:
         now_s = time.perf_counter()

@@ -25,15 +25,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
     return clock
 
 
-def test_a_log_gets_a_line_every_ten_seconds_with_the_time_left(clock: _Clock) -> None:
+def test_a_log_gets_a_line_soon_and_then_every_ten_seconds_with_the_time_left(
+    clock: _Clock,
+) -> None:
     log = io.StringIO()
     with progress("reading", total=40, unit="texts", console=Console(file=log)) as advance:
         for _ in range(40):
             clock.now_s += 4
             advance()
     lines = log.getvalue().splitlines()
-    assert lines[0] == "reading: 3 of 40 texts, 12 s, about 2 min left"
-    assert len(lines) == 13
+    assert lines[0] == "reading: 1 of 40 texts, 4 s, about 3 min left"
+    assert lines[1].startswith("reading: 4 of 40 texts, 16 s")
+    assert len(lines) == 14
 
 
 def test_every_stage_is_a_line_and_the_one_before_it_is_finished(clock: _Clock) -> None:

@@ -28,6 +28,10 @@ from flashhead_kernels.dispatch import ops_for
 _BATCH = 64
 
 
+_NUM_CALIBRATION = 4096
+"""States that thresholds are quantiles of."""
+
+
 @dataclass(frozen=True)
 class EscalationPoint:
     """One threshold of one pair of rounds, on the test states.
@@ -60,7 +64,6 @@ def escalation_points(
     num_probes: Sequence[int],
     second_probes: Sequence[int | None],
     shares: Sequence[float],
-    num_calibration: int = 4096,
     progress: bool = True,
 ) -> list[EscalationPoint]:
     """A point for each number of probes, each larger second round and each share.
@@ -69,7 +72,7 @@ def escalation_points(
         UserError: a share outside 0..1, probes that do not fit the index, no states.
     """
     _check(calibration, test, shares)
-    chosen = spread_over_sources(calibration, num_calibration)
+    chosen = spread_over_sources(calibration, _NUM_CALIBRATION)
     answers: dict[int, tuple[Tensor, Tensor]] = {}
     wanted = sorted({*num_probes, *(probes for probes in second_probes if probes is not None)})
     with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
@@ -93,7 +96,7 @@ def escalation_points(
             for share in shares:
                 margin = _threshold(margins[probes], share)
                 points.append(
-                    _point(builder, test, truth, probes, second, share, margin,
+                    _point(builder, test, truth, (probes, second), (share, margin),
                            answers[probes], then)
                 )  # fmt: skip
     return points
@@ -103,13 +106,13 @@ def _point(
     builder: HeadBuilder,
     test: HiddenStates,
     truth: DenseTruth,
-    probes: int,
-    second: int | None,
-    share: float,
-    margin: float,
+    num_probes: tuple[int, int | None],
+    threshold: tuple[float, float],
     first: tuple[Tensor, Tensor],
     then: Tensor,
 ) -> EscalationPoint:
+    """num_probes: of both rounds. threshold: the share of states below it, and its margin."""
+    (probes, second), (share, margin) = num_probes, threshold
     tokens, margins = first
     again = margins < margin
     agreement = evaluate_agreement(torch.where(again, then, tokens), test, truth)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,25 +18,14 @@ from flashhead_dist.bench.records import Record, record_from_json
 from flashhead_dist.bench.split import Quantiles
 from flashhead_dist.bench.sweep import Plan, Sweep
 from flashhead_dist.evaluate.workload import Workload
-from flashhead_dist.heads.base import Head
 from flashhead_dist.models import open_model
 from flashhead_dist.parallel import split_tensor_parallel
 from flashhead_topology.machine import Machine
+from tests.launch.slow_rank import slow_down
 
 HEADS = ("dense_gather", "flashhead_global")
 SLOW_RANK, SLOW_US = 1, 80_000.0
 Run = Callable[..., list[Any]]
-
-
-def slow_down(seconds: float) -> None:
-    """Make every step of every head in this process take `seconds` longer, replayed or not."""
-    quick = Head.check
-
-    def check(self: Head, *given: Any) -> None:
-        time.sleep(seconds)
-        quick(self, *given)
-
-    Head.check = check  # type: ignore[method-assign]
 
 
 class _Silent:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ import torch
 from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.fidelity import evaluate_fidelity
 from flashhead_dist.evaluate.truth import DenseTruth, dense_truth
-from flashhead_dist.heads.base import Head, HeadOutput, Want
+from flashhead_dist.heads.base import HeadOutput, Want
+from flashhead_dist.heads.dense import DenseLocalMax
 from flashhead_dist.heads.registry import HEADS
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.parallel import Steps, TensorParallel
@@ -96,18 +97,12 @@ def test_truth_is_kept_by_weights_and_states(
         dense_truth(model, hidden.states, cache_dir=tmp_path, progress=False)
 
 
-class _Rigged(Head):
+class _Rigged(DenseLocalMax):
     """Gives the truth, but misses the first token of states in `wrong`."""
 
-    name: ClassVar[str] = "rigged"
-
     def __init__(self, truth: DenseTruth, wrong: set[int]) -> None:
-        super().__init__(TensorParallel.single(), 1013, 64)
+        super().__init__(TensorParallel.single(), torch.zeros(1013, 64, dtype=torch.bfloat16), 1013)
         self.truth, self.wrong, self.served = truth, wrong, 0
-
-    @property
-    def weight_bytes(self) -> int:
-        return 0
 
     def read_bytes_per_step(self, batch_size: int) -> int:
         return 1013 * 64 // 2

@@ -81,7 +81,7 @@ def test_a_row_is_served_alike_alone_and_in_a_batch(
 
 def _oracle(head: Head, builder: HeadBuilder, states: torch.Tensor, probes: int) -> torch.Tensor:
     """Best token `[B]` among the clusters that a plain reading of the rule probes, and the pins."""
-    shard = builder._index_shard.shard
+    shard = builder.index_shard.shard
     scores = reference.score_centroids(states, shard, builder.manifest.alpha)
     groups, clusters = scores.shape[1:]
     chosen = []
@@ -130,7 +130,7 @@ def test_equal_scores_everywhere_probe_the_first_clusters_of_the_tree(
     builder: HeadBuilder, model: ModelSource, tied_index: Path, tp_size: int
 ) -> None:
     """A state of zeros ties every score and every logit: only the rules of ties choose."""
-    shard = builder._index_shard.shard
+    shard = builder.index_shard.shard
     head = emulate_head(
         "flashhead_global", tp_size=tp_size, model=model, index_dir=tied_index, num_probes=11
     )

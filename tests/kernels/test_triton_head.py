@@ -16,7 +16,7 @@ from flashhead_kernels import reference, triton_launch
 from flashhead_kernels.dispatch import ops_for
 from flashhead_kernels.keys import EMPTY_KEY, unpack_keys
 from flashhead_kernels.quantize import TILE, tile_centroids
-from flashhead_kernels.shard import IndexShard
+from flashhead_kernels.shard import IndexShard, Query
 from flashhead_kernels.triton_reduce import EMPTY_KEY as TRITON_EMPTY_KEY
 from flashhead_kernels.triton_shapes import HeadShape
 from tests.kernels.shards import agree, candidates, every_logit, make_shard, random_states
@@ -84,7 +84,7 @@ def test_any_layout_over_a_gpu_gives_the_same_bits(
     for processors in (1, 6, 132):
         monkeypatch.setattr(triton_launch, "num_processors", lambda _, n=processors: n)
         plan = triton_launch.CentroidStep(
-            states, shard.centroids, HeadShape.of_centroids(shape[1], shape[3])
+            states, shard.centroids, HeadShape.of(shard, Query(4, 1.0, k=4))
         ).plan
         layouts.add((plan.splits, plan.block_clusters))
         for launches in (1, 2):
