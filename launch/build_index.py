@@ -54,8 +54,7 @@ from flashhead_dist.states import (
     load_hidden_states,
     require_hidden_size,
 )
-from flashhead_dist.states.hold_out import parse_hold_out, set_aside
-from flashhead_dist.states.texts import read_texts, shipped_texts
+from flashhead_dist.states.split import parse_hold_out, read_texts, set_aside, shipped_texts
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 

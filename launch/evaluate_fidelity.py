@@ -32,8 +32,7 @@ from flashhead_dist.states import (
     require_hidden_size,
     synthetic_hidden_states,
 )
-from flashhead_dist.states.split import split_by_document
-from flashhead_dist.states.texts import Document, read_texts, shipped_texts
+from flashhead_dist.states.split import Document, read_texts, shipped_texts, split_by_document
 from flashhead_kernels.cpu_threads import compute_threads
 from flashhead_topology.probe import probe_machine
 

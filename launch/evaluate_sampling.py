@@ -25,7 +25,7 @@ from flashhead_dist.states import (
     require_hidden_size,
     synthetic_hidden_states,
 )
-from flashhead_dist.states.texts import read_texts
+from flashhead_dist.states.split import read_texts
 
 COMMANDS = ("sampling", "likelihood")
 _SHIPPED = ("wikitext2", "udhr")

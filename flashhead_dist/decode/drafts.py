@@ -40,8 +40,7 @@ from flashhead_dist.models import ModelSource, cache_root
 from flashhead_dist.models.base import reduce_vocabulary
 from flashhead_dist.models.cache import make_once
 from flashhead_dist.parallel import TensorParallel
-from flashhead_dist.states.split import split_by_document
-from flashhead_dist.states.texts import shipped_texts, texts_hash
+from flashhead_dist.states.split import shipped_texts, split_by_document, texts_hash
 
 PLAIN = "no draft"
 _HEADS = (DenseLocalMax.name, FlashHead.name)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.states.split import split_by_document
-from flashhead_dist.states.texts import Document, shipped_texts
+from flashhead_dist.states.split import Document, shipped_texts, split_by_document
 
 LANGUAGES = ("fr", "hi", "ja", "ru", "sw")
 _OPENING = 80

@@ -33,9 +33,8 @@ from flashhead_dist.heads.distribution import ClosedForm, closed_form
 from flashhead_dist.heads.registry import EmulatedHead
 from flashhead_dist.models import ModelSource, OutputContract
 from flashhead_dist.states import HiddenStates, require_finite
-from flashhead_dist.states.body import body_dtype, run_body
-from flashhead_dist.states.split import Passage
-from flashhead_dist.states.texts import Document
+from flashhead_dist.states.collect import body_dtype, run_body
+from flashhead_dist.states.split import Document, Passage
 
 _STATES = 512
 _ROWS = 8192

@@ -36,7 +36,7 @@ from transformers import AutoModel, DynamicCache
 from flashhead_dist.decode.body import new_cache, record_past
 from flashhead_dist.decode.loop import Choose
 from flashhead_dist.errors import UserError
-from flashhead_dist.states.body import run_body
+from flashhead_dist.states.collect import run_body
 from flashhead_dist.states.split import Passage
 
 BATCH_TOKENS = 1024

@@ -20,7 +20,7 @@ from flashhead_dist.integrations.pipeline_bubble import (
     ideal_bubble,
     measured_bubble,
 )
-from flashhead_dist.states.texts import shipped_texts
+from flashhead_dist.states.split import shipped_texts
 
 SCHEDULES = {"continuous": False, "flushed": True}
 """Whether each step of all micro-batches ends before the next begins, by schedule."""

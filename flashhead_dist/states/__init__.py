@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from flashhead_dist.states.collect import DEFAULT_MAX_TOKENS, collect_hidden_states
-from flashhead_dist.states.errors import HiddenStatesError
-from flashhead_dist.states.states import (
+from flashhead_dist.states.collect import (
+    DEFAULT_MAX_TOKENS,
+    collect_hidden_states,
+    synthetic_hidden_states,
+)
+from flashhead_dist.states.files import (
     HiddenStates,
+    HiddenStatesError,
+    load_hidden_states,
     require_finite,
     require_hidden_size,
+    save_hidden_states,
 )
-from flashhead_dist.states.storage import load_hidden_states, save_hidden_states
-from flashhead_dist.states.synthetic import synthetic_hidden_states
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",

@@ -29,8 +29,16 @@ from flashhead_dist.index.store import IndexManifest, change_manifest, load_mani
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.models.cache import publish
 from flashhead_dist.states import HiddenStates, collect_hidden_states, synthetic_hidden_states
-from flashhead_dist.states.hold_out import HoldOut, Parts, divide, parse_hold_out, set_aside
-from flashhead_dist.states.texts import Document, read_texts, shipped_texts
+from flashhead_dist.states.split import (
+    Document,
+    HoldOut,
+    Parts,
+    divide,
+    parse_hold_out,
+    read_texts,
+    set_aside,
+    shipped_texts,
+)
 from flashhead_dist.tune.front import Record, Target
 from flashhead_dist.tune.settings import Family, SearchSpace, Setting
 from flashhead_dist.tune.simulate import Simulator, TuningData, join, measure_family

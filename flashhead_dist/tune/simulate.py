@@ -23,7 +23,7 @@ from flashhead_dist.index.calibrate import missed_tokens
 from flashhead_dist.index.layout import describe_clusters, quantize
 from flashhead_dist.index.options import IndexOptions
 from flashhead_dist.index.refine import splits
-from flashhead_dist.states.hold_out import Parts
+from flashhead_dist.states.split import Parts
 from flashhead_dist.tune.front import HALF, Record, undominated
 from flashhead_dist.tune.settings import (
     MAX_BYTES_SHARE,

@@ -23,7 +23,7 @@ from flashhead_dist.heads.registry import build_head, emulate_head
 from flashhead_dist.heads.sampling import token_log_probs
 from flashhead_dist.models import ModelSource, OutputContract, open_model
 from flashhead_dist.parallel import TensorParallel
-from flashhead_dist.states.texts import Document
+from flashhead_dist.states.split import Document
 
 
 @pytest.fixture(scope="module")

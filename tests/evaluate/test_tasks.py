@@ -17,7 +17,7 @@ from flashhead_dist.evaluate.tasks.questions import (
     normal_number,
     stated_letter,
 )
-from flashhead_dist.states.texts import shipped_texts
+from flashhead_dist.states.split import shipped_texts
 
 LINES: dict[str, dict[str, Any]] = {
     "gsm8k": {"question": "How many?", "answer": "Two and one.\n#### 1,003"},

@@ -29,8 +29,7 @@ from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.registry import build_head
 from flashhead_dist.models import ModelSource, open_model
 from flashhead_dist.parallel import TensorParallel
-from flashhead_dist.states.split import split_by_document
-from flashhead_dist.states.texts import shipped_texts
+from flashhead_dist.states.split import shipped_texts, split_by_document
 from tests.integrations.transformers_models import make_index
 
 if TYPE_CHECKING:

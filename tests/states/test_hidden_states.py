@@ -20,8 +20,13 @@ from flashhead_dist.states import (
     collect_hidden_states,
     require_hidden_size,
 )
-from flashhead_dist.states.split import plan_passages, split_by_document
-from flashhead_dist.states.texts import Document, read_texts, shipped_texts
+from flashhead_dist.states.split import (
+    Document,
+    plan_passages,
+    read_texts,
+    shipped_texts,
+    split_by_document,
+)
 
 D = 32
 CORPUS = Path(collect_module.__file__).parent.parent / "corpus"

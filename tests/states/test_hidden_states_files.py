@@ -79,12 +79,19 @@ def named_too_few(path: Path) -> None:
     save_file(tensors, path, {"sources": '["a", "b"]'})
 
 
+def named(sources: str) -> Callable[[Path], object]:
+    return lambda path: save_file({"hidden_states": torch.randn(2, D)}, path, {"sources": sources})
+
+
 REFUSALS: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: None, "do not exist"),
     (lambda path: path.write_text("no tensors"), "no readable safetensors file"),
     (truncated, "no readable safetensors file"),
     (with_nan, "NaN or infinity, first in row 3"),
     (named_too_few, "source 2, but its metadata names 2 sources"),
+    (named("en,code"), r"`sources` .* 'en,code': it must be a JSON list"),
+    (named('{"en": 1}'), "must be a JSON list of names"),
+    (named("[1, 2]"), "must be a JSON list"),
     (lambda path: save_file({"states": torch.randn(2, D)}, path), "holds no such tensor"),
     (lambda path: save_file({"hidden_states": torch.randn(D)}, path), r"holds torch.float32 \(32,"),
     (lambda path: save_file({"hidden_states": torch.ones(2, D).int()}, path), "torch.int32"),

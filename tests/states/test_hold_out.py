@@ -7,14 +7,15 @@ import torch
 
 from flashhead_dist.errors import UserError
 from flashhead_dist.states import HiddenStates
-from flashhead_dist.states.hold_out import (
+from flashhead_dist.states.split import (
+    Document,
     HoldOut,
     choose_hold_out,
     divide,
     parse_hold_out,
     set_aside,
+    shipped_texts,
 )
-from flashhead_dist.states.texts import Document, shipped_texts
 
 DOCUMENTS = [
     Document("fr", "a", "t", "passages", "Latin"),

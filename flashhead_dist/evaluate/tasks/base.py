@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from flashhead_dist.errors import UserError
-from flashhead_dist.states.texts import shipped_texts
+from flashhead_dist.states.split import shipped_texts
 
 _SHOTS = Path(__file__).with_name("shots")
 
