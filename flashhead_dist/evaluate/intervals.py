@@ -157,7 +157,7 @@ def figures_by_source(
 
 
 def _row(values: pd.DataFrame, clusters: Array, strata: Array, seed: int) -> dict[str, Any]:
-    table = values.to_numpy()
+    table = np.ascontiguousarray(values)
     num_clusters = len(np.unique(clusters))
     means = pd.Series(table.mean(0), values.columns)
     samples = pd.DataFrame(cluster_means(table, clusters, strata, seed=seed), columns=means.index)
