@@ -1,21 +1,19 @@
-"""The command `texts` of evaluate.py: greedy texts of heads beside the dense head's."""
+"""The command `texts` of evaluate.py: greedy texts of heads, compared with the dense head's."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rich.console import Console
 from rich.table import Table
+from tyro.conf import arg
 
 from flashhead_dist.decode.prompts import Prompt, held_out_prompts, read_prompts
-from flashhead_dist.errors import UserError
 from flashhead_dist.evaluate.texts import (
     DENSE,
     Batch,
@@ -29,164 +27,200 @@ from flashhead_dist.evaluate.texts import (
 )
 from flashhead_dist.heads.base import Head
 from flashhead_dist.heads.flashhead_escalate import FlashHeadEscalate
-from flashhead_dist.heads.registry import HEADS, NamedHead, build_head, named_head, needs_index
+from flashhead_dist.heads.registry import NamedHead, build_head, named_head, needs_index
 from flashhead_dist.index import ensure_index, load_manifest
-from flashhead_dist.models import ModelSource, open_model
+from flashhead_dist.models import ModelSource
 from flashhead_dist.parallel import TensorParallel
 from flashhead_dist.progress import progress
 from flashhead_kernels.cpu_threads import compute_threads
-from flashhead_topology.probe import probe_machine
+from options import (
+    Checked,
+    File,
+    JsonOutput,
+    ModelOptions,
+    NonNegative,
+    Positive,
+    ThreadOptions,
+    text_table,
+)
 
-COMMANDS = ("texts",)
+_HEADINGS = (
+    "head", "bytes, %", "identical, %", "identical to the first stop, %",
+    "median first difference", "median of those that differ", "equal tokens, %",
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class _Decoding(Checked):
+    """What to decode, and with which heads."""
+
+    heads: Annotated[list[str], arg(metavar="NAME[:PROBES][@DIR]")] = field(
+        default_factory=lambda: ["flashhead"]
+    )
+    """heads, each with its number of probes (default: the index's) and an index folder (default:
+    the model's)"""
+    prompts: File[Path | None] = None
+    """a prompt a line, or .jsonl as launch/generate.py takes it (default: MT-Bench, GSM8K and
+    openings in 26 languages, of the shipped corpus's test documents)"""
+    num_prompts: Positive[int] = 100
+    """the first N prompts"""
+    max_new_tokens: Positive[int] = 256
+    """tokens of each text"""
+    batch_size: Positive[int] = 20
+    """prompts at once"""
+    verify: NonNegative[int] = 0
+    """also decode the first N prompts (in whole batches) with every head itself"""
+
+    def texts(self) -> list[Prompt]:
+        """The prompts; raises UserError for a file that cannot be read."""
+        if self.prompts is None:
+            return held_out_prompts(self.num_prompts)
+        texts = read_prompts(self.prompts)[: self.num_prompts]
+        return [Prompt(self.prompts.stem or "prompts", text) for text in texts]
+
+
+@dataclass(kw_only=True)
+class _RecordOutput(JsonOutput):
+    """What to write."""
+
+    out: File[Path] = Path("runs/texts.jsonl")
+    """records, a line for each head and prompt"""
+
+
+@dataclass(kw_only=True)
+class TextsCommand:
+    """Greedy texts of heads compared with the dense head's: share identical, first difference.
+
+    The dense head decodes every prompt once, over a float32 body, and every other head answers for
+    the hidden states of its texts: up to its first other answer its own text is the same. Texts are
+    cached and findings are saved in --out: an interrupted run continues from there.
+    """
+
+    source: ModelOptions
+    decoding: _Decoding
+    threads: ThreadOptions
+    output: _RecordOutput
+
+    def run(self) -> dict[str, Any]:
+        """Decode and compare; raises UserError for what cannot be used."""
+        options = self.decoding
+        named = [named_head(text) for text in options.heads]
+        known = read_records(self.output.out)
+        prompts = options.texts()
+        model = self.source.open()
+        decoder = TextDecoder(
+            model, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size
+        )
+        with compute_threads(self.threads.count):
+            batches = decoder.batches(prompts)
+            contenders = [
+                _contender(label, head, model, decoder, batches)
+                for label, head in zip(options.heads, named, strict=True)
+            ]
+            records = _compare(decoder, batches, contenders, known, self.output.out)
+            verified = _verify(decoder, batches, contenders, records, options.verify)
+        return {
+            "model": model.name,
+            "weight_hash": model.weight_hash,
+            "num_prompts": len(prompts),
+            "max_new_tokens": options.max_new_tokens,
+            "batch_size": options.batch_size,
+            "records": str(self.output.out),
+            "heads": [
+                summarize([r for r in records if r.key == contender.key]).to_json()
+                | contender.facts(model)
+                | {
+                    "verified_texts": len(verified[contender.key]),
+                    "verified_equal": sum(verified[contender.key]),
+                }
+                for contender in contenders
+            ],
+        }
+
+    def show(self, document: dict[str, Any]) -> list[Table | str]:
+        """The document as a table and sentences."""
+        rows = []
+        sentences = []
+        for head in document["heads"]:
+            name, differing = head["head"], head["median_of_differing"]
+            rows.append(
+                [
+                    name,
+                    f"{100 * head['bytes_share']:.2f}",
+                    _cell(head["identical"], 100),
+                    _cell(head["identical_to_end"], 100),
+                    _cell(head["median_first_difference"]),
+                    "-" if differing is None else _cell(differing),
+                    f"{100 * head['token_agreement']:.3f}",
+                ]
+            )
+            if head["escalated_share"] is not None:
+                sentences.append(f"{name}: {100 * head['escalated_share']:.2f} % of rows escalated")
+            if head["verified_texts"]:
+                sentences.append(
+                    f"{name}: {head['verified_equal']} of {head['verified_texts']} texts that it "
+                    f"decoded itself first differ where their records say"
+                )
+        title = (
+            f"Greedy texts of {document['max_new_tokens']} tokens from {document['num_prompts']} "
+            f"prompts, against {DENSE} of {document['model']}"
+        )
+        caption = "95 % intervals in brackets; inf: no difference; records: " + document["records"]
+        return [text_table(_HEADINGS, rows, title=title, caption=caption), *sentences]
 
 
 @dataclass(frozen=True)
 class _Contender:
-    """A head with its index, as NAME[:PROBES][@DIR] names it."""
+    """A head to compare; key: what its records depend on."""
 
     label: str
-    name: str
-    num_probes: int | None
-    index: Path | None
+    head: Head
+    index_hash: str | None
     key: str
-    model: ModelSource
 
-    def build(self) -> Head:
-        return build_head(
-            self.name, tp=TensorParallel.single(), model=self.model, index_dir=self.index,
-            num_probes=self.num_probes,
-        )  # fmt: skip
-
-
-def add_commands(commands: Any) -> None:
-    """Add the command to the subparsers of evaluate.py."""
-    texts = commands.add_parser(
-        "texts",
-        help="greedy texts beside the dense head's: share identical, first difference",
-        description="The dense head decodes every prompt once, over a float32 body, and every "
-        "other head answers for the hidden states of its texts: up to its first other answer its "
-        "own text is the same. What is decoded stays in the cache, and what is found in --out: a "
-        "run that was ended goes on from there.",
-    )
-    texts.add_argument("--model", help="HF folder, .gguf file or hub id (default: built in)")
-    texts.add_argument(
-        "--heads", nargs="+", default=["flashhead"], metavar="NAME[:PROBES][@DIR]",
-        help="heads, each with its number of probes (default: the index's) and an index folder "
-        f"(default: the model's): {', '.join(HEADS)}",
-    )  # fmt: skip
-    texts.add_argument(
-        "--prompts", type=Path, metavar="FILE",
-        help="a prompt a line, or .jsonl as launch/generate.py takes it (default: MT-Bench, GSM8K "
-        "and openings in 26 languages, of the shipped corpus's test documents)",
-    )  # fmt: skip
-    texts.add_argument("--num-prompts", type=int, default=100, metavar="N", help="the first N")
-    texts.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of each text")
-    texts.add_argument("--batch-size", type=int, default=20, metavar="N", help="prompts at once")
-    texts.add_argument(
-        "--verify", type=int, default=0, metavar="N",
-        help="also decode the first N prompts (in whole batches) with every head itself",
-    )  # fmt: skip
-    texts.add_argument(
-        "--out", type=Path, default=Path("runs/texts.jsonl"), metavar="FILE",
-        help="records, a line for each head and prompt (default: %(default)s)",
-    )  # fmt: skip
-    texts.add_argument("--threads", type=int, metavar="N", help="default: all cores")
-    texts.add_argument("--json", action="store_true", help="one JSON document on stdout")
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the command and return its document.
-
-    Raises:
-        UserError: something given cannot be used.
-    """
-    named = [named_head(text) for text in arguments.heads]
-    known = read_records(arguments.out)
-    prompts = _prompts(arguments)
-    model = open_model(arguments.model)
-    decoder = TextDecoder(
-        model, max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch_size
-    )
-    with compute_threads(arguments.threads or probe_machine().num_cores):
-        batches = decoder.batches(prompts)
-        contenders = [
-            _contender(label, head, model, decoder, batches)
-            for label, head in zip(arguments.heads, named, strict=True)
-        ]
-        heads = {contender.key: contender.build() for contender in contenders}
-        records = _compare(decoder, batches, contenders, heads, known, arguments.out)
-        verified = _verify(decoder, batches, contenders, heads, records, arguments.verify)
-    return {
-        "model": model.name,
-        "weight_hash": model.weight_hash,
-        "num_prompts": len(prompts),
-        "max_new_tokens": arguments.max_new_tokens,
-        "batch_size": arguments.batch_size,
-        "records": str(arguments.out),
-        "heads": [
-            summarize([r for r in records if r.key == contender.key]).to_json()
-            | {
-                "index_hash": _index_hash(contender.index),
-                "bytes_share": _bytes_share(heads[contender.key], model),
-                "escalated_share": _escalated_share(heads[contender.key]),
-                "verified_texts": len(verified[contender.key]),
-                "verified_equal": sum(verified[contender.key]),
-            }
-            for contender in contenders
-        ],
-    }
-
-
-def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
-    if arguments.num_prompts < 1:
-        raise UserError(f"--num-prompts {arguments.num_prompts} is too small: give at least 1")
-    if arguments.prompts is None:
-        return held_out_prompts(arguments.num_prompts)
-    texts = read_prompts(arguments.prompts)[: arguments.num_prompts]
-    return [Prompt(arguments.prompts.stem or "prompts", text) for text in texts]
+    def facts(self, model: ModelSource) -> dict[str, Any]:
+        """escalated_share is None for other heads, and where every record was known."""
+        escalated = None
+        if isinstance(self.head, FlashHeadEscalate) and self.head.num_rows:
+            escalated = self.head.escalated_share
+        dense_bytes = 2 * model.vocab_size * model.hidden_size
+        return {
+            "index_hash": self.index_hash,
+            "bytes_share": self.head.read_bytes_per_row / dense_bytes,
+            "escalated_share": escalated,
+        }
 
 
 def _contender(
     label: str,
-    head: NamedHead,
+    named: NamedHead,
     model: ModelSource,
     decoder: TextDecoder,
     batches: Sequence[Batch],
 ) -> _Contender:
-    name, num_probes, index = head.name, head.num_probes, head.index
-    if index is None and needs_index(name):
+    index = named.index
+    if index is None and needs_index(named.name):
         index = ensure_index(model)
-    settings: list[object] = [name, _index_hash(index), model.weight_hash, decoder.max_new_tokens]
-    settings += [num_probes] if num_probes else []
+    index_hash = None if index is None else load_manifest(index).index_hash
+    settings: list[object] = [named.name, index_hash, model.weight_hash, decoder.max_new_tokens]
+    settings += [named.num_probes] if named.num_probes else []
     texts = [batch.token_ids for batch in batches]
     digest = hashlib.sha256(json.dumps([*settings, texts]).encode())
-    return _Contender(label, name, num_probes, index, digest.hexdigest()[:16], model)
-
-
-def _index_hash(index: Path | None) -> str | None:
-    return None if index is None else load_manifest(index).index_hash
-
-
-def _bytes_share(head: Head, model: ModelSource) -> float:
-    return head.read_bytes_per_row / (2 * model.vocab_size * model.hidden_size)
-
-
-def _escalated_share(head: Head) -> float | None:
-    """Of the rows that it served now; None for other heads, and where every record was known."""
-    if isinstance(head, FlashHeadEscalate) and head.num_rows:
-        return head.escalated_share
-    return None
+    head = build_head(
+        named.name, tp=TensorParallel.single(), model=model, index_dir=index,
+        num_probes=named.num_probes,
+    )  # fmt: skip
+    return _Contender(label, head, index_hash, digest.hexdigest()[:16])
 
 
 def _compare(
     decoder: TextDecoder,
     batches: Sequence[Batch],
     contenders: Sequence[_Contender],
-    heads: dict[str, Head],
     known: Sequence[TextRecord],
     out: Path,
 ) -> list[TextRecord]:
-    """Records of every contender and prompt, those that are not known yet written as they come."""
+    """Records of every contender and prompt, new ones written as they come."""
     records = list({(r.key, r.prompt): r for r in known}.values())
     done = {(r.key, r.prompt) for r in records}
     stops = decoder.stop_token_ids
@@ -199,7 +233,7 @@ def _compare(
                 if (contender.key, batch.first) in done:
                     continue
                 found = compare_texts(
-                    heads[contender.key], texts, stops, key=contender.key, label=contender.label
+                    contender.head, texts, stops, key=contender.key, label=contender.label
                 )
                 append_records(out, found)
                 records += found
@@ -210,11 +244,10 @@ def _verify(
     decoder: TextDecoder,
     batches: Sequence[Batch],
     contenders: Sequence[_Contender],
-    heads: dict[str, Head],
     records: Sequence[TextRecord],
     count: int,
 ) -> dict[str, list[bool]]:
-    """By key, of each text decoded by the head itself: whether it parts where its record says."""
+    """By key, for each text decoded by the head itself: whether its record is right."""
     equal: dict[str, list[bool]] = {contender.key: [] for contender in contenders}
     found = {(r.key, r.prompt): r for r in records}
     chosen = [batch for batch in batches if batch.first < count]
@@ -223,7 +256,7 @@ def _verify(
             dense = decoder.dense_texts(batch)
             for contender in contenders:
                 advance.stage(f"decoding with {contender.label} from prompt {batch.first + 1}")
-                tokens, _ = decoder.decode(batch, heads[contender.key])
+                tokens, _ = decoder.decode(batch, contender.head)
                 for row in range(len(tokens)):
                     record = found[contender.key, batch.first + row]
                     place = first_difference(dense.token_ids[row], tokens[row])
@@ -231,43 +264,6 @@ def _verify(
                     same = (place, other) == (record.first_difference, record.head_token)
                     equal[contender.key].append(same)
     return equal
-
-
-def show(document: dict[str, Any]) -> None:
-    """Print the document as a table."""
-    table = Table(
-        title=f"Greedy texts of {document['max_new_tokens']} tokens from "
-        f"{document['num_prompts']} prompts, against {DENSE} of {document['model']}",
-        caption="95 % intervals in brackets; inf: no difference; records: " + document["records"],
-    )
-    table.add_column("head")
-    for name in (
-        "bytes, %", "identical, %", "identical to the first stop, %", "median first difference",
-        "median of those that differ", "tokens alike, %",
-    ):  # fmt: skip
-        table.add_column(name, justify="right")
-    for head in document["heads"]:
-        table.add_row(
-            head["head"],
-            f"{100 * head['bytes_share']:.2f}",
-            _cell(head["identical"], 100),
-            _cell(head["identical_to_end"], 100),
-            _cell(head["median_first_difference"]),
-            "-" if head["median_of_differing"] is None else _cell(head["median_of_differing"]),
-            f"{100 * head['token_agreement']:.3f}",
-        )
-    console = Console()
-    console.print(table)
-    for head in document["heads"]:
-        if head["escalated_share"] is not None:
-            console.print(
-                f"{head['head']}: {100 * head['escalated_share']:.2f} % of rows escalated"
-            )
-        if head["verified_texts"]:
-            console.print(
-                f"{head['head']}: {head['verified_equal']} of {head['verified_texts']} texts that "
-                f"it decoded itself part where their records say"
-            )
 
 
 def _cell(interval: dict[str, float | None], scale: float = 1) -> str:

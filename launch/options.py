@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass
 from io import StringIO
@@ -40,6 +40,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import pandas as pd
 import torch
 import tyro
+from rich.table import Table
 from rich.text import Text
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
@@ -292,6 +293,35 @@ class TableOutput(JsonOutput):
             raise UserError(
                 f"{self.csv} cannot be written ({error.strerror}): name another --csv"
             ) from error
+
+
+def text_table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str | None = None,
+    caption: str | None = None,
+) -> Table:
+    """A table for the terminal: its first column is aligned left, all others right."""
+    table = Table(title=title, caption=caption)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def available_device(name: str | None) -> torch.device:
+    """The device of that name; None takes a GPU where there is one. Raises UserError."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is unknown: give cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
+        return device
+    if device.type != "cpu":
+        raise UserError(f"--device {name} is unavailable here: give cpu, or leave it out")
+    return device
 
 
 def head_names(names: Sequence[str]) -> list[str]:

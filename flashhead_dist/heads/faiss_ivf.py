@@ -88,7 +88,7 @@ class FaissIvf(Head):
         faiss = import_faiss()
         if tp.device.type == "cuda" and not hasattr(faiss, "StandardGpuResources"):
             raise UserError(
-                "the installed faiss has no GPU support: install flashhead-dist[faiss-gpu] in "
+                "the installed faiss has no GPU support: pip install -e '.[faiss-gpu]' in "
                 "place of faiss-cpu, leave faiss_ivf out of --heads, or use --device cpu"
             )
         self.shard = VocabShard.of(vocab_size, tp)
@@ -126,11 +126,11 @@ class FaissIvf(Head):
     @classmethod
     def unavailable(cls, device_type: str) -> str | None:
         if find_spec("faiss") is None:
-            return "faiss is not installed; pip install 'flashhead-dist[faiss]' to measure it"
+            return "faiss is not installed; pip install -e '.[faiss]' to measure it"
         if device_type == "cuda" and not hasattr(import_faiss(), "StandardGpuResources"):
             return (
                 "the installed faiss has no GPU support; "
-                "install flashhead-dist[faiss-gpu] in place of faiss-cpu to measure it"
+                "pip install -e '.[faiss-gpu]' in place of faiss-cpu to measure it"
             )
         return None
 
@@ -289,7 +289,7 @@ def import_faiss() -> Any:
         return importlib.import_module("faiss")
     except ImportError as error:
         raise UserError(
-            'head faiss_ivf needs faiss: pip install "flashhead-dist[faiss]", '
+            'head faiss_ivf needs faiss: pip install -e ".[faiss]", '
             "or leave faiss_ivf out of --heads"
         ) from error
 

@@ -303,8 +303,7 @@ def _k_means(vectors: Tensor, num_cells: int, seed: int) -> Tensor:
         import faiss
     except ImportError as error:
         raise HeadIndexError(
-            'the faiss method needs faiss; run `pip install "flashhead-dist[faiss]"` or use '
-            "--method bisect."
+            'the faiss method needs faiss; run `pip install -e ".[faiss]"` or use --method bisect.'
         ) from error
     on_gpu = hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0
     means: Any = faiss.Kmeans(

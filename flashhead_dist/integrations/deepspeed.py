@@ -41,7 +41,7 @@ def import_deepspeed() -> Any:
             import deepspeed
     except ImportError as error:
         raise UserError(
-            f"DeepSpeed cannot be imported ({error}): pip install 'flashhead-dist[deepspeed]', or "
+            f"DeepSpeed cannot be imported ({error}): pip install -e '.[deepspeed]', or "
             "use --tp-size 1 --pp-size 1"
         ) from error
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -33,7 +33,7 @@ try:
     from lm_eval.models.huggingface import HFLM
     from tqdm import tqdm
 except ImportError as error:
-    _MISSING = f"lm-eval cannot be imported ({error}): pip install 'flashhead-dist[lm-eval]'"
+    _MISSING = f"lm-eval cannot be imported ({error}): pip install -e '.[lm-eval]'"
     if __name__ == "__main__":
         print(f"error: {_MISSING}", file=sys.stderr)
         sys.exit(UserError.exit_code)

@@ -52,7 +52,7 @@ def write_w4a16(source: ModelSource, folder: Path, group_size: int = GROUP_SIZE)
     except ImportError as error:
         raise UserError(
             f"a W4A16 checkpoint needs compressed-tensors ({error}): run "
-            '`pip install "flashhead-dist[quantized]"`'
+            '`pip install -e ".[quantized]"`'
         ) from error
     # In another dtype the head would have other bytes, and an index of the model would not fit.
     model, tokenizer = source.load_body(source.dtype)

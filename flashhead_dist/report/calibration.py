@@ -81,7 +81,7 @@ def draw_points(levels: Sequence[LevelPoints], path: Path, quantile: str) -> Non
     Raises:
         UserError: matplotlib is missing, or the file system refuses.
     """
-    require_matplotlib("run pip install 'flashhead-dist[report]', or pass --skip-plots")
+    require_matplotlib("run pip install -e '.[report]', or pass --skip-plots")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * len(levels), 4.4), layout="constrained")

@@ -78,7 +78,7 @@ _MARKS: dict[str, dict[str, Any]] = {
 }
 
 
-def require_matplotlib(remedy: str = "run pip install 'flashhead-dist[report]'") -> None:
+def require_matplotlib(remedy: str = "run pip install -e '.[report]'") -> None:
     """Raise UserError where matplotlib or jinja2 is missing."""
     try:
         import jinja2  # noqa: F401

@@ -57,7 +57,7 @@ def write_plots(records: Sequence[Record], folder: Path) -> list[Path]:
     Raises:
         UserError: matplotlib is missing, or the folder cannot be written.
     """
-    require_matplotlib("run pip install 'flashhead-dist[report]', or pass --skip-plots")
+    require_matplotlib("run pip install -e '.[report]', or pass --skip-plots")
     pictures = {LATENCY_NAME: latency_figure(records)}
     if any(record.sent_bytes_per_row > 0 for record in records):
         pictures[BYTES_NAME] = bytes_figure(records)
@@ -202,7 +202,7 @@ def write_front(
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
     """
-    require_matplotlib("run pip install 'flashhead-dist[report]', or pass --skip-plots")
+    require_matplotlib("run pip install -e '.[report]', or pass --skip-plots")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -31,7 +31,7 @@ def load_module(name: str) -> ModuleType:
         if error.name != "triton":
             raise
         raise ImportError(
-            'CUDA needs Triton: pip install "flashhead-dist[gpu]", or use --device cpu'
+            'CUDA needs Triton: pip install -e ".[gpu]", or use --device cpu'
         ) from error
 
 

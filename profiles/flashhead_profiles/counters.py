@@ -213,7 +213,7 @@ class DeviceCounters:
         try:
             self._nvml = nvml or import_module("pynvml")
         except ImportError:
-            self._reason = "pynvml is not installed: pip install 'flashhead-dist[gpu]'"
+            self._reason = "pynvml is not installed: pip install -e '.[gpu]'"
             return
         try:
             self._nvml.nvmlInit()

@@ -115,11 +115,10 @@ def launch(zoo: Zoo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     pair: Pair = zoo.pair("qwen3")
     opened = open_model(str(pair.folder / "model"))
     model = replace(opened, body_loader=lambda dtype: (pair.dense, _Letters()))
-    fidelity = importlib.import_module("evaluate_fidelity")
-    monkeypatch.setattr(fidelity, "open_model", lambda name, synthetic: model)
+    options = importlib.import_module("options")
+    monkeypatch.setattr(options, "open_model", lambda *_, **__: model)
     yield command
-    for name in ("evaluate", "evaluate_fidelity"):
-        sys.modules.pop(name, None)
+    sys.modules.pop("evaluate", None)
 
 
 def test_texts_give_perplexity_and_divergence_by_source(
@@ -160,7 +159,7 @@ def test_texts_exclude_states_without_texts(
 ) -> None:
     cases = {
         "--texts excludes": ["--texts", "--synthetic", "600,64"],
-        "--tokens 0": ["--texts", "--tokens", "0"],
+        "--tokens is 0": ["--texts", "--tokens", "0"],
         "nowhere do not exist": ["--texts", "nowhere"],
     }
     for value, given in cases.items():

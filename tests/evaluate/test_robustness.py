@@ -152,8 +152,8 @@ def test_the_command_prints_a_table_and_refuses_what_does_not_fit(
     assert "1 to 8" in capsys.readouterr().out
     mistakes: dict[str, list[Any]] = {
         "'nosuch'": ["--cases", "nosuch"],
-        "--divisor 0": ["--divisor", "0"],
-        "--states 0": ["--states", "0"],
+        "--divisor is 0": ["--divisor", "0"],
+        "--states is 0": ["--states", "0"],
         "do not divide the hidden size 100": ["--hidden-size", "100"],
     }
     for value, given in mistakes.items():

@@ -210,10 +210,10 @@ def launch(
     monkeypatch.syspath_prepend(str(LAUNCH))
     monkeypatch.setenv("FLASHHEAD_CACHE", str(tmp_path / "cache"))
     command = importlib.import_module("evaluate")
-    texts = importlib.import_module("evaluate_texts")
-    monkeypatch.setattr(texts, "open_model", lambda name: model)
+    options = importlib.import_module("options")
+    monkeypatch.setattr(options, "open_model", lambda name, **rest: model)
     yield command
-    for name in ("evaluate", "evaluate_texts"):
+    for name in ("evaluate", "evaluate_texts", "options"):
         importlib.sys.modules.pop(name, None)  # type: ignore[attr-defined]
 
 
@@ -292,8 +292,8 @@ def test_mistakes_of_the_command_are_one_sentence(
         "nowhere holds no index": ["texts", "--heads", "flashhead@nowhere"],
         "'many' in flashhead:many": ["texts", "--heads", "flashhead:many"],
         "num_probes 999": [*arguments, "--heads", arguments[8].replace("@", ":999@")],
-        "--num-prompts 0": [*arguments, "--num-prompts", "0"],
-        "--batch-size 0": [*arguments, "--batch-size", "0"],
+        "--num-prompts is 0": [*arguments, "--num-prompts", "0"],
+        "--batch-size is 0": [*arguments, "--batch-size", "0"],
         "prompt 1 has 3 tokens": [*arguments, "--max-new-tokens", "126"],
     }
     for value, given in cases.items():

@@ -294,5 +294,5 @@ def test_missing_triton_is_named_with_its_remedy() -> None:
         text=True,
     )
     assert done.stderr.strip().endswith(
-        'ImportError: CUDA needs Triton: pip install "flashhead-dist[gpu]", or use --device cpu'
+        'ImportError: CUDA needs Triton: pip install -e ".[gpu]", or use --device cpu'
     )

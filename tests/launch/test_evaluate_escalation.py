@@ -122,7 +122,7 @@ def test_the_table_names_thresholds_and_costs(
         (["--then", "999999"], "must lie between 1 and the index's 768 clusters"),
         (["--write"], "give one of --shares, above 0"),
         (["--write", "--then", "256", "all"], "give one --num-probes and one --then"),
-        (["--max-states", "0"], "--max-states 0 is too few"),
+        (["--max-states", "0"], "--max-states is 0"),
     ],
 )
 def test_mistakes_are_named(

@@ -191,7 +191,7 @@ def test_ctrl_c_keeps_finished_items_and_the_same_command_goes_on(
     options = [*files, *SMALL, "--out", str(tmp_path / "cut")]
     assert evaluate.main(["tasks", *options]) == 130
     said = capsys.readouterr().err
-    assert "3 items are kept" in said
+    assert "3 items are saved" in said
     assert "Traceback" not in said
     monkeypatch.setattr(Engine, "decode", decode)
     resumed = run(*SMALL, out="cut")

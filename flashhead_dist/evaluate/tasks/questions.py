@@ -110,7 +110,7 @@ class Math500(Task):
         except ImportError as error:
             raise UserError(
                 "math500 compares answers with math-verify, which is not installed: "
-                "pip install 'flashhead-dist[evaluate]', or leave math500 out of --tasks"
+                "pip install -e '.[evaluate]', or leave math500 out of --tasks"
             ) from error
 
 
@@ -295,7 +295,7 @@ def _rules() -> Any:
     except ImportError as error:
         raise UserError(
             f"ifeval is judged by the rules of lm-eval, which cannot be imported ({error}): "
-            f"pip install 'flashhead-dist[lm-eval]', or leave ifeval out of --tasks"
+            f"pip install -e '.[lm-eval]', or leave ifeval out of --tasks"
         ) from error
     # Otherwise it guesses the language of a short text anew each time.
     DetectorFactory.seed = 0
