@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,8 @@ from safetensors.torch import save_file
 from flashhead_dist.models import open_model
 from tests.launch.ground import LAUNCH, NUM_GROUPS, VOCAB_SIZE, Ground, Refused, build_small
 from tests.launch.scripts import load_script
+
+sys.path.append(str(LAUNCH))
 
 
 @pytest.fixture(scope="module")
