@@ -213,7 +213,7 @@ def launch(
     options = importlib.import_module("options")
     monkeypatch.setattr(options, "open_model", lambda name, **rest: model)
     yield command
-    for name in ("evaluate", "evaluate_texts", "options"):
+    for name in ("evaluate", "evaluate_texts"):
         importlib.sys.modules.pop(name, None)  # type: ignore[attr-defined]
 
 
